@@ -1,0 +1,26 @@
+"""Attention behind one dispatcher. Today every device goes through ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from lowvram_kernels.trace import record
+
+Tensor = torch.Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v, without a mask: q [..., L, N, H], k and v [..., S, N, H] -> [..., L, N, H].
+
+    Raises:
+        ValueError: shapes do not fit or there is no key.
+    """
+    if k.shape != v.shape or k.shape[-2:] != q.shape[-2:] or k.shape[-3] == 0:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [..., tokens, heads, head_dim] with "
+            "equal heads and head_dim, and at least one key"
+        )
+    record("attention", f"{str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention")
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)

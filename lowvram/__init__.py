@@ -1,0 +1,1 @@
+"""Talking-avatar video on the cards people own: convert once, infer within a stated memory."""

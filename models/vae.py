@@ -1,0 +1,293 @@
+"""The causal 3D VAE as a stream: video in chunks to latents, latents in blocks to frames, memory bounded by one chunk.
+
+The network is diffusers' ``AutoencoderKLWan`` with the published weights (Wan 2.1, base width 96, 16 latent channels).
+Its convolutions look back in time only, so a chunk needs just the last two inputs of every convolution: the causal
+cache. Here that cache lies in explicit state objects and lives from call to call, where the library drops it after
+each video. One latent frame stands for 4 video frames, except the first of a video, which stands for one.
+
+Everything is unbatched: video is [3, T, H, W] in [-1, 1], latents are [16, T_lat, H/8, W/8] and normalised by the
+per-channel mean and standard deviation of the VAE's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from torch import Tensor, nn
+
+FRAMES_PER_LATENT = 4
+PIXELS_PER_LATENT = 8
+MOTION_FRAMES = 73
+PRIMING_LATENTS = 7
+"""The pipeline primes its decoder with ``motion_latents[:, :7]``."""
+DROPPED_FIRST_FRAMES = 3
+"""Frames that the pipeline drops from a video's first decoded block; the decoder itself gives 4 frames a latent."""
+CACHED_INPUTS = 2
+"""A causal convolution of temporal width 3 needs its last two inputs again."""
+
+# The library stores a string in the slot of a temporal upsampler that has seen one latent frame only.
+Slot = Tensor | str | None
+
+
+def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
+    """Construct the VAE in eval mode without gradients; weights are random, or absent under ``torch.device("meta")``.
+
+    ``base_dim`` is the number of rows of the published ``encoder.conv1.weight`` (96; tiny checkpoints have fewer).
+    """
+    vae = AutoencoderKLWan(base_dim=base_dim)
+    _drop_upsampling_casts(vae)
+    return vae.eval().requires_grad_(False)
+
+
+def _drop_upsampling_casts(vae: AutoencoderKLWan) -> None:
+    """Let nearest-neighbour upsampling run in the tensor's own dtype.
+
+    The library goes through float32, which changes no value of a copy but triples the bytes of the largest
+    activations in bfloat16. The layer has no weights, so no name changes.
+    """
+    for module in vae.modules():
+        if isinstance(module, wan.WanResample) and "upsample" in module.mode:
+            module.resample[0] = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
+
+
+class StreamingVAE:
+    """Encoder and streaming decoder around one ``AutoencoderKLWan``.
+
+    ``dtype`` is what the network computes in. It is said here and never read from the weights, because quantized
+    convolutions hold integers. Inputs are cast to it; latents and frames come back in float32. The VAE and the inputs
+    have to be on the same device.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, *, dtype: torch.dtype = torch.float32) -> None:
+        self.vae = vae
+        self.dtype = dtype
+        # Real numbers even where the VAE was built under a "meta" context.
+        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
+        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
+        self._stages = _encoder_stages(vae.encoder)
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """The encoder's own latent [16, T_lat, h, w] as (latent - mean) / std, float32."""
+        return (latent.float() - self._mean.to(latent.device)) / self._std.to(latent.device)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """The inverse of ``normalise``: latent * std + mean, float32."""
+        return latent.float() * self._std.to(latent.device) + self._mean.to(latent.device)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode video [3, T, H, W] in [-1, 1] to normalised latents [16, 1 + (T-1)/4, H/8, W/8], float32.
+
+        Raises ValueError unless T = 4n + 1 and H, W are multiples of 8.
+        """
+        _check_video(video.shape)
+        state = EncoderState.empty(self._stages)
+        latents = [self._encode_chunk(video[:, :1], state)]
+        for start in range(1, video.shape[1], FRAMES_PER_LATENT):
+            latents.append(self._encode_chunk(video[:, start : start + FRAMES_PER_LATENT], state))
+        return self.normalise(torch.cat(latents, dim=1))
+
+    @torch.no_grad()
+    def encode_repeated(self, frame: Tensor, num_frames: int = MOTION_FRAMES) -> Tensor:
+        """Encode one image [3, H, W] shown for ``num_frames`` frames: the latents ``encode`` gives for that video.
+
+        The video is never made. Once neither the input nor the cache of a stage changes from chunk to chunk, its
+        output cannot change any more either and the stage is not run again: of 73 frames the costly full-resolution
+        stages compute 25. Nothing is assumed about how far a stage looks back; its cache is compared bit by bit.
+
+        Raises ValueError as ``encode`` does.
+        """
+        _check_video((frame.shape[0], num_frames, *frame.shape[1:]))
+        state = EncoderState.empty(self._stages)
+        latents = [self._encode_chunk(frame[:, None], state)]
+        # What the first stage that still changes gets in every later chunk.
+        constant = frame[None, :, None].to(self.dtype).expand(-1, -1, FRAMES_PER_LATENT, -1, -1).contiguous()
+        for _ in range((num_frames - 1) // FRAMES_PER_LATENT):
+            constant, moments = self._encode_constant(constant, state)
+            latents.append(self._latent(moments))
+        return self.normalise(torch.cat(latents, dim=1))
+
+    def start_decoder(self, *, latents_per_call: int = 1) -> StreamingDecoder:
+        """A decoder with an empty cache; see ``StreamingDecoder``."""
+        return StreamingDecoder(self, latents_per_call=latents_per_call)
+
+    def _encode_chunk(self, chunk: Tensor, state: EncoderState) -> Tensor:
+        """One chunk [3, 1 or 4, H, W] to one latent frame [16, 1, h, w], not normalised; updates ``state``."""
+        x = chunk[None].to(self.dtype)
+        for stage, slots in zip(self._stages, state.slots, strict=True):
+            x = stage.run(x, slots)
+            _own_storage(slots)
+        return self._latent(x)
+
+    def _encode_constant(self, constant: Tensor, state: EncoderState) -> tuple[Tensor, Tensor]:
+        """One more chunk of an unchanging video through the stages that are not settled yet; updates ``state``.
+
+        Returns the input of the first stage that is still not settled, and the chunk's moments [1, 32, 1, h, w].
+        """
+        x = constant
+        for index in range(state.num_settled, len(self._stages)):
+            slots = state.slots[index]
+            before = list(slots)
+            x = self._stages[index].run(x, slots)
+            _own_storage(slots)
+            if index == state.num_settled and _same_slots(before, slots):
+                state.num_settled += 1
+                state.slots[index] = []
+                constant = x
+        return constant, x
+
+    def _latent(self, moments: Tensor) -> Tensor:
+        """The latent distribution's mode, which is its mean: the first half of the channels."""
+        return self.vae.quant_conv(moments)[0].chunk(2)[0]
+
+
+class StreamingDecoder:
+    """Turns latents into frames block by block, with the causal cache kept from block to block.
+
+    The cache is the only state: decoding blocks one after another gives the frames that decoding their concatenation
+    gives. The very first latent frame it sees stands for one frame, each later one for 4.
+
+    ``latents_per_call`` latent frames go through the network together. The frames are the same; more of them take
+    that many times the memory and save the per-call costs (which matter where weights are dequantized at each call).
+    """
+
+    def __init__(self, vae: StreamingVAE, *, latents_per_call: int = 1) -> None:
+        if latents_per_call < 1:
+            raise ValueError(f"latents_per_call is {latents_per_call}; expected 1 or more")
+        self._vae = vae
+        self._latents_per_call = latents_per_call
+        self.state = DecoderState(slots=[None] * _num_slots(vae.vae.decoder))
+
+    @torch.no_grad()
+    def prime(self, latent: Tensor) -> None:
+        """Fill the cache from normalised latents [16, k, h, w] (``motion_latents[:, :7]``); their frames are dropped.
+
+        Raises ValueError when the decoder has seen latents before.
+        """
+        if self.state.num_latents:
+            raise ValueError(f"the decoder has seen {self.state.num_latents} latent frames; prime a new one instead")
+        for piece in self._pieces(latent):
+            self._run(piece)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode normalised latents [16, k, h, w] to frames [3, 4k, H, W] in [-1, 1], float32.
+
+        Without priming the first call gives [3, 4k - 3, H, W]. After it all 4k frames are there; that a video's
+        first block loses its first ``DROPPED_FIRST_FRAMES`` is the pipeline's affair.
+
+        Raises ValueError unless latents have 16 channels and the height and width of those seen before.
+        """
+        return torch.cat([self._run(piece).float() for piece in self._pieces(latent)], dim=1)
+
+    def _pieces(self, latent: Tensor) -> list[Tensor]:
+        _check_latent(latent, self._vae.vae.config.z_dim)
+        # The library upsamples in time only from the second latent frame on, so the first has to go alone.
+        head = 1 if self.state.num_latents == 0 else 0
+        pieces = [latent[:, :head], *latent[:, head:].split(self._latents_per_call, dim=1)]
+        return [piece for piece in pieces if piece.shape[1]]
+
+    def _run(self, latent: Tensor) -> Tensor:
+        """[16, k, h, w] to clamped frames in the compute dtype; updates the cache."""
+        vae, state = self._vae.vae, self.state
+        z = self._vae.denormalise(latent)[None].to(self._vae.dtype)
+        first = state.num_latents == 0
+        frames = vae.decoder(vae.post_quant_conv(z), feat_cache=state.slots, feat_idx=[0], first_chunk=first)
+        _own_storage(state.slots)
+        state.num_latents += latent.shape[1]
+        return frames[0].clamp_(-1.0, 1.0)
+
+
+@dataclass(kw_only=True)
+class DecoderState:
+    """Causal cache of one running decode: a slot for each causal convolution, and the latent frames seen so far."""
+
+    slots: list[Slot]
+    num_latents: int = 0
+
+    def nbytes(self) -> int:
+        """Bytes that the cache keeps alive; constant from the third latent frame on."""
+        return sum(slot.untyped_storage().nbytes() for slot in self.slots if isinstance(slot, Tensor))
+
+
+@dataclass(kw_only=True)
+class EncoderState:
+    """Causal cache of one running encode: a list of slots for each stage, and how many stages will not change again."""
+
+    slots: list[list[Slot]]
+    num_settled: int = 0
+
+    @classmethod
+    def empty(cls, stages: list[EncoderStage]) -> EncoderState:
+        return cls(slots=[[None] * stage.num_slots for stage in stages])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderStage:
+    """A part of the encoder that keeps its own slots: ``run(x, slots) -> y`` replaces them in place."""
+
+    run: Callable[[Tensor, list[Slot]], Tensor]
+    num_slots: int
+
+
+def _encoder_stages(encoder: nn.Module) -> list[EncoderStage]:
+    """The encoder of diffusers (``WanEncoder3d.forward``) cut into its parts, in order."""
+
+    def block(module: nn.Module) -> EncoderStage:
+        run = lambda x, slots: module(x, feat_cache=slots, feat_idx=[0])  # noqa: E731
+        return EncoderStage(run=run, num_slots=_num_slots(module))
+
+    def conv_in(x: Tensor, slots: list[Slot]) -> Tensor:
+        return _cached_conv(encoder.conv_in, x, slots)
+
+    def conv_out(x: Tensor, slots: list[Slot]) -> Tensor:
+        return _cached_conv(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x)), slots)
+
+    middle = [block(module) for module in (*encoder.down_blocks, encoder.mid_block)]
+    return [EncoderStage(run=conv_in, num_slots=1), *middle, EncoderStage(run=conv_out, num_slots=1)]
+
+
+def _cached_conv(conv: nn.Module, x: Tensor, slots: list[Slot]) -> Tensor:
+    past = slots[0]
+    seen = x if past is None else torch.cat([past, x[:, :, -CACHED_INPUTS:]], dim=2)
+    slots[0] = seen[:, :, -CACHED_INPUTS:]
+    return conv(x, past)
+
+
+def _num_slots(module: nn.Module) -> int:
+    """How many causal convolutions look back; those of temporal width 1 have nothing to remember."""
+    convs = (m for m in module.modules() if isinstance(m, wan.WanCausalConv3d))
+    return sum(conv.kernel_size[0] > 1 for conv in convs)
+
+
+def _own_storage(slots: list[Slot]) -> None:
+    """Copy cached tensors that are views of larger ones: a view would keep a whole chunk's activations alive."""
+    for index, slot in enumerate(slots):
+        if isinstance(slot, Tensor) and slot.untyped_storage().nbytes() > slot.numel() * slot.element_size():
+            slots[index] = slot.contiguous().clone() if slot.is_contiguous() else slot.contiguous()
+
+
+def _same_slots(before: list[Slot], after: list[Slot]) -> bool:
+    return all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _check_video(shape: tuple[int, ...]) -> None:
+    if len(shape) != 4 or shape[0] != 3:
+        raise ValueError(f"video has shape {list(shape)}; expected [3, T, H, W]")
+    _, num_frames, height, width = shape
+    if num_frames % FRAMES_PER_LATENT != 1:
+        raise ValueError(f"video has {num_frames} frames; expected 4n + 1, as the first one has a latent of its own")
+    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT or not height * width:
+        raise ValueError(f"frames are {height} x {width}; expected multiples of {PIXELS_PER_LATENT}")
+
+
+def _check_latent(latent: Tensor, channels: int) -> None:
+    if latent.ndim != 4 or latent.shape[0] != channels or not latent.numel():
+        raise ValueError(f"latent has shape {list(latent.shape)}; expected [{channels}, k, h, w] with k of 1 or more")

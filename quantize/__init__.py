@@ -1,0 +1,1 @@
+"""Offline conversion: read a published checkpoint, merge the LoRA, quantize, write an artifact."""
