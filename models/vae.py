@@ -19,6 +19,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
+from lowvram_models.vae_layers import lighten
+
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
 MOTION_FRAMES = 73
@@ -37,21 +39,11 @@ def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
     """Construct the VAE in eval mode without gradients; weights are random, or absent under ``torch.device("meta")``.
 
     ``base_dim`` is the number of rows of the published ``encoder.conv1.weight`` (96; tiny checkpoints have fewer).
+    Parameter names and the function are those of the library; ``vae_layers`` computes it at less cost.
     """
     vae = AutoencoderKLWan(base_dim=base_dim)
-    _drop_upsampling_casts(vae)
+    lighten(vae)
     return vae.eval().requires_grad_(False)
-
-
-def _drop_upsampling_casts(vae: AutoencoderKLWan) -> None:
-    """Let nearest-neighbour upsampling run in the tensor's own dtype.
-
-    The library goes through float32, which changes no value of a copy but triples the bytes of the largest
-    activations in bfloat16. The layer has no weights, so no name changes.
-    """
-    for module in vae.modules():
-        if isinstance(module, wan.WanResample) and "upsample" in module.mode:
-            module.resample[0] = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
 
 
 class StreamingVAE:
@@ -268,7 +260,7 @@ def _own_storage(slots: list[Slot]) -> None:
     """Copy cached tensors that are views of larger ones: a view would keep a whole chunk's activations alive."""
     for index, slot in enumerate(slots):
         if isinstance(slot, Tensor) and slot.untyped_storage().nbytes() > slot.numel() * slot.element_size():
-            slots[index] = slot.contiguous().clone() if slot.is_contiguous() else slot.contiguous()
+            slots[index] = slot.clone(memory_format=torch.contiguous_format)
 
 
 def _same_slots(before: list[Slot], after: list[Slot]) -> bool:

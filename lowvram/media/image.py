@@ -2,19 +2,22 @@
 
 import logging
 import os
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
 from lowvram_kernels.errors import InputError
-from PIL import Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 89_000_000  # just under Pillow's own warning limit
+_SIZE_HINT = f"expected at most {MAX_PIXELS // 1_000_000} megapixels; scale it down, 2000 px a side is plenty"
 
 
 def load_portrait(path: str | os.PathLike[str]) -> Image.Image:
@@ -38,13 +41,10 @@ def load_portrait(path: str | os.PathLike[str]) -> Image.Image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise InputError(f"portrait {file} is too large ({error}): {_SIZE_HINT}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(f"portrait {file} is not an image: expected JPEG, PNG or WebP; convert it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise InputError(f"portrait {file} is damaged ({error}): expected a whole image; copy it again") from error
-
-
-_SIZE_HINT = f"expected at most {MAX_PIXELS // 1_000_000} megapixels; scale it down, 2000 px a side is plenty"
 
 
 def _check_size(file: Path, width: int, height: int) -> None:
@@ -90,10 +90,8 @@ def portrait_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor
 
 def _resize_shorter(image: Image.Image, side_px: int) -> Image.Image:
     width, height = image.size
-    if width <= height:
-        new_size = (side_px, int(side_px * height / width))
-    else:
-        new_size = (int(side_px * width / height), side_px)
+    longer = int(side_px * max(width, height) / min(width, height))
+    new_size = (side_px, longer) if width <= height else (longer, side_px)
     if new_size == image.size:
         return image
     return image.resize(new_size, Image.Resampling.BILINEAR)

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which `make setup` makes; the other targets make it where it is not there yet.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Some of CI's machines have two cores: more threads than cores only disturb each other.
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.PHONY: setup demo test test-golden test-gpu bench bench-gpu lint typecheck format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/lowvram demo --out-dir demo-out
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu" tests
+
+test-golden: setup
+	$(BIN)/python -m pytest -m golden tests
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests
+
+bench: setup
+	$(BIN)/python benchmarks/convert.py --out benchmarks/results/convert_cpu.json
+	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

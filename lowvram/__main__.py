@@ -1,0 +1,5 @@
+"""``python -m lowvram``."""
+
+from lowvram.cli import main
+
+main(prog_name="lowvram")

@@ -1,0 +1,174 @@
+"""The command line: thin above the Python API. Errors become one line on stderr and an exit code here, and only here.
+
+Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that has to change.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from lowvram_kernels.errors import LowvramError
+from rich.console import Console
+from rich.logging import RichHandler
+
+PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
+FILE = click.Path(path_type=Path)
+
+
+class ErrorsToExitCodes(click.Group):
+    """Turns lowvram's errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LowvramError as error:
+            fail(str(error), error.exit_code)
+        except torch.cuda.OutOfMemoryError as error:
+            fail(f"the GPU's memory ran out: {error}; try --offload_model True --offload_kv_cache", 1)
+
+
+def fail(message: str, code: int) -> None:
+    click.echo("lowvram: error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def either_spelling(name: str) -> str:
+    """Both ``--infer_frames`` and ``--infer-frames``."""
+    return name.replace("_", "-")
+
+
+SETTINGS: dict[str, Any] = {
+    "token_normalize_func": either_spelling,
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "max_content_width": 110,
+}
+
+
+def switch(name: str, default: bool, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A switch that may stand alone or with a value: ``--offload_model``, ``--offload_model True``."""
+    return click.option(name, is_flag=False, flag_value="true", type=bool, default=default, help=text)
+
+
+@click.group(cls=ErrorsToExitCodes, context_settings=SETTINGS)
+@click.version_option(package_name="lowvram")
+@click.option("-v", "--verbose", is_flag=True, help="Log every stage to stderr.")
+def main(verbose: bool) -> None:
+    """Talking-avatar video from a portrait, a voice and a prompt, on the cards people own."""
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, show_time=verbose)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for name in ("lowvram", "lowvram_quantize", "lowvram_kernels", "lowvram_models"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@main.command(context_settings=SETTINGS)
+@click.option("--ckpt-dir", type=FILE, required=True, help="Folder of the published Wan2.2-S2V-14B checkpoint.")
+@click.option("--lora", type=FILE, help="LiveAvatar's liveavatar.safetensors; merged in float32 before quantizing.")
+@click.option("--lora-alpha", type=float, default=64.0, help="The LoRA's alpha.")
+@click.option("--out", type=FILE, required=True, help="Folder to make.")
+@click.option("--precision", type=PRECISIONS, default="int8", help="Of every component not set apart below.")
+@click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone.")
+@click.option("--vae", type=PRECISIONS, help="Precision of the VAE alone.")
+@click.option("--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out.")
+def convert(**options: Any) -> None:
+    """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
+    from lowvram_quantize.convert import convert as run
+
+    from lowvram.progress import ByteProgress
+
+    if options["lora"] is None:
+        logging.getLogger(__name__).warning(
+            "no --lora: the artifact will hold the base model, which is not the one trained to stream in 4 steps"
+        )
+    with ByteProgress() as progress:
+        path = run(options.pop("ckpt_dir"), options.pop("out"), progress=progress.update, **options)
+    click.echo(path)
+
+
+@main.command(context_settings=SETTINGS)
+@click.argument("artifact", type=FILE)
+@click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
+    """Print what an artifact holds."""
+    from lowvram_quantize.inspect import describe, summary
+
+    facts = describe(artifact, verify=verify)
+    click.echo(json.dumps(facts, indent=1) if as_json else summary(facts))
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what to make: shared by ``infer`` and ``compare --model``."""
+    options = [
+        click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
+        click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
+        click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
+        click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
+        click.option("--sample-solver", type=click.Choice(["euler"]), default="euler", help="The solver."),
+        click.option("--base-seed", type=int, default=420, help="Clip r's noise is seeded with base_seed + r."),
+        click.option(
+            "--cond-rope-distance", default="30", help='How far a block sees the reference frame: 0..30 or "random".'
+        ),
+        switch("--enable-online-decode", True, "Decode each block at once; False decodes a clip at a time."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
+        switch("--offload-model", False, "Keep the DiT's layers on the host; copy each to the device as it runs."),
+        switch("--offload-kv-cache", False, "Keep the KV rings in host memory."),
+        click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+@main.command(context_settings=SETTINGS)
+@click.option("--model", type=FILE, required=True, help="Artifact that convert wrote.")
+@click.option("--image", type=FILE, required=True, help="Portrait: JPEG, PNG or WebP.")
+@click.option("--audio", type=FILE, required=True, help="Voice: WAV, MP3, M4A, FLAC or OGG at any rate.")
+@click.option("--prompt", required=True, help="What is to be seen.")
+@click.option("--out", type=FILE, required=True, help="MP4 to write.")
+@request_options
+@click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors.")
+@click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool, **options: Any) -> None:
+    """Make an avatar video from a portrait, a voice and a prompt."""
+    from lowvram.infer import Outputs
+    from lowvram.infer import infer as run
+
+    outputs = Outputs(video=out, dump_tensors=dump_tensors, report=report)
+    outputs.check()
+    pipeline = open_pipeline(options.pop("model"), options)
+    run(pipeline, make_request(options), outputs, quiet=quiet)
+    click.echo(out)
+
+
+def open_pipeline(model: Path, options: dict[str, Any]) -> Any:
+    from lowvram.pipeline import AvatarPipeline
+
+    names = ("device", "dtype", "offload_model", "offload_kv_cache", "verify")
+    return AvatarPipeline.from_artifact(model, **{name: options[name] for name in names})
+
+
+def make_request(options: dict[str, Any]) -> Any:
+    from lowvram.pipeline import Request
+
+    distance = options["cond_rope_distance"]
+    names = ("image", "audio", "prompt", "size", "infer_frames", "num_clip", "sample_steps", "base_seed")
+    return Request(
+        **{name: options[name] for name in names},
+        cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
+        online_decode=options["enable_online_decode"],
+    )
+
+
+if __name__ == "__main__":
+    main()

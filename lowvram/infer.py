@@ -1,0 +1,129 @@
+"""One run of ``lowvram infer``: stream frames into a file, show progress, leave a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lowvram_kernels.errors import InputError, OutputError
+
+from lowvram.media.video import VideoWriter
+from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
+from lowvram.progress import RunProgress
+from lowvram.recorder import Recorder, TensorRecorder
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run writes: the video, and on demand all tensors and a report."""
+
+    video: Path
+    dump_tensors: Path | None = None
+    report: Path | None = None
+
+    def check(self) -> None:
+        """Raises: InputError where a folder does not exist, a name is a folder, or the video is not to be an MP4."""
+        if self.video.suffix.lower() != ".mp4":
+            raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
+        for path in filter(None, (self.video, self.dump_tensors, self.report)):
+            if path.is_dir():
+                raise InputError(f"{path} is a folder; name a file to write")
+            if not path.absolute().parent.is_dir():
+                raise InputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist")
+
+
+def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet: bool = False) -> dict[str, Any]:
+    """Make the video and return the run's report, which is also written where ``outputs`` says.
+
+    Raises:
+        LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
+    """
+    outputs.check()
+    begin = time.perf_counter()
+    inputs = read_inputs(request)
+    recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
+    height, width = inputs.portrait.shape[1:]
+    with (
+        VideoWriter(outputs.video, height=height, width=width, fps=FPS, audio_path=request.audio) as writer,
+        RunProgress(enabled=not quiet) as progress,
+    ):
+        for frames in pipeline.stream(inputs, recorder=recorder):
+            with pipeline.stages.stage("write_video"):
+                writer.write(frames)
+            progress.update(recorder)
+    if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
+        recorder.save(outputs.dump_tensors, {"base_seed": request.base_seed, "size": request.size})
+    report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
+    report["frames_written"] = writer.frames_written
+    if outputs.report:
+        write_json(outputs.report, report)
+    return report
+
+
+def make_report(
+    pipeline: AvatarPipeline, request: Request, outputs: Outputs, recorder: Recorder, seconds: float
+) -> dict[str, Any]:
+    frames = sum(block.frames for block in recorder.blocks)
+    working = sum(block.denoise_s + block.decode_s for block in recorder.blocks)
+    settings = dataclasses.asdict(request) | {"image": str(request.image), "audio": str(request.audio)}
+    return {
+        "lowvram": version("lowvram"),
+        "artifact": str(pipeline.artifact.path),
+        "precision": pipeline.artifact.precisions(),
+        "settings": settings,
+        "device": str(pipeline.device),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "offload_model": pipeline.offload_model,
+        "offload_kv_cache": pipeline.offload_kv_cache,
+        "machine": machine(pipeline.device),
+        "video": str(outputs.video.absolute()),
+        "dump_tensors": str(outputs.dump_tensors.absolute()) if outputs.dump_tensors else None,
+        "seconds": seconds,
+        "frames": frames,
+        "frames_per_second": frames / working if working else None,
+        "stages": pipeline.stages.to_json(),
+        "blocks": [dataclasses.asdict(block) for block in recorder.blocks],
+        "kernels": [
+            {"operation": operation, "kernel": kernel, "calls": calls}
+            for (operation, kernel), calls in sorted(pipeline.kernels.items())
+        ],
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: processor or GPU, memory and versions."""
+    facts = {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "transformers": version("transformers"),
+        "cpu_threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["vram_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return facts
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Raises: OutputError; nothing half-written stays under the name."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.absolute().parent).free
+        raise OutputError(f"{path} could not be written: {error} ({free} bytes free); choose another place") from error

@@ -1,0 +1,299 @@
+"""The video: H.264 and AAC in a fragmented MP4 that is written as frames come, and read back to be compared."""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from lowvram.media.audio import AudioTrack
+from lowvram_kernels.errors import InputError, OutputError
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# veryfast at 448x768 takes 4 ms a frame on 2 cores, medium 6 ms for no smaller a file. Ten frames of look-ahead
+# halve the file against none, and delay what is on the disk by half a second of video.
+_X264 = {"preset": "veryfast", "crf": "18", "rc-lookahead": "10"}
+_MAX_THREADS = 4  # each x264 thread holds back one more frame
+_FRAGMENT_US = 480_000  # one block of 12 frames
+_MUXER = {
+    # delay_moov writes the header with the first fragment, when the AAC encoder's delay is known: sound stays in sync.
+    "movflags": "frag_keyframe+empty_moov+default_base_moof+delay_moov",
+    "frag_duration": str(_FRAGMENT_US),
+    "max_interleave_delta": "1000000",  # a track that has ended holds the other back by a second at most
+    "flush_packets": "1",
+}
+_AAC_BITS_A_CHANNEL = 96_000
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # none that can name other files
+
+
+class VideoWriter:
+    """Writes frames, and the sound that goes with them, to ``<stem>.partial.mp4``; a clean close renames it.
+
+    The file is playable up to its last fragment (half a second of video) at any moment, so a run that is killed keeps
+    what it wrote. Sound is read from ``audio_path`` as the video advances and ends where the video ends; with
+    ``trim_to_audio`` frames that begin after the sound's end are not written but counted in ``frames_dropped``. Memory
+    does not depend on the length. As a context manager, an exception closes the partial file and leaves it there.
+
+    Args:
+        path: the ``.mp4`` to make, in a folder that exists; replaced if it exists.
+        height, width: frame size in px, both even.
+        fps: frames a second.
+        audio_path: file with the sound, or None for a silent video.
+
+    Raises:
+        InputError: no such folder, a suffix other than ``.mp4``, or sound that cannot be read.
+        OutputError: the file cannot be created.
+        ValueError: an odd or non-positive height or width.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        height: int,
+        width: int,
+        fps: int = 25,
+        audio_path: str | os.PathLike[str] | None = None,
+        trim_to_audio: bool = True,
+    ) -> None:
+        self.path = _check_target(Path(path))
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        if min(height, width) < 2 or height % 2 or width % 2:
+            raise ValueError(f"expected an even height and width of at least 2, received {height} and {width}")
+        self.height, self.width, self.fps = height, width, fps
+        self.frames_written = self.frames_dropped = 0
+        self._trim = trim_to_audio and audio_path is not None
+        self._track = AudioTrack(audio_path) if audio_path is not None else None
+        self._samples = 0  # of sound, given to the encoder
+        self._closed = False
+        try:
+            self._guard(self._open)
+        except BaseException:
+            self._close_track()
+            raise
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Encode frames, uint8 [k, H, W, 3] RGB (an array, or a tensor on the CPU), and the sound up to their end.
+
+        Raises:
+            ValueError: another shape or dtype, or the writer is closed.
+            OutputError: a full disk, or any other failure to write.
+            InputError: the sound turns out to be damaged.
+        """
+        frames = np.asarray(frames)
+        expected = (self.height, self.width, 3)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
+            raise ValueError(f"expected frames uint8 [k, {expected}], received {frames.dtype} {list(frames.shape)}")
+        if self._closed:
+            raise ValueError(f"the writer of {self.path} is closed")
+        for frame in frames:
+            self._guard(self._write_frame, frame)
+
+    def close(self) -> None:
+        """Finish the file and give it its final name. Does nothing when closed already.
+
+        Raises:
+            OutputError: no frame was written, a full disk, or any other failure; the partial file then stays.
+        """
+        if self._closed:
+            return
+        self._finish()
+        if self.frames_written == 0:
+            raise OutputError(f"{self.path} was not made: no frame was written, expected at least one; check the input")
+        self._guard(os.replace, self.partial_path, self.path)
+
+    def abort(self) -> None:
+        """Close the partial file so that it plays as far as it goes, and leave it under its partial name."""
+        if self._closed:
+            return
+        try:
+            self._finish()
+        except OutputError as error:
+            logger.warning("%s: the last frames are lost (%s)", self.partial_path, error)
+        logger.warning("unfinished video left at %s: %d frames", self.partial_path, self.frames_written)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _open(self) -> None:
+        self._container: OutputContainer = av.open(f"file:{self.partial_path.absolute()}", "w", "mp4", options=_MUXER)
+        self._video = _add_video(self._container, self.height, self.width, self.fps)
+        self._audio = _add_audio(self._container, self._track) if self._track is not None else None
+        self._container.start_encoding()
+
+    def _write_frame(self, pixels_HWC: NDArray[np.uint8]) -> None:
+        index = self.frames_written + self.frames_dropped
+        self._feed_sound(-(-(index + 1) * AudioTrack.rate_hz // self.fps))
+        if self._trim and self._samples * self.fps <= index * AudioTrack.rate_hz:
+            self.frames_dropped += 1
+            return
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        frame.pts, frame.time_base = index, Fraction(1, self.fps)
+        self._container.mux(self._video.encode(frame))
+        self.frames_written += 1
+
+    def _feed_sound(self, until_samples: int) -> None:
+        if self._track is None or self._audio is None:
+            return
+        frame = self._track.read(until_samples - self._samples)
+        if frame is None:
+            self._end_sound()
+            return
+        frame.pts, frame.time_base = self._samples, Fraction(1, AudioTrack.rate_hz)
+        self._samples += frame.samples
+        self._container.mux(self._audio.encode(frame))
+
+    def _finish(self) -> None:
+        self._closed = True
+        self._close_track()
+        try:
+            self._guard(self._flush)
+        finally:
+            self._guard(self._container.close)
+
+    def _flush(self) -> None:
+        self._container.mux(self._video.encode(None))
+        self._end_sound()
+
+    def _end_sound(self) -> None:
+        if self._audio is not None:
+            self._container.mux(self._audio.encode(None))
+            self._audio = None
+
+    def _close_track(self) -> None:
+        if self._track is not None:
+            self._track.close()
+
+    def _guard(self, step: Callable[..., _T], *arguments: Any) -> _T:
+        try:
+            return step(*arguments)
+        except (av.FFmpegError, OSError) as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "free some space" if full else "check the folder and its permissions"
+            raise OutputError(
+                f"{self.partial_path} cannot be written ({error.strerror or error}): expected a writable file with "
+                f"room for the video; {advice} and run again"
+            ) from error
+
+
+def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a video holds, counted from its packets without decoding them.
+
+    Returns:
+        ``frames``, ``width`` and ``height`` in px, ``fps``, ``duration_s`` of the picture, ``has_audio`` and
+        ``audio_duration_s`` (0.0 without sound).
+
+    Raises:
+        InputError: missing, not a video, damaged.
+    """
+    with _open_video(Path(path)) as container:
+        video = container.streams.video[0]
+        sound = container.streams.audio[0] if container.streams.audio else None
+        frames, sound_end_s = 0, 0.0
+        for packet in _packets(Path(path), container, *([video] if sound is None else [video, sound])):
+            if packet.size and packet.stream.index == video.index:
+                frames += 1
+            elif packet.size and packet.pts is not None:
+                sound_end_s = max(sound_end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        fps = float(video.average_rate or video.base_rate or 0)
+        return {
+            "frames": frames,
+            "width": video.width,
+            "height": video.height,
+            "fps": fps,
+            "duration_s": frames / fps if fps else 0.0,
+            "has_audio": sound is not None,
+            "audio_duration_s": sound_end_s,
+        }
+
+
+def read_frames(path: str | os.PathLike[str]) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a video in order, one at a time, each uint8 [H, W, 3] RGB.
+
+    Of a file that was cut, the frames before the cut come, then a warning.
+
+    Raises:
+        InputError: missing, not a video, or no frame of it decodes.
+    """
+    count = 0
+    with _open_video(Path(path)) as container:
+        try:
+            for packet in _packets(Path(path), container, container.streams.video[0]):
+                for frame in packet.decode():
+                    count += 1
+                    yield frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, InputError) as error:
+            if count == 0:
+                raise InputError(f"video {path} does not decode ({error}): expected a whole video") from error
+            logger.warning("video %s breaks off after %d frames (%s)", path, count, error)
+
+
+def _open_video(path: Path) -> InputContainer:
+    if not path.is_file():
+        raise InputError(f"video {path} is not a file: expected a video; check the path")
+    try:
+        container = av.open(
+            f"file:{path.absolute()}", options={"format_whitelist": _DEMUXERS}, metadata_errors="replace"
+        )
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"video {path} cannot be read ({error.strerror}): expected an MP4; check the file") from error
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"video {path} has no picture: expected a video; choose another file")
+    return container
+
+
+def _packets(path: Path, container: InputContainer, *streams: Any) -> Iterator[Any]:
+    try:
+        yield from container.demux(*streams)
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"video {path} breaks off ({error.strerror}): expected a whole file") from error
+
+
+def _check_target(path: Path) -> Path:
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"output {path} ends in {path.suffix or 'nothing'!r}: expected .mp4; rename it")
+    if not path.parent.is_dir():
+        raise InputError(f"output folder {path.parent} does not exist: expected a folder; create it first")
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: expected the name of a file; choose another")
+    return path
+
+
+def _add_video(container: OutputContainer, height: int, width: int, fps: int) -> VideoStream:
+    stream: VideoStream = container.add_stream("libx264", rate=fps, options=_X264)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    context = stream.codec_context
+    context.gop_size = fps  # a key frame at least once a second
+    context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
+    # BT.709, limited range, said in the file: untagged, players guess by the size.
+    context.colorspace = context.color_primaries = context.color_trc = 1
+    context.color_range = 1
+    return stream
+
+
+def _add_audio(container: OutputContainer, track: AudioTrack) -> AudioStream:
+    stream: AudioStream = container.add_stream("aac", rate=track.rate_hz, layout=track.layout)
+    stream.bit_rate = _AAC_BITS_A_CHANNEL * stream.layout.nb_channels
+    return stream

@@ -1,0 +1,59 @@
+"""The progress bar on stderr: clip, block, frames a second, time left and memory."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowvram.recorder import Recorder
+
+
+class RunProgress:
+    """Context manager around a run; ``update`` after each block. Does nothing when not enabled."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} frames"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task("encoding portrait, voice and prompt", total=1, speed="", memory=memory())
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, recorder: Recorder) -> None:
+        last = recorder.blocks[-1]
+        done = sum(block.frames for block in recorder.blocks)
+        seconds = last.denoise_s + last.decode_s
+        self._progress.update(
+            self._task,
+            description=f"clip {last.clip + 1} block {last.block + 1}",
+            completed=done,
+            total=recorder.total_frames,
+            speed=f"{last.frames / seconds:.2f} frames/s",
+            memory=memory(),
+        )
+
+
+def memory() -> str:
+    """Memory in use now, for a person to read."""
+    text = f"RSS {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
+    if torch.cuda.is_available():
+        text += f", VRAM {torch.cuda.memory_reserved() / 2**30:.2f} GiB"
+    return text

@@ -1,0 +1,98 @@
+"""From an artifact to models: construct on ``meta``, swap in 8-bit layers as the metadata says, bind the tensors."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.modules import Attention, swap_conv, swap_linear
+from lowvram_models.attention import CrossAttention
+from lowvram_models.config import DiTConfig
+from lowvram_models.dit import CausalDiT
+from lowvram_quantize.format import Component
+from torch import nn
+
+Tensor = torch.Tensor
+log = logging.getLogger(__name__)
+
+STORAGE = {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "int8_weight_only": torch.int8,
+    "fp8_weight_only": torch.float8_e4m3fn,
+}
+
+
+def build_dit(component: Component) -> CausalDiT:
+    """The DiT without weights (on ``meta``), its quantized layers and the attention dispatcher swapped in."""
+    with torch.device("meta"):
+        dit = CausalDiT(_dit_config(component.config))
+    swap_quantized(dit, component)
+    for module in dit.modules():
+        if isinstance(module, CrossAttention):
+            module.attention = Attention()
+    return dit.eval().requires_grad_(False)
+
+
+def _dit_config(values: dict[str, Any]) -> DiTConfig:
+    try:
+        return DiTConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"the artifact's DiT configuration cannot be used: {error}") from error
+
+
+def swap_quantized(model: nn.Module, component: Component) -> None:
+    """Replace every layer whose weight the artifact holds in 8 bit."""
+    for name in component.tensor_names:
+        dtype = STORAGE.get(component.tensor_scheme(name))
+        if dtype is None or not name.endswith(".weight"):
+            continue
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            swap_linear(model, path, dtype)
+        else:
+            swap_conv(layer, dtype)
+
+
+def bind(model: nn.Module, views: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Make ``views`` the model's parameters, without a copy where they already are in the dtype to compute in.
+
+    8-bit weights and their scales are kept as stored; everything else becomes ``dtype``.
+    """
+    for name, tensor in views.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf not in module._parameters:
+            raise CheckpointError(f"the artifact holds {name}, which the model does not have; convert it again")
+        module._parameters[leaf] = nn.Parameter(_computable(name, tensor, dtype), requires_grad=False)
+
+
+def _computable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = tensor.dtype in (torch.int8, torch.float8_e4m3fn) or name.endswith(".weight_scale")
+    return tensor if kept else tensor.to(dtype)
+
+
+def load_slabs(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
+    """Load every slab of a component."""
+    check_complete(model, component)
+    for slab in component.slab_names:
+        bind(model, component.views(slab, component.read_slab(slab).to(device)), dtype)
+
+
+def check_complete(model: nn.Module, component: Component) -> None:
+    """Raises: CheckpointError where the artifact's tensor names are not those of the model."""
+    stored, wanted = set(component.tensor_names), {name for name, _ in model.named_parameters()}
+    if stored != wanted:
+        lacking, beyond = sorted(wanted - stored), sorted(stored - wanted)
+        raise CheckpointError(
+            f"{component.path} lacks {len(lacking)} tensors of the model {lacking[:2]} and has {len(beyond)} that are "
+            f"not its own {beyond[:2]}; convert the checkpoint again with this version"
+        )
+
+
+def load_shared(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
+    """Load what belongs to no single layer: embeddings, head, audio encoder."""
+    bind(model, component.views("shared", component.read_slab("shared").to(device)), dtype)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lowvram_kernels.linear import fp8_weight_only, linear_w8a8, reference_w8a8
+from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.trace import trace_kernels
+
+SHAPES = [(1, 80, 216), (17, 81, 7), (33, 64, 64), (128, 257, 96), (5, 16, 1)]
+DTYPES = [torch.int8, torch.float8_e4m3fn]
+
+
+def make(shape, dtype, seed=0):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
+    q, scale = quantize_rows(w, dtype)
+    return x, w, q, scale[:, 0], torch.randn(n, generator=generator)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_meets_reference(shape, dtype):
+    x, _, q, scale, bias = make(shape, dtype)
+    out = linear_w8a8(x, q, scale, bias)
+    expected = reference_w8a8(x, q, scale, bias)
+    assert (out.double() - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.int8, 0.012), (torch.float8_e4m3fn, 0.045)])
+def test_reference_against_float64(dtype, bound):
+    x, w, q, scale, bias = make((64, 512, 256), dtype)
+    exact = x.double() @ w.double().t() + bias
+    error = (reference_w8a8(x, q, scale, bias) - exact).norm() / exact.norm()
+    assert 0 < error < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_leading_dimensions_strides_and_dtypes(dtype, x_dtype):
+    x, _, q, scale, _ = make((24, 48, 40), dtype)
+    strided = x.t().contiguous().t().view(2, 12, 48).to(x_dtype)
+    out = linear_w8a8(strided, q, scale, None)
+    assert out.shape == (2, 12, 40)
+    assert out.dtype is x_dtype
+    expected = reference_w8a8(x.to(x_dtype), q, scale, None)
+    assert (out.view(24, 40).double() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(dtype):
+    _, _, q, scale, bias = make((4, 16, 8), dtype)
+    assert linear_w8a8(torch.empty(0, 16), q, scale, bias).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_give_the_bias_and_nan_stays_visible(dtype):
+    x, _, q, scale, bias = make((4, 16, 8), dtype)
+    x[0] = 0
+    x[1, 3] = float("nan")
+    out = linear_w8a8(x, q, scale, bias)
+    assert torch.equal(out[0], bias)
+    assert out[1].isnan().all()
+    assert out[2:].isfinite().all()
+
+
+def test_bad_operands_are_refused():
+    x, w, q, scale, bias = make((4, 16, 8), torch.int8)
+    with pytest.raises(TypeError, match="int8 or float8"):
+        linear_w8a8(x, w, scale, bias)
+    with pytest.raises(TypeError, match="quantizes float32"):
+        linear_w8a8(x.int(), q, scale, bias)
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_w8a8(x[:, :8], q, scale, bias)
+    with pytest.raises(ValueError, match="one for each output channel"):
+        linear_w8a8(x, q, scale[:4], bias)
+
+
+def test_trace_names_the_kernel():
+    x, _, q, scale, bias = make((4, 16, 8), torch.int8)
+    with trace_kernels() as counts:
+        linear_w8a8(x, q, scale, bias)
+        linear_w8a8(x, q, scale, bias)
+    assert counts == {("linear_w8a8", "int8: torch._int_mm"): 2}
+
+
+def test_weight_only_fp8_is_close_to_the_full_product():
+    x, w, q, scale, bias = make((16, 128, 32), torch.float8_e4m3fn)
+    exact = x.double() @ w.double().t() + bias
+    assert (fp8_weight_only(x, q, scale, bias) - exact).norm() / exact.norm() < 0.04
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("shape", [(1, 128, 256), (300, 256, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_meets_reference_on_a_gpu(shape, dtype):
+    x, _, q, scale, bias = make(shape, dtype)
+    out = linear_w8a8(x.cuda().bfloat16(), q.cuda(), scale.cuda(), bias.cuda())
+    expected = reference_w8a8(x.bfloat16(), q, scale, bias)
+    assert (out.cpu().double() - expected).norm() / expected.norm() < 1e-2
