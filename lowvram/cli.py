@@ -5,19 +5,22 @@ Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from lowvram_kernels.errors import LowvramError
 from rich.console import Console
 from rich.logging import RichHandler
+
+from lowvram_kernels.errors import InputError, LowvramError
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 FILE = click.Path(path_type=Path)
@@ -82,9 +85,8 @@ def main(verbose: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out.")
 def convert(**options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
-    from lowvram_quantize.convert import convert as run
-
     from lowvram.progress import ByteProgress
+    from lowvram_quantize.convert import convert as run
 
     if options["lora"] is None:
         logging.getLogger(__name__).warning(
@@ -168,6 +170,89 @@ def make_request(options: dict[str, Any]) -> Any:
         cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
         online_decode=options["enable_online_decode"],
     )
+
+
+@main.command(context_settings=SETTINGS)
+@click.argument("a", type=FILE, required=False)
+@click.argument("b", type=FILE, required=False)
+@click.option("--model", type=FILE, help="Artifact to run, instead of naming A.")
+@click.option("--baseline", type=FILE, help="Artifact to run as the baseline, instead of naming B.")
+@click.option("--image", type=FILE, help="Portrait, with --model.")
+@click.option("--audio", type=FILE, help="Voice, with --model.")
+@click.option("--prompt", help="What is to be seen, with --model.")
+@click.option("--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model.")
+@request_options
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+@click.option("--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30.")
+def compare(
+    a: Path | None, b: Path | None, as_json: bool, fail_under: tuple[str, ...], out_dir: Path | None, **options: Any
+) -> None:
+    """Compare A with the baseline B: reports, dumped tensors or videos made from the same seed.
+
+    With --model and --baseline both are run first, on the same portrait, voice, prompt and settings.
+    """
+    from lowvram.compare import compare as run
+    from lowvram.compare import parse_fail_under
+
+    bounds = parse_fail_under(fail_under)
+    if options["model"] is not None or options["baseline"] is not None:
+        refuse_both_ways(a, b, options)
+        with contextlib.ExitStack() as stack:
+            folder = out_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowvram-compare-")))
+            result = run(*run_both(folder, options))
+    elif a is None or b is None:
+        raise click.UsageError("give two files to compare, or --model and --baseline to run both")
+    else:
+        result = run(a, b)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
+    else:
+        result.to_table(Console())
+    if missed := result.check(bounds):
+        fail("; ".join(missed), 1)
+
+
+def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) -> None:
+    needed = ("model", "baseline", "image", "audio", "prompt")
+    if missing := [f"--{name}" for name in needed if options[name] is None]:
+        raise click.UsageError(f"to run both, {', '.join(missing)} is missing")
+    if a is not None or b is not None:
+        raise click.UsageError("give either two files, or --model and --baseline; not both")
+
+
+def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
+    """Run the model and the baseline into ``folder``; return their reports."""
+    from lowvram.infer import Outputs
+    from lowvram.infer import infer as run
+
+    if not folder.is_dir():
+        raise InputError(f"--out-dir is {folder}, which is no folder; make it first")
+    request = make_request(options)
+    reports = []
+    for name in ("model", "baseline"):
+        outputs = Outputs(
+            video=folder / f"{name}.mp4",
+            dump_tensors=folder / f"{name}.safetensors",
+            report=folder / f"{name}.json",
+        )
+        run(open_pipeline(options[name], options), request, outputs)
+        reports.append(folder / f"{name}.json")
+    return reports[0], reports[1]
+
+
+@main.command(context_settings=SETTINGS)
+@click.option("--out-dir", type=FILE, default=Path("demo-out"), help="Folder for the tiny model and the videos.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+def demo(out_dir: Path, device: str) -> None:
+    """Run the whole job on a tiny random model: convert to int8 and bf16, infer both, compare."""
+    from lowvram.compare import compare as compare_runs
+    from lowvram.demo import run_demo
+
+    run_demo(out_dir, device=device)
+    result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
+    result.to_table(Console())
+    click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
+    click.echo(out_dir / "int8.mp4")
 
 
 if __name__ == "__main__":

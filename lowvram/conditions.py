@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import torch
-from lowvram_models.audio_encoder import audio_embedding, extract_features
-from lowvram_models.text_encoder import encode_prompt
-from lowvram_models.vae import StreamingVAE
-from lowvram_quantize.format import Artifact
 
 from lowvram.encoders import load_audio_encoder, load_text_encoder
+from lowvram_models.audio_encoder import audio_embedding, extract_features
+from lowvram_models.text_encoder import encode_prompt, tokenize_prompt
+from lowvram_models.vae import StreamingVAE
+from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 
@@ -33,7 +33,8 @@ def encode_text(
 ) -> tuple[Tensor, Tensor]:
     """Prompt -> (token ids [1, text_len], context [valid tokens, text_dim])."""
     model, tokenizer = load_text_encoder(artifact, device, dtype)
-    return encode_prompt(model, tokenizer, prompt, text_len)
+    ids, _ = tokenize_prompt(tokenizer, prompt, text_len)
+    return ids, encode_prompt(model, tokenizer, prompt, text_len)
 
 
 @torch.inference_mode()
@@ -43,7 +44,7 @@ def encode_audio(artifact: Artifact, speech: np.ndarray, infer_frames: int, devi
     wav2vec2 runs in float32 everywhere: it is small, and its features steer the lips.
     """
     model, do_normalize = load_audio_encoder(artifact, device)
-    hidden = extract_features(model, torch.from_numpy(speech), do_normalize)
+    hidden = extract_features(model, speech, do_normalize=do_normalize)
     return audio_embedding(hidden, infer_frames).cpu()
 
 

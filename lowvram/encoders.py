@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_kernels.errors import CheckpointError
-from lowvram_models.vae import StreamingVAE, build_vae
-from lowvram_quantize.format import Artifact
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import Wav2Vec2Model
 
 from lowvram.weights import load_slabs, swap_quantized
+from lowvram_kernels.errors import CheckpointError
+from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
+from lowvram_models.vae import StreamingVAE, build_vae
+from lowvram_quantize.format import Artifact
 
 log = logging.getLogger(__name__)
 
@@ -32,3 +36,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}; convert the checkpoint again") from error
+
+
+def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Vec2Model, bool]:
+    """wav2vec2 in float32, and whether its input is to be normalised.
+
+    Raises:
+        CheckpointError: a file of the artifact's audio_encoder folder is missing, damaged or of another model.
+    """
+    folder = artifact.path / "audio_encoder"
+    config, preprocessor = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+    try:
+        with torch.device("meta"):
+            model = build_wav2vec2(config)
+        state = wav2vec2_state(load_file(folder / "model.safetensors", device=str(device)))
+        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True, strict=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is no usable wav2vec2: {error}; convert the checkpoint again") from error
+    return model, bool(preprocessor.get("do_normalize", True))

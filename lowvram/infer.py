@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import torch
-from lowvram_kernels.errors import InputError, OutputError
 
 from lowvram.media.video import VideoWriter
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
+from lowvram_kernels.errors import InputError, OutputError
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lowvram_kernels.errors import ConfigError, HardwareError
-from lowvram_kernels.trace import trace_kernels
-from lowvram_models.vae import StreamingDecoder, StreamingVAE
-from lowvram_quantize.format import Artifact
 
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.encoders import load_vae
-from lowvram.media.audio import load_speech
+from lowvram.media.audio import check_duration, load_speech
 from lowvram.media.image import load_portrait, portrait_tensor
 from lowvram.media.sizes import output_size
 from lowvram.recorder import BlockRecord, Recorder
@@ -38,6 +34,10 @@ from lowvram.rollout import (
 )
 from lowvram.stages import StageLog
 from lowvram.weights import build_dit, check_complete, load_shared
+from lowvram_kernels.errors import ConfigError, HardwareError
+from lowvram_kernels.trace import trace_kernels
+from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder, StreamingVAE
+from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -45,9 +45,6 @@ log = logging.getLogger(__name__)
 FPS = 25
 LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
-# The decoder is primed with this many motion latents, and the video's first frames, which repeat them, are dropped.
-PRIMING_LATENTS = 7
-DROPPED_FIRST_FRAMES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,8 @@ def read_inputs(request: Request) -> Inputs:
     Raises:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
-    speech = load_speech(request.audio, min_frames=FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT)
+    speech = load_speech(request.audio)
+    check_duration(speech, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
     image = load_portrait(request.image)
     height, width = output_size(request.size, image.height, image.width)
     return Inputs(request=request, portrait=portrait_tensor(image, height, width), speech=speech)

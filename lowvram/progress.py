@@ -7,7 +7,14 @@ from types import TracebackType
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from lowvram.recorder import Recorder
 
@@ -57,3 +64,30 @@ def memory() -> str:
     if torch.cuda.is_available():
         text += f", VRAM {torch.cuda.memory_reserved() / 2**30:.2f} GiB"
     return text
+
+
+class ByteProgress:
+    """Context manager for ``convert``: bytes of input done, speed and time left, on stderr."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("reading the checkpoint", total=None)
+
+    def __enter__(self) -> ByteProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes, description=what)

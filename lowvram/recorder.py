@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_kernels.errors import OutputError
 from safetensors.torch import save_file
 
 from lowvram.rollout import Block
+from lowvram_kernels.errors import OutputError
 
 Tensor = torch.Tensor
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from lowvram_models.dit import CausalDiT
-from lowvram_quantize.format import Component
 
 from lowvram.weights import bind
+from lowvram_models.dit import CausalDiT
+from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
 

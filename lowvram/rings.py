@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from lowvram_kernels.attention import attention
 from lowvram_models.rope import Rope, apply_rope
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from lowvram_kernels.errors import ConfigError
-from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
-from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
 
 from lowvram.residency import LayerStore
 from lowvram.rings import KVRing, RingMemory, Sink, ring_window
+from lowvram_kernels.errors import ConfigError
+from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)

@@ -6,13 +6,14 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
+
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, swap_conv, swap_linear
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
-from torch import nn
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ its files are read is the caller's affair.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -130,7 +131,7 @@ def _num_buckets(num_features: int) -> int:
 
 def _as_wave(samples: Tensor | np.ndarray, *, do_normalize: bool) -> Tensor:
     """[N] float32 on the CPU; normalised as transformers' ``Wav2Vec2FeatureExtractor`` does."""
-    wave = np.asarray(samples, dtype=np.float32)
+    wave = torch.as_tensor(samples).float().cpu().numpy()
     if wave.ndim != 1:
         raise ValueError(f"audio has shape {list(wave.shape)}; expected one channel [samples]")
     if not np.isfinite(wave).all():
@@ -153,7 +154,7 @@ def _windows(num_features: int, longest: int) -> list[tuple[int, int]]:
     """Cut ``num_features`` into pieces of nearly equal length, none above ``longest``: no short last one."""
     count = math.ceil(num_features / longest)
     edges = [num_features * index // count for index in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _hidden_states(model: Wav2Vec2Model, wave: Tensor) -> Tensor:

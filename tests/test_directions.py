@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"kernels": "lowvram_kernels", "models": "lowvram_models", "quantize": "lowvram_quantize", "lowvram": "lowvram"}
+FOLDERS = {
+    "kernels": "lowvram_kernels",
+    "models": "lowvram_models",
+    "quantize": "lowvram_quantize",
+    "lowvram": "lowvram",
+}
 ALLOWED = {
     "kernels": {"lowvram_kernels"},
     "models": {"lowvram_models"},
@@ -35,7 +40,9 @@ def test_imports_point_one_way(folder: str):
     for path in sorted((ROOT / folder).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         allowed = ALLOWED[folder] | ({"lowvram_quantize"} if name in DOORS else set())
-        wrong += [f"{name} imports {i}" for i in imports(path) if not any((i + ".").startswith(a + ".") for a in allowed)]
+        wrong += [
+            f"{name} imports {i}" for i in imports(path) if not any((i + ".").startswith(a + ".") for a in allowed)
+        ]
     assert not wrong
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
+
 from lowvram.cli import main
 from lowvram.media.sizes import output_size
 from lowvram.residency import Resident
@@ -16,8 +18,6 @@ from lowvram.weights import build_dit, load_shared
 from lowvram_models.audio_encoder import audio_embedding
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact
-from safetensors.torch import load_file
-
 from tests.golden_cases import ROOT, Case, cases, relative_error
 
 pytestmark = pytest.mark.golden

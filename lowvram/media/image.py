@@ -44,7 +44,7 @@ def load_portrait(path: str | os.PathLike[str]) -> Image.Image:
     except UnidentifiedImageError as error:
         raise InputError(f"portrait {file} is not an image: expected JPEG, PNG or WebP; convert it first") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise InputError(f"portrait {file} is damaged ({error}): expected a whole image; copy it again") from error
+        raise InputError(f"portrait {file} cannot be read ({error}): expected a whole image; check the file") from error
 
 
 def _check_size(file: Path, width: int, height: int) -> None:

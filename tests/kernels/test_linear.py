@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lowvram_kernels.linear import fp8_weight_only, linear_w8a8, reference_w8a8
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels

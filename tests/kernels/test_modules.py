@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from lowvram_kernels.modules import QuantizedLinear, swap_conv, swap_linear
 from lowvram_kernels.rows import quantize_rows
-from torch import nn
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lowvram_kernels.rows import QMAX, quantize_rows
 
 

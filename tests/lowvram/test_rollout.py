@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lowvram.rings import KVRing, ring_window
 from lowvram.rollout import blocks_of, clip_noise, cond_rope_distance, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError

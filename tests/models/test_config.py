@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lowvram_models.audio_adapter import AudioEncoder
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT, FramePacker

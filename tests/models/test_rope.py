@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lowvram_models.rope import apply_rope, block_rope, condition_rope, inverse_frequencies, reference_time
 
 
@@ -36,6 +37,8 @@ def test_condition_tokens_and_their_places():
     assert torch.allclose(turned, torch.remainder(expected + torch.pi, 2 * torch.pi) - torch.pi, atol=1e-5)
 
 
-@pytest.mark.parametrize(("frame", "distance", "time"), [(0, 30, 30), (5, 30, 35), (12, 17, 30), (20, 17, 37), (40, 4, 44)])
+@pytest.mark.parametrize(
+    ("frame", "distance", "time"), [(0, 30, 30), (5, 30, 35), (12, 17, 30), (20, 17, 37), (40, 4, 44)]
+)
 def test_reference_moves_with_the_video(frame, distance, time):
     assert reference_time(frame, distance) == time

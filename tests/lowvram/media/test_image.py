@@ -149,6 +149,8 @@ def test_tensor_range_and_layout() -> None:
         ((720, 400), (806, 448), (19, 0)),
         ((333, 336), (448, 452), (0, -158)),
         ((201, 103), (874, 448), (53, 0)),
+        ((448, 769), (448, 769), (0, 0)),
+        ((448, 771), (448, 771), (0, 2)),
     ],
 )
 def test_resize_and_crop_rounding(size: tuple[int, int], resized: tuple[int, int], crop: tuple[int, int]) -> None:

@@ -42,17 +42,12 @@ def test_bounds_are_allowed(text: str) -> None:
     assert output_size(text, 500, 500)[0] % 64 == 0
 
 
-@pytest.mark.parametrize(("height", "width"), [(31, 1), (64, 100_000), (480, 832), (9000, 40), (3000, 5000)])
-def test_area_is_kept_or_refused(height: int, width: int) -> None:
-    try:
-        made = output_size("384*256", height, width)
-    except InputError as error:
-        assert "aspect" in str(error)
-        assert max(height, width) > 100 * min(height, width)
-    else:
-        assert made[0] * made[1] <= 384 * 256
-        assert min(made) >= 64
-        assert made[0] % 64 == made[1] % 64 == 0
+@pytest.mark.parametrize(("height", "width"), [(31, 1), (480, 832), (3000, 5000), (40, 6000), (6000, 40), (512, 513)])
+def test_area_is_kept(height: int, width: int) -> None:
+    made = output_size("384*256", height, width)
+    assert made[0] * made[1] <= 384 * 256
+    assert min(made) >= 64
+    assert made[0] % 64 == made[1] % 64 == 0
 
 
 def test_no_scale_fits_a_thread() -> None:
