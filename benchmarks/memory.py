@@ -30,9 +30,7 @@ def main() -> None:
     if options.out:
         options.out.write_text(text + "\n")
     if result["growth"] > 0.05:
-        sys.exit(
-            f"peak RSS grew by {result['growth']:.1%} after the first {MARK_S:.0f} s of video; at most 5 % is allowed"
-        )
+        sys.exit(f"peak RSS grew by {result['growth']:.1%} after the first {MARK_S:.0f} s; at most 5 % is allowed")
 
 
 def measure(folder: Path, seconds: float) -> dict:

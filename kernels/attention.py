@@ -22,5 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             "equal heads and head_dim, and at least one key"
         )
     record("attention", f"{str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention")
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
+    # Four dimensions, because with three the fused backends are passed over and the scores stand in memory as a whole.
+    shape = q.shape
+    q, k, v = (t.reshape(-1, *t.shape[-3:]).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)

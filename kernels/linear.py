@@ -94,10 +94,6 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
     if not x.is_floating_point() or x.dtype is torch.float8_e4m3fn:
         raise TypeError(f"x is {x.dtype}; a W8A8 linear quantizes float32, float16 or bfloat16 itself")
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; expected [..., K] and [N, K]"
-        )
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: [..., K] and [N, K]")
     if scale.shape != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(
-            f"scale {tuple(scale.shape)} and bias must be [{weight.shape[0]}], one for each output channel"
-        )
+        raise ValueError(f"scale {tuple(scale.shape)} and bias have to be [{len(weight)}], one for each output channel")

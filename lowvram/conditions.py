@@ -1,4 +1,4 @@
-"""From a request's files to what the DiT is conditioned on. Each encoder is loaded for its stage and let go after it."""
+"""From a request's files to what the DiT is conditioned on. An encoder is loaded for its stage and let go after it."""
 
 from __future__ import annotations
 

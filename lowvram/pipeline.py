@@ -199,15 +199,16 @@ class AvatarPipeline:
         decoder = self._start_decoder(vae, conditions)
         clips = self._clips(inputs, conditions)
         recorder.started(clips * inputs.request.infer_frames - DROPPED_FIRST_FRAMES)
+        reference = conditions.reference
         waiting: list[tuple[Block, Tensor, float]] = []
         for block in blocks_of(clips, rollout.settings.frames_per_clip):
             if block.clip == 1 and block.offset == 0:
                 # From the second clip on, the first frame that was generated stands for the portrait.
                 with self.stages.stage("prefill_sink"):
-                    rollout.prefill(first_latent, conditions.motion)
+                    rollout.prefill(reference, conditions.motion)
             latent, seconds = self._denoise(rollout, block, conditions, recorder)
             if block.index == 0:
-                first_latent = latent[:, :1]
+                reference = latent[:, :1]
             waiting.append((block, latent, seconds))
             if inputs.request.online_decode or block.last_of_clip:
                 yield from self._decode(decoder, waiting, recorder)

@@ -143,7 +143,7 @@ class CausalDiT(nn.Module):
         missing = self.config.text_len - context_KD.shape[0]
         if missing < 0:
             raise ValueError(
-                f"context has {context_KD.shape[0]} tokens; the model takes {self.config.text_len} at most"
+                f"context has {len(context_KD)} tokens; the model takes {self.config.text_len} at most"
             )
         return self.text_embedding(F.pad(context_KD, (0, 0, 0, missing)))
 

@@ -115,13 +115,16 @@ class VideoWriter:
         self._guard(os.replace, self.partial_path, self.path)
 
     def abort(self) -> None:
-        """Close the partial file so that it plays as far as it goes, and leave it under its partial name."""
+        """Close the partial file so that it plays as far as it goes, and leave it there; without a frame it goes."""
         if self._closed:
             return
         try:
             self._finish()
         except OutputError as error:
             logger.warning("%s: the last frames are lost (%s)", self.partial_path, error)
+        if self.frames_written == 0:
+            self.partial_path.unlink(missing_ok=True)
+            return
         logger.warning("unfinished video left at %s: %d frames", self.partial_path, self.frames_written)
 
     def __enter__(self) -> "VideoWriter":

@@ -1,0 +1,58 @@
+"""A tiny model for every test that needs one, made once a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.pipeline import Request
+from lowvram_quantize.convert import convert
+from lowvram_quantize.synthetic import write_checkpoint
+
+torch.set_num_threads(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """Folders of a tiny checkpoint and its artifacts, a portrait and a second of voice."""
+
+    root: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "ckpt"
+
+    @property
+    def lora(self) -> Path:
+        return self.checkpoint / "LiveAvatar" / "liveavatar.safetensors"
+
+    @property
+    def portrait(self) -> Path:
+        return self.root / "portrait.png"
+
+    @property
+    def voice(self) -> Path:
+        return self.root / "voice.wav"
+
+    def artifact(self, precision: str) -> Path:
+        path = self.root / precision
+        if not path.exists():
+            convert(self.checkpoint, path, precision=precision, lora=self.lora, lora_alpha=2.0)
+        return path
+
+    def request(self, **changes) -> Request:
+        """Two clips of one and a half blocks each, at the smallest size."""
+        settings = {"size": "128*128", "infer_frames": 16, "num_clip": 2, "sample_steps": 2}
+        return Request(image=self.portrait, audio=self.voice, prompt="A person speaks", **settings | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(root / "ckpt")
+    draw_portrait(128, 128).save(root / "portrait.png")
+    write_wav(root / "voice.wav", synth_voice(1.5), 16000)
+    return Tiny(root)
