@@ -81,18 +81,12 @@ def extract_features(model: Wav2Vec2Model, samples: Tensor | np.ndarray, *, do_n
     """
     wave = _as_wave(samples, do_normalize=do_normalize)
     stride, kernel = _stride_and_kernel(model)
-    num_features = (len(wave) - kernel) // stride + 1
     if len(wave) < kernel:
         raise ValueError(f"audio has {len(wave)} samples; expected at least {kernel}")
     if len(wave) <= WHOLE_FILE_S * SAMPLE_RATE_HZ:
         return _hidden_states(model, wave)
-    hidden = torch.empty(model.config.num_hidden_layers + 1, model.config.hidden_size, num_features)
-    context = CONTEXT_S * SAMPLE_RATE_HZ // stride
-    for start, end in _windows(num_features, WINDOW_S * SAMPLE_RATE_HZ // stride):
-        first, last = max(0, start - context), min(num_features, end + context)
-        window = _hidden_states(model, wave[first * stride : (last - 1) * stride + kernel])
-        hidden[:, :, start:end] = window[:, :, start - first : end - first]
-    return hidden
+    window, context = (seconds * SAMPLE_RATE_HZ // stride for seconds in (WINDOW_S, CONTEXT_S))
+    return _in_windows(model, wave, window=window, context=context)
 
 
 def num_clips(num_features: int, infer_frames: int) -> int:
@@ -150,11 +144,23 @@ def _stride_and_kernel(model: Wav2Vec2Model) -> tuple[int, int]:
     return stride, kernel
 
 
+def _in_windows(model: Wav2Vec2Model, wave: Tensor, *, window: int, context: int) -> Tensor:
+    """Hidden states of [N] samples in windows of at most ``window`` features, with ``context`` more on both sides."""
+    stride, kernel = _stride_and_kernel(model)
+    num_features = (len(wave) - kernel) // stride + 1
+    hidden = torch.empty(model.config.num_hidden_layers + 1, model.config.hidden_size, num_features)
+    for start, end in _windows(num_features, window):
+        first, last = max(0, start - context), min(num_features, end + context)
+        # Exactly the samples that these features see, so there are last - first of them.
+        states = _hidden_states(model, wave[first * stride : (last - 1) * stride + kernel])
+        hidden[:, :, start:end] = states[:, :, start - first : end - first]
+    return hidden
+
+
 def _windows(num_features: int, longest: int) -> list[tuple[int, int]]:
     """Cut ``num_features`` into pieces of nearly equal length, none above ``longest``: no short last one."""
     count = math.ceil(num_features / longest)
-    edges = [num_features * index // count for index in range(count + 1)]
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise(num_features * index // count for index in range(count + 1)))
 
 
 def _hidden_states(model: Wav2Vec2Model, wave: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ class StreamingVAE:
         """Encode one image [3, H, W] shown for ``num_frames`` frames: the latents ``encode`` gives for that video.
 
         The video is never made. Once neither the input nor the cache of a stage changes from chunk to chunk, its
-        output cannot change any more either and the stage is not run again: of 73 frames the costly full-resolution
-        stages compute 25. Nothing is assumed about how far a stage looks back; its cache is compared bit by bit.
+        output cannot change any more either and the stage is not run again: of 73 frames the stages at full and half
+        resolution, which cost most, compute 9 to 25. Nothing is assumed about how far a stage looks back; its cache
+        is compared bit by bit.
 
         Raises ValueError as ``encode`` does.
         """

@@ -69,7 +69,8 @@ class ChannelNorm(wan.WanRMS_norm):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, ...] -> a new tensor of its shape and dtype."""
         if x.device.type == "cpu":
-            norm = x.float().square().sum(dim=1, keepdim=True).sqrt_()
+            # A few channels at a time: no copy of all of x, and each part stays in the cache.
+            norm = sum(part.float().square().sum(dim=1, keepdim=True) for part in x.split(16, dim=1)).sqrt_()
         else:
             norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         factor = norm.clamp_min_(1e-12).reciprocal_().mul_(self.scale)

@@ -1,0 +1,122 @@
+"""How far one result is from another: tensors by relative error and cosine, frames by PSNR and SSIM.
+
+The baseline is always the second argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
+
+from lowvram_kernels.errors import InputError
+
+Tensor = torch.Tensor
+Frame = NDArray[np.uint8]
+
+PEAK = 255.0
+# The Gaussian window of the paper that defines SSIM (Wang et al. 2004): sigma 1.5, 11 px wide.
+_SSIM_SIGMA = 1.5
+_SSIM_WINDOW_PX = 11
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorScore:
+    """``relative_error`` = |a - b| / |b| in the Euclidean norm, ``cosine`` = a . b / (|a| |b|)."""
+
+    name: str
+    relative_error: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameScore:
+    """One frame: ``psnr`` in dB at 8 bits, infinite where the frames are identical; ``ssim`` up to 1."""
+
+    index: int
+    time_s: float
+    psnr: float
+    ssim: float
+
+
+class TensorSums:
+    """Sums in float64 over pieces of a pair of tensors, so that neither has to be in memory as a whole."""
+
+    def __init__(self) -> None:
+        self._aa = self._bb = self._ab = self._dd = 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add a piece, both of the same shape.
+
+        Raises:
+            ValueError: a piece holds NaN or infinity, of which nothing can be said.
+        """
+        a, b = a.reshape(-1).double(), b.reshape(-1).double()
+        difference = a - b
+        self._aa += float(a @ a)
+        self._bb += float(b @ b)
+        self._ab += float(a @ b)
+        self._dd += float(difference @ difference)
+        if not math.isfinite(self._aa + self._bb):
+            raise ValueError("a tensor holds NaN or infinity")
+
+    def merge(self, other: TensorSums) -> None:
+        self._aa += other._aa
+        self._bb += other._bb
+        self._ab += other._ab
+        self._dd += other._dd
+
+    def score(self, name: str) -> TensorScore:
+        """Against a baseline of zeros the error is 0 for zeros and infinite for all else."""
+        if self._dd == 0:
+            return TensorScore(name=name, relative_error=0.0, cosine=1.0)
+        error = math.sqrt(self._dd / self._bb) if self._bb else math.inf
+        norms = math.sqrt(self._aa) * math.sqrt(self._bb)
+        # Rounding may carry a quotient beyond 1 by a few last bits.
+        cosine = max(-1.0, min(1.0, self._ab / norms)) if norms else 0.0
+        return TensorScore(name=name, relative_error=error, cosine=cosine)
+
+
+def psnr(a: Frame, b: Frame) -> float:
+    """Peak signal-to-noise ratio in dB of two frames uint8 [H, W, 3]; infinite for identical ones."""
+    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+    return 10.0 * math.log10(PEAK**2 / error) if error else math.inf
+
+
+def ssim(a: Frame, b: Frame) -> float:
+    """Structural similarity of two frames uint8 [H, W, 3]: Gaussian window, mean of the three channels.
+
+    Raises:
+        InputError: frames smaller than the window.
+    """
+    if min(a.shape[:2]) < _SSIM_WINDOW_PX:
+        raise InputError(f"frames are {a.shape[1]}x{a.shape[0]}; SSIM needs {_SSIM_WINDOW_PX} px each way at least")
+    return float(
+        structural_similarity(
+            a,
+            b,
+            channel_axis=2,
+            data_range=PEAK,
+            gaussian_weights=True,
+            sigma=_SSIM_SIGMA,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def score_frame(index: int, fps: float, a: Frame, b: Frame) -> FrameScore:
+    """Score the frames number ``index``, counted from 0."""
+    if np.array_equal(a, b):
+        return FrameScore(index=index, time_s=index / fps, psnr=math.inf, ssim=1.0)
+    return FrameScore(index=index, time_s=index / fps, psnr=psnr(a, b), ssim=ssim(a, b))
+
+
+def mean_psnr(scores: Iterable[FrameScore]) -> float:
+    """Mean over the frames that differ, as identical ones have no finite value; infinite where none differs."""
+    finite = [score.psnr for score in scores if math.isfinite(score.psnr)]
+    return sum(finite) / len(finite) if finite else math.inf

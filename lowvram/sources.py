@@ -1,0 +1,225 @@
+"""What a comparison reads: dumped tensors, videos and run reports, opened one way and read piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lowvram.media.video import probe, read_frames
+from lowvram.metrics import Frame
+from lowvram_kernels.errors import InputError
+
+Tensor = torch.Tensor
+
+DUMP_FPS = 25.0
+FRAMES = "frames"
+LATENTS = "latents"
+_BLOCK = re.compile(r"latents\.block(\d+)")
+# Elements read at once: 64 MiB in float32.
+_PIECE = 2**24
+
+
+class Dump:
+    """Tensors that a run left, read from the file as they are needed.
+
+    Raises:
+        InputError: no file, or not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        _check_file(path, "dump")
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"dump {path} is no whole safetensors file ({error}): write it again") from error
+        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        self.settings: dict[str, Any] = dict(self._file.metadata() or {})
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor in pieces along its longest dimension; equal shapes give equal pieces."""
+        shape = self.shapes[name]
+        count = math.ceil(math.prod(shape) / _PIECE)
+        if count <= 1:
+            yield self._file.get_tensor(name)
+            return
+        dim = shape.index(max(shape))
+        step = math.ceil(shape[dim] / count)
+        for start in range(0, shape[dim], step):
+            index = (slice(None),) * dim + (slice(start, start + step),)
+            yield self._file.get_slice(name)[index]
+
+    def block_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each block's latent, in order: rows of ``latents``, or every ``latents.block{i}``."""
+        if LATENTS in self.shapes:
+            count, *shape = self.shapes[LATENTS] or (0,)
+            if len(shape) != 4:
+                raise InputError(
+                    f"dump {self.path} has latents of shape {list(self.shapes[LATENTS])}; expected "
+                    "[blocks, 16, latent frames, height, width]"
+                )
+            return [tuple(shape)] * count
+        return [self.shapes[name] for name in self._block_names()]
+
+    def block(self, index: int) -> Tensor:
+        """The latent [16, k, h, w] of one block."""
+        if LATENTS in self.shapes:
+            rows: Tensor = self._file.get_slice(LATENTS)[index : index + 1]
+            return rows[0]
+        latent: Tensor = self._file.get_tensor(self._block_names()[index])
+        return latent
+
+    def other_names(self) -> list[str]:
+        """Names of all tensors that are no latents of blocks."""
+        return sorted(name for name in self.shapes if name != LATENTS and not _BLOCK.fullmatch(name))
+
+    def frames(self) -> Frames | None:
+        """The video's frames, where the dump has them."""
+        if FRAMES not in self.shapes:
+            return None
+        shape = self.shapes[FRAMES]
+        if len(shape) != 4 or shape[0] != 3:
+            raise InputError(f"dump {self.path} has frames of shape {list(shape)}; expected [3, frames, height, width]")
+        return Frames(source=self, count=shape[1], height=shape[2], width=shape[3], fps=DUMP_FPS)
+
+    def read(self) -> Generator[Frame, None, None]:
+        """Each frame as its pixels are written to a video: [-1, 1] to uint8 [H, W, 3]."""
+        for index in range(self.shapes[FRAMES][1]):
+            frame = self._file.get_slice(FRAMES)[:, index : index + 1][:, 0].float()
+            if not frame.isfinite().all():
+                raise InputError(f"dump {self.path} has NaN or infinity in frame {index}: nothing can be compared")
+            pixels = frame.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+            yield pixels.permute(1, 2, 0).numpy()
+
+    def _block_names(self) -> list[str]:
+        numbered = sorted((int(found[1]), name) for name in self.shapes if (found := _BLOCK.fullmatch(name)))
+        if [number for number, _ in numbered] != list(range(len(numbered))):
+            raise InputError(
+                f"dump {self.path} has latents of blocks {[number for number, _ in numbered]}; expected all from 0 on"
+            )
+        return [name for _, name in numbered]
+
+
+class Video:
+    """A video file, decoded as it is read.
+
+    Raises:
+        InputError: no file, or not a video.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        _check_file(path, "video")
+        self._facts = probe(path)
+
+    def frames(self) -> Frames:
+        facts = self._facts
+        fps = float(facts["fps"]) or DUMP_FPS
+        return Frames(source=self, count=facts["frames"], height=facts["height"], width=facts["width"], fps=fps)
+
+    def read(self) -> Generator[Frame, None, None]:
+        yield from read_frames(self.path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frames:
+    """Frames that can be read in order from ``source``; sizes in px."""
+
+    source: Dump | Video
+    count: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Seconds and peak bytes of one stage of a run; None where the report does not say."""
+
+    name: str
+    seconds: float | None
+    peak_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One side of a comparison: what was named, and what it leads to."""
+
+    path: Path
+    dump: Dump | None = None
+    video: Video | None = None
+    settings: dict[str, Any]
+    stages: tuple[Stage, ...] = ()
+
+    def describe(self) -> str:
+        """What it is and what can be compared in it, for a message."""
+        if self.path.suffix.lower() == ".json":
+            kind = "a report"
+        elif self.video:
+            return "a video"
+        else:
+            kind = "a dump"
+        parts = [f"of {', '.join(self.dump.shapes)}"] if self.dump else []
+        return " ".join([kind, *parts, *(["with a video"] if self.video else [])])
+
+
+def open_source(path: Path) -> Source:
+    """Open a dump (.safetensors), a video (.mp4) or a run's report (.json) with the files it names.
+
+    Raises:
+        InputError: another kind of file, no file, or a damaged one.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        dump = Dump(path)
+        return Source(path=path, dump=dump, settings=dump.settings)
+    if suffix == ".mp4":
+        return Source(path=path, video=Video(path), settings={})
+    if suffix == ".json":
+        return _open_report(path)
+    raise InputError(f"{path} cannot be compared: expected .safetensors (a dump), .mp4 or .json (a run's report)")
+
+
+def _open_report(path: Path) -> Source:
+    _check_file(path, "report")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"report {path} cannot be read as JSON ({error}): write it again") from error
+    if not isinstance(report, dict) or not any(report.get(key) for key in ("dump_tensors", "video", "stages")):
+        raise InputError(f"{path} is no run report: expected what --report writes: dump_tensors, video, stages")
+    try:
+        stages = tuple(_stage(entry) for entry in report.get("stages") or [])
+        settings = dict(report.get("settings") or {})
+        dump, video = (path.parent / report[key] if report.get(key) else None for key in ("dump_tensors", "video"))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"report {path} is damaged ({error!r}): run again with --report") from error
+    return Source(
+        path=path,
+        dump=Dump(dump) if dump else None,
+        video=Video(video) if video else None,
+        settings=settings,
+        stages=stages,
+    )
+
+
+def _stage(entry: dict[str, Any]) -> Stage:
+    seconds, peak = entry.get("seconds"), entry.get("peak_bytes")
+    return Stage(
+        name=str(entry["name"]),
+        seconds=None if seconds is None else float(seconds),
+        peak_bytes=None if peak is None else int(peak),
+    )
+
+
+def _check_file(path: Path, kind: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{kind} {path} is not there; check the path, or make it again")

@@ -1,0 +1,325 @@
+"""The artifact on disk: what ``convert`` writes and the runtime maps.
+
+A folder with ``manifest.json``, one plain safetensors file a component, and the copied folders ``audio_encoder/`` and
+``tokenizer/``. In a component's file tensors lie in *slabs*: stretches that can be copied to a device in one piece.
+Every slab starts at a multiple of 4096 bytes of the file, every tensor at a multiple of 16 of its slab; what is left
+between them belongs to tensors named ``__pad__.N``, because safetensors allows no holes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowvram_kernels.errors import CheckpointError
+
+Tensor = torch.Tensor
+
+FORMAT = "lowvram-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SLAB_ALIGNMENT = 4096
+TENSOR_ALIGNMENT = 16
+PAD = "__pad__."
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor in a slab; ``offset`` counts bytes from the slab's start."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slab:
+    """A stretch of a component's file; ``offset`` counts bytes from the start of the data, behind the header."""
+
+    name: str
+    offset: int
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+def align(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def plan_slabs(tensors: dict[str, Sequence[TensorSpec]]) -> list[Slab]:
+    """Lay out slabs in the given order: wide dtypes first inside a slab, padding as tensors of its own."""
+    slabs: list[Slab] = []
+    begin = pads = 0
+    for name, specs in tensors.items():
+        placed: list[TensorSpec] = []
+        end = 0
+
+        def place(spec: TensorSpec, placed: list[TensorSpec] = placed) -> int:
+            placed.append(spec)
+            return spec.offset + spec.nbytes
+
+        def pad(to: int, end: int, placed: list[TensorSpec] = placed) -> int:
+            nonlocal pads
+            if to > end:
+                placed.append(TensorSpec(name=f"{PAD}{pads}", dtype=torch.uint8, shape=(to - end,), offset=end))
+                pads += 1
+            return to
+
+        for spec in sorted(specs, key=lambda s: -s.dtype.itemsize):
+            end = pad(align(end, TENSOR_ALIGNMENT), end)
+            end = place(dataclasses.replace(spec, offset=end))
+        end = pad(align(end, SLAB_ALIGNMENT), end)
+        slabs.append(Slab(name=name, offset=begin, nbytes=end, tensors=tuple(placed)))
+        begin += end
+    return slabs
+
+
+def header_bytes(slabs: Sequence[Slab], metadata: dict[str, str]) -> bytes:
+    """The safetensors header of a plan, padded with spaces so that the data starts at a multiple of 4096 bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for slab in slabs:
+        for spec in slab.tensors:
+            begin = slab.offset + spec.offset
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begin, begin + spec.nbytes],
+            }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(align(8 + len(text), SLAB_ALIGNMENT) - 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header and the offset at which its data starts.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or is shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise CheckpointError(f"{path} is no safetensors file: its header would have {length} bytes of {size}")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has no readable safetensors header ({error}); fetch or convert it again") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(
+            f"{path} has {size} bytes, its header says {expected}: it is "
+            f"{'truncated' if size < expected else 'not what it was'}; fetch or convert it again"
+        )
+    return header, 8 + length
+
+
+def sha256_range(path: Path, offset: int, nbytes: int) -> str:
+    """SHA-256 of a stretch of a file, read in pieces that stay in the processor's cache."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while nbytes > 0:
+            count = file.readinto(buffer[: min(nbytes, len(buffer))])
+            if not count:
+                raise CheckpointError(f"{path} ends {nbytes} bytes before it should; fetch or convert it again")
+            digest.update(buffer[:count])
+            nbytes -= count
+    return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    return sha256_range(path, 0, path.stat().st_size)
+
+
+class Component:
+    """One component's file with what the manifest says of it."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts = path, facts
+        self.config: dict[str, Any] = facts["config"]
+        header, self._data_offset = read_header(path)
+        header.pop("__metadata__", None)
+        self._slabs = {slab.name: slab for slab in _slabs_of(path, header, facts["slabs"])}
+
+    @property
+    def precision(self) -> str:
+        return str(self.facts["precision"])
+
+    @property
+    def slab_names(self) -> list[str]:
+        return list(self._slabs)
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return [spec.name for slab in self._slabs for spec in self.slab_specs(slab)]
+
+    def slab_specs(self, slab: str) -> list[TensorSpec]:
+        """Tensors of a slab without its padding."""
+        return [spec for spec in self._slab(slab).tensors if not spec.name.startswith(PAD)]
+
+    def slab_nbytes(self, slab: str) -> int:
+        return self._slab(slab).nbytes
+
+    def tensor_scheme(self, name: str) -> str:
+        """Scheme of a tensor: "int8", "fp8", "int8_weight_only", ..., or the dtype it is kept in."""
+        return str(self.facts["tensors"].get(name, {}).get("scheme", "kept"))
+
+    def read_slab(self, slab: str, out: Tensor | None = None) -> Tensor:
+        """A slab as uint8 [nbytes]: mapped from the file, or copied to ``out`` (on any device) if that is given."""
+        found = self._slab(slab)
+        mapped = self._mapping[self._data_offset + found.offset :][: found.nbytes]
+        return mapped if out is None else out[: found.nbytes].copy_(mapped)
+
+    def views(self, slab: str, buffer: Tensor) -> dict[str, Tensor]:
+        """The tensors of a slab as views of ``buffer``, which holds the slab's bytes on any device."""
+        return {
+            spec.name: buffer[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+            for spec in self.slab_specs(slab)
+        }
+
+    def verify(self) -> None:
+        """Raises: CheckpointError naming the file and the slab whose bytes are not those that were written."""
+        stretches = [("header", 0, self._data_offset, self.facts["header_sha256"])]
+        for entry in self.facts["slabs"]:
+            slab = self._slab(entry["name"])
+            stretches.append((f"slab {slab.name}", self._data_offset + slab.offset, slab.nbytes, entry["sha256"]))
+        for what, offset, nbytes, expected in stretches:
+            got = sha256_range(self.path, offset, nbytes)
+            if got != expected:
+                raise CheckpointError(
+                    f"{self.path}: {what} has checksum {got[:16]}, the manifest says {expected[:16]}: bytes have "
+                    "changed since it was written; convert the checkpoint again"
+                )
+
+    @functools.cached_property
+    def _mapping(self) -> Tensor:
+        return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
+
+    def _slab(self, name: str) -> Slab:
+        if name not in self._slabs:
+            raise CheckpointError(f"{self.path} has no slab {name}; it has {', '.join(self._slabs)}")
+        return self._slabs[name]
+
+
+def _slabs_of(path: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Slab]:
+    tensors = sorted(((e["data_offsets"][0], name, e) for name, e in header.items()), reverse=True)
+    for entry in entries:
+        begin, end = entry["offset"], entry["offset"] + entry["nbytes"]
+        specs = []
+        while tensors and tensors[-1][0] < end:
+            offset, name, facts = tensors.pop()
+            specs.append(_spec(path, name, facts, offset - begin))
+        yield Slab(name=entry["name"], offset=begin, nbytes=entry["nbytes"], tensors=tuple(specs))
+
+
+def _spec(path: Path, name: str, facts: dict[str, Any], offset: int) -> TensorSpec:
+    if facts["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {', '.join(DTYPES)}")
+    return TensorSpec(name=name, dtype=DTYPES[facts["dtype"]], shape=tuple(facts["shape"]), offset=offset)
+
+
+class Artifact:
+    """A finished artifact; see ``open``."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Artifact:
+        """Read an artifact's manifest and check that its files are there and as long as they should be.
+
+        Args:
+            path: the folder.
+            verify: also read every byte and compare the checksums.
+
+        Raises:
+            CheckpointError: no artifact, an unknown format version, a missing or short file, a changed byte.
+        """
+        path = Path(path)
+        artifact = cls(path, _read_manifest(path))
+        for name in artifact.manifest["components"]:
+            artifact.component(name)
+        for name, facts in artifact.manifest["files"].items():
+            if not (path / name).is_file() or (path / name).stat().st_size != facts["bytes"]:
+                raise CheckpointError(f"{path / name} is missing or not {facts['bytes']} bytes long; convert again")
+        if verify:
+            artifact.verify()
+        return artifact
+
+    def component(self, name: str) -> Component:
+        """Raises: CheckpointError where the artifact was made without this component."""
+        if name not in self._components:
+            raise CheckpointError(
+                f"{self.path} has no {name}; it has {', '.join(self._components)}: convert the checkpoint as a whole"
+            )
+        return self._components[name]
+
+    def precisions(self) -> dict[str, str]:
+        """Component -> precision it was converted to."""
+        return {name: str(facts["precision"]) for name, facts in self.manifest["components"].items()}
+
+    def verify(self) -> None:
+        """Raises: CheckpointError naming the first file whose bytes are not those that were written."""
+        for component in self._components.values():
+            component.verify()
+        for name, facts in self.manifest["files"].items():
+            if sha256_file(self.path / name) != facts["sha256"]:
+                raise CheckpointError(f"{self.path / name} has changed since it was written; convert again")
+
+    @functools.cached_property
+    def _components(self) -> dict[str, Component]:
+        facts = self.manifest["components"]
+        try:
+            return {name: Component(self.path / entry["file"], entry) for name, entry in facts.items()}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path / MANIFEST} is damaged ({error!r}); convert again") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no artifact: it has no {MANIFEST}; make one with lowvram convert")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}; convert again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} does not say format {FORMAT!r}; make an artifact with lowvram convert")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {manifest.get('format_version')!r}; this lowvram reads {FORMAT_VERSION}: "
+            "convert again, or use the lowvram that wrote it"
+        )
+    if not isinstance(manifest.get("components"), dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{file} lists no components; convert again")
+    return manifest
