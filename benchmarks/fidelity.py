@@ -90,7 +90,7 @@ def run(case: Path, folder: Path, name: str, precision: tuple[str, ...]) -> Path
     artifact, dump = folder / f"{name}-artifact", folder / f"{name}.safetensors"
     lora = case / "ckpt" / "LiveAvatar" / "liveavatar.safetensors"
     lowvram(
-        "convert", *precision, "--ckpt-dir", case / "ckpt" / "Wan2.2-S2V-14B", "--out", artifact,
+        "convert", *precision, "--ckpt-dir", case / "ckpt", "--out", artifact,
         "--lora", lora, "--lora-alpha", settings["lora_alpha"],
     )  # fmt: skip
     names = ("size", "infer_frames", "num_clip", "sample_steps", "base_seed", "cond_rope_distance", "prompt")

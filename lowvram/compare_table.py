@@ -24,7 +24,7 @@ _FRAMES_A_ROW = 25
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print latents, tensors, frames and stages, each where there are any, then the summary and the warnings."""
-    console.print(Text(f"{comparison.a} against the baseline {comparison.b}"))
+    console.print(Text(f"{comparison.a} against the baseline {comparison.b}"), soft_wrap=True)
     for title, scores in (("Latents", comparison.blocks), ("Other tensors", comparison.tensors)):
         if scores:
             console.print(_tensor_table(title, scores))
@@ -33,9 +33,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.stages:
         console.print(_stage_table(comparison.stages))
     for line in _summary(comparison):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     for warning in comparison.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
 def _tensor_table(title: str, scores: tuple[TensorScore, ...]) -> Table:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Wav2Vec2Model
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
 
-from lowvram.weights import load_slabs, swap_quantized
+from lowvram.text_linears import swap_text_linears
+from lowvram.weights import bind, load_slabs, swap_quantized
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
+from lowvram_models.text_encoder import build_umt5, load_tokenizer
 from lowvram_models.vae import StreamingVAE, build_vae
 from lowvram_quantize.format import Artifact
 
@@ -36,6 +38,33 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}; convert the checkpoint again") from error
+
+
+def load_text_encoder(
+    artifact: Artifact, device: torch.device, dtype: torch.dtype
+) -> tuple[UMT5EncoderModel, PreTrainedTokenizerFast]:
+    """UMT5's encoder, its Linears dequantized at use where they are quantized, and its tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer's folder or the component is not usable.
+    """
+    component = artifact.component("text_encoder")
+    try:
+        tokenizer = load_tokenizer(artifact.path / "tokenizer")
+    except ValueError as error:
+        raise CheckpointError(f"the artifact's tokenizer cannot be used: {error}") from error
+    with torch.device("meta"):
+        model = build_umt5(**component.config)
+    tensors: dict[str, torch.Tensor] = {}
+    for slab in component.slab_names:
+        tensors |= component.views(slab, component.read_slab(slab).to(device))
+    plain = {name: tensor for name, tensor in tensors.items() if component.tensor_scheme(name) in ("bf16", "fp32")}
+    swap_text_linears(model, component, tensors, dtype)
+    bind(model, plain, dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{component.path} lacks {len(left)} tensors, first {left[0]}; convert again")
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Vec2Model, bool]:

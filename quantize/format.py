@@ -183,6 +183,11 @@ class Component:
     def tensor_names(self) -> list[str]:
         return [spec.name for slab in self._slabs for spec in self.slab_specs(slab)]
 
+    @property
+    def quantized_names(self) -> list[str]:
+        """Weights (by the model's name) that are not kept in a floating-point dtype."""
+        return [name for name in self.facts["tensors"] if self.tensor_scheme(name) not in ("bf16", "fp32")]
+
     def slab_specs(self, slab: str) -> list[TensorSpec]:
         """Tensors of a slab without its padding."""
         return [spec for spec in self._slab(slab).tensors if not spec.name.startswith(PAD)]

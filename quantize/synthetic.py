@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -115,7 +116,7 @@ def write_checkpoint(
             _write_audio_encoder(base, draw, audio_dim)
             save_file(_lora(model, draw, lora_rank), lora / "liveavatar.safetensors", {"format": "pt"})
             _publish(root, (base, lora), {"seed": seed, "lora_rank": lora_rank, **settings})
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
         raise OutputError(f"{root} cannot be written: {error}; choose another folder or free some space") from error
     log.info("wrote a random checkpoint of %d DiT tensors in %s", len(shapes), root)
     return root

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import Wav2Vec2ForCTC
 
-from lowvram_kernels.errors import ConfigError, InputError
+from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_models.config import DiTConfig
-from lowvram_models.text_encoder import load_tokenizer, tokenize_prompt
+from lowvram_models.names import umt5_name
+from lowvram_models.text_encoder import build_umt5, encode_prompt, load_tokenizer, tokenize_prompt
 from lowvram_models.vae import StreamingVAE, build_vae
 from lowvram_quantize.synthetic import write_checkpoint
 from lowvram_quantize.synthetic_encoders import t5_shapes, vae_shapes
@@ -124,6 +125,16 @@ def test_tokenizer_spells_a_usual_prompt_within_the_text_length(checkpoint):
     assert len(tokenizer) == pth(checkpoint, "models_t5_umt5-xxl-enc-bf16.pth")["token_embedding.weight"].shape[0]
 
 
+def test_text_encoder_loads_under_its_library_names(checkpoint):
+    tensors = pth(checkpoint, "models_t5_umt5-xxl-enc-bf16.pth")
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    model = build_umt5(vocab_size=vocabulary, d_model=width, d_ff=2 * width, num_heads=4, num_layers=3)
+    missing, unexpected = model.load_state_dict({umt5_name(n): t.float() for n, t in tensors.items()}, strict=False)
+    assert (missing, unexpected) == (["encoder.embed_tokens.weight"], [])  # the same tensor as shared.weight
+    context = encode_prompt(model, load_tokenizer(checkpoint / BASE / "google" / "umt5-xxl"), "A person speaks", 48)
+    assert 0.3 < context.std() < 3
+
+
 def test_same_seed_same_bytes_and_shards_change_no_value(checkpoint, tmp_path):
     again = write_checkpoint(tmp_path / "again")
     for path in sorted(p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file()):
@@ -160,6 +171,22 @@ def test_a_checkpoint_that_came_from_elsewhere_is_left_alone(tmp_path):
         write_checkpoint(tmp_path)
     assert weights.read_bytes() == b"years of training"
     assert sorted(p.name for p in tmp_path.iterdir()) == [BASE]
+
+
+def test_a_folder_that_cannot_be_made_is_an_output_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_checkpoint(tmp_path / "file" / "root")
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr("lowvram_quantize.synthetic.torch.save", full)
+    with pytest.raises(OutputError, match="no space left"):
+        write_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

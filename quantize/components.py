@@ -1,0 +1,145 @@
+"""The three components that are converted tensor by tensor: what each holds, under which names, in which slabs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowvram_kernels.errors import CheckpointError
+from lowvram_models.config import DiTConfig
+from lowvram_models.dit import CausalDiT
+from lowvram_models.names import SHARED, dit_slab, umt5_name, umt5_slab, vae_names
+from lowvram_models.text_encoder import build_umt5
+from lowvram_models.vae import build_vae
+
+from lowvram_quantize.lora import Lora, open_lora
+from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme
+from lowvram_quantize.source import (
+    TEXT_ENCODER_FILE,
+    VAE_FILE,
+    TensorRef,
+    TensorTable,
+    check_shapes,
+    open_dit,
+    open_pth,
+    read_json,
+)
+
+# What an index or a dictionary may hold beside the encoder itself.
+_T5_EMBEDDING = "token_embedding.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor to convert: ``name`` in the artifact, where it comes from, how and in which slab it is stored."""
+
+    name: str
+    ref: TensorRef
+    scheme: Scheme
+    slab: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A component to convert; ``config`` is what the runtime needs to build its model."""
+
+    name: str
+    precision: str
+    config: dict[str, Any]
+    items: list[Item]
+    lora: Lora | None = None
+
+    @property
+    def source_files(self) -> list[Path]:
+        files = {item.ref.file for item in self.items} | ({self.lora.file} if self.lora else set())
+        return sorted(files)
+
+
+def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float) -> Plan:
+    config_file = base / "config.json"
+    values = read_json(config_file)
+    try:
+        config = DiTConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    with torch.device("meta"):
+        expected = _shapes(CausalDiT(config))
+    table = open_dit(base)
+    check_shapes(table, expected, f"the DiT in {base}")
+    merged = open_lora(lora, lora_alpha, table) if lora else None
+    sources = table | (merged.replaced if merged else {})
+    items = [
+        Item(name, sources[name], dit_scheme(name, precision), dit_slab(name, config.audio_inject_layers))
+        for name in expected
+    ]
+    order = {SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
+    items.sort(key=lambda item: order[item.slab])
+    return Plan("dit", precision, values, items, merged)
+
+
+def plan_vae(base: Path, precision: str) -> Plan:
+    file = base / VAE_FILE
+    published = open_pth(file)
+    names = vae_names(published)
+    table = {names[name]: ref for name, ref in published.items()}
+    first = published.get("encoder.conv1.weight")
+    if first is None or len(first.shape) != 5:
+        raise CheckpointError(f"{file} has no encoder.conv1.weight of 5 dimensions; expected the Wan 2.1 VAE")
+    config = {"base_dim": first.rows}
+    with torch.device("meta"):
+        expected = _shapes(build_vae(**config))
+    check_shapes(table, expected, f"the VAE {file.name}")
+    items = [Item(n, table[n], vae_scheme(n, table[n].shape, precision), SHARED) for n in expected]
+    return Plan("vae", precision, config, items)
+
+
+def plan_text_encoder(base: Path, precision: str) -> Plan:
+    file = base / TEXT_ENCODER_FILE
+    published = open_pth(file)
+    table: TensorTable = {}
+    for name, ref in published.items():
+        ours = umt5_name(name)
+        if ours is None:
+            raise CheckpointError(f"{file} holds {name}, which the UMT5 encoder does not have; fetch the published one")
+        table[ours] = ref
+    config = _umt5_config(file, published)
+    with torch.device("meta"):
+        expected = _shapes(build_umt5(**config))
+    check_shapes(table, expected, f"the text encoder {file.name}")
+    items = [Item(n, table[n], text_encoder_scheme(n, table[n].shape, precision), umt5_slab(n)) for n in expected]
+    items.sort(key=lambda item: -1 if item.slab == SHARED else int(item.slab.removeprefix("block.")))
+    return Plan("text_encoder", precision, config, items)
+
+
+def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
+    """The encoder's widths, which no file states, from the shapes of its first block."""
+    wanted = {
+        "embedding": _T5_EMBEDDING,
+        "query": "blocks.0.attn.q.weight",
+        "gate": "blocks.0.ffn.gate.0.weight",
+        "positions": "blocks.0.pos_embedding.embedding.weight",
+    }
+    missing = [name for name in wanted.values() if len(published[name].shape if name in published else ()) != 2]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; expected the published UMT5-XXL encoder")
+    shape = {key: published[name].shape for key, name in wanted.items()}
+    heads = shape["positions"][1]
+    return {
+        "vocab_size": shape["embedding"][0],
+        "d_model": shape["embedding"][1],
+        "d_ff": shape["gate"][0],
+        "num_heads": heads,
+        "d_kv": shape["query"][0] // heads,
+        "num_layers": 1 + max(int(n.split(".")[1]) for n in published if n.startswith("blocks.")),
+    }
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    # named_parameters and not state_dict: an embedding under two names is stored once.
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+PLANNERS: dict[str, Callable[[Path, str], Plan]] = {"vae": plan_vae, "text_encoder": plan_text_encoder}

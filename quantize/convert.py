@@ -1,0 +1,269 @@
+"""``convert``: a published checkpoint to an artifact, tensor by tensor, in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowvram_kernels.errors import ConfigError, InputError, OutputError
+
+from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
+from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER, copy_audio_encoder, copy_tokenizer
+from lowvram_quantize.format import FORMAT, FORMAT_VERSION, MANIFEST, Slab, TensorSpec, plan_slabs, sha256_file
+from lowvram_quantize.format import sha256_range as sha256_range
+from lowvram_quantize.source import find_base
+from lowvram_quantize.store import stored_specs, write_item
+from lowvram_quantize.writer import SlabWriter, disk_errors, remove_journal
+
+log = logging.getLogger(__name__)
+
+COMPONENTS = ("dit", "vae", "text_encoder", AUDIO_ENCODER, TOKENIZER)
+PRECISIONS = ("int8", "fp8", "bf16", "fp32")
+TEXT_ENCODER_PRECISIONS = (*PRECISIONS, "nf4")
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass
+class _Meter:
+    """Input bytes done, told to whoever shows progress."""
+
+    total: int
+    report: Progress | None
+    done: int = 0
+
+    def add(self, nbytes: int, what: str) -> None:
+        self.done += nbytes
+        if self.report is not None:
+            self.report(self.done, self.total, what)
+
+
+def convert(
+    ckpt_dir: str | Path,
+    out: str | Path,
+    *,
+    precision: str = "int8",
+    dit: str | None = None,
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    lora: str | Path | None = None,
+    lora_alpha: float = 64.0,
+    components: Iterable[str] = COMPONENTS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a published checkpoint to an artifact folder and return its path.
+
+    Everything is written to ``<out>.partial``, which becomes ``out`` when it is complete; run again after an
+    interruption, it goes on with the first slab that is not finished. Peak memory is that of a few tensors.
+
+    Args:
+        ckpt_dir: folder of the published checkpoint (Wan2.2-S2V-14B or its parent).
+        out: folder to make; its parent has to exist.
+        precision: int8, fp8, bf16 or fp32, for every component not set apart by ``dit``, ``vae`` or
+            ``text_encoder`` (which also takes nf4).
+        lora: LiveAvatar's safetensors, merged in float32 as ``W += lora_alpha / r * B @ A`` before quantizing.
+        components: which parts to convert; a runtime needs all of them.
+        overwrite: replace a finished artifact.
+        progress: called with input bytes done, input bytes in all and what is being converted.
+
+    Raises:
+        CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
+        ConfigError: an unknown precision or component, or ``out`` exists.
+        InputError: the folder of ``out`` does not exist.
+        OutputError: the disk is full or cannot be written; what is done stays for the next run.
+    """
+    base, out, wanted = find_base(Path(ckpt_dir)), Path(out), tuple(components)
+    chosen = _precisions(precision, dit, vae, text_encoder)
+    _check_components(wanted)
+    _check_target(out, overwrite)
+    plans = _plans(base, wanted, chosen, Path(lora) if lora else None, lora_alpha)
+    partial = out.with_name(out.name + ".partial")
+    with disk_errors(partial, 0):
+        partial.mkdir(exist_ok=True)
+    meter = _Meter(sum(item.ref.nbytes for plan in plans for item in plan.items), progress)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # SHA-256 runs beside the conversion: hashing releases the interpreter.
+        hashes = {file: pool.submit(sha256_file, file) for plan in plans for file in plan.source_files}
+        try:
+            facts = {plan.name: _convert_component(plan, partial, meter) for plan in plans}
+            files = _copy_folders(base, partial, wanted)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        manifest = _manifest(plans, facts, files, hashes, base)
+    _publish(partial, out, manifest)
+    return out
+
+
+def _precisions(default: str, dit: str | None, vae: str | None, text_encoder: str | None) -> dict[str, str]:
+    chosen = {"dit": dit or default, "vae": vae or default, "text_encoder": text_encoder or default}
+    for name, precision in {"default": default, **chosen}.items():
+        known = TEXT_ENCODER_PRECISIONS if name == "text_encoder" else PRECISIONS
+        if precision not in known:
+            raise ConfigError(f"precision of {name} is {precision!r}; expected one of {', '.join(known)}")
+    return chosen
+
+
+def _check_components(wanted: tuple[str, ...]) -> None:
+    if not wanted or set(wanted) - set(COMPONENTS):
+        raise ConfigError(f"components are {list(wanted)}; expected some of {', '.join(COMPONENTS)}")
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{out} cannot be made: the folder {parent} does not exist; create it first")
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ConfigError(f"{out} exists and is no artifact; choose another name for it")
+    if (out / MANIFEST).is_file() and not overwrite:
+        raise ConfigError(f"{out} holds a finished artifact; choose another name, or replace it with --overwrite")
+
+
+def _plans(base: Path, wanted: tuple[str, ...], chosen: dict[str, str], lora: Path | None, alpha: float) -> list[Plan]:
+    plans = [plan_dit(base, chosen["dit"], lora, alpha)] if "dit" in wanted else []
+    return plans + [plan(base, chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
+
+
+def _convert_component(plan: Plan, folder: Path, meter: _Meter) -> dict[str, Any]:
+    """Write one component's file; returns its entry in the manifest."""
+    by_slab: dict[str, list[Item]] = {}
+    for item in plan.items:
+        by_slab.setdefault(item.slab, []).append(item)
+    specs = {slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()}
+    slabs = plan_slabs(specs)
+    path = folder / f"{plan.name}.safetensors"
+    errors: dict[str, float] = {}
+    with SlabWriter(path, slabs, {"format": FORMAT, "component": plan.name}, _fingerprint(plan)) as writer:
+        for slab in slabs:
+            if slab.name not in writer.finished:
+                places = {spec.name: spec for spec in slab.tensors}
+                found = _convert_slab(plan, by_slab[slab.name], slab, places, writer, meter)
+                writer.finish(slab.name, relative_errors=found)
+            else:
+                meter.add(sum(item.ref.nbytes for item in by_slab[slab.name]), f"{plan.name} {slab.name}")
+            errors |= writer.finished[slab.name]["relative_errors"]
+        finished, header_nbytes = writer.finished, writer.header_nbytes
+    return {
+        "file": path.name,
+        "precision": plan.precision,
+        "config": plan.config,
+        "header_sha256": sha256_range(path, 0, header_nbytes),
+        "slabs": [
+            {"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": finished[s.name]["sha256"]}
+            for s in slabs
+        ],
+        "tensors": _tensor_facts(plan, errors),
+    }
+
+
+def _convert_slab(
+    plan: Plan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
+) -> dict[str, float]:
+    errors = {}
+    for item in items:
+        delta = plan.lora.deltas.get(item.name) if plan.lora else None
+        error = write_item(item, delta, lambda name, start, values: writer.write(slab.name, places[name].offset + start, values))
+        if error is not None:
+            errors[item.name] = error
+        meter.add(item.ref.nbytes, f"{plan.name} {slab.name}")
+    return errors
+
+
+def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+    facts: dict[str, dict[str, Any]] = {}
+    for item in plan.items:
+        facts[item.name] = {"scheme": item.scheme.name}
+        if item.name in errors:
+            facts[item.name]["relative_error"] = errors[item.name]
+    return facts
+
+
+def _fingerprint(plan: Plan) -> str:
+    """Everything that decides a component's bytes, short of reading them."""
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
+    schemes = [[item.name, item.scheme.name, str(item.ref.dtype), item.ref.shape] for item in plan.items]
+    lora = [plan.lora.alpha, sorted(plan.lora.deltas)] if plan.lora else None
+    text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, lora, _versions()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _copy_folders(base: Path, folder: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    copied: list[Path] = []
+    with disk_errors(folder, 0):
+        if AUDIO_ENCODER in wanted:
+            copied += copy_audio_encoder(base, folder)
+        if TOKENIZER in wanted:
+            copied += copy_tokenizer(base, folder)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in copied
+    }
+
+
+def _manifest(
+    plans: list[Plan],
+    facts: dict[str, dict[str, Any]],
+    files: dict[str, dict[str, Any]],
+    hashes: dict[Path, Future[str]],
+    base: Path,
+) -> dict[str, Any]:
+    lora = next((plan.lora for plan in plans if plan.lora), None)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "lowvram": version("lowvram"),
+        "libraries": _versions(),
+        "components": facts,
+        "files": files,
+        "sources": [
+            {"file": os.path.relpath(file, base), "bytes": file.stat().st_size, "sha256": digest.result()}
+            for file, digest in sorted(hashes.items())
+        ],
+        "lora": lora.summary() | {"sha256": hashes[lora.file].result()} if lora else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest last, then give the whole folder its name."""
+    with disk_errors(partial, 0):
+        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        for component in manifest["components"].values():
+            remove_journal(partial / component["file"])
+        if out.exists():
+            replaced = out.with_name(out.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+            partial.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(out)
+
+
+__all__ = ["COMPONENTS", "OutputError", "convert"]

@@ -1,0 +1,108 @@
+"""One tensor from its source into the artifact: read a few rows, merge the LoRA, quantize, write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lowvram_quantize.components import Item
+from lowvram_quantize.format import TensorSpec
+from lowvram_quantize.lora import Delta
+from lowvram_quantize.schemes import CHUNK_VALUES, not_finite, quantize_chunk
+
+Tensor = torch.Tensor
+# Writes values at a byte offset of the stored tensor of that name.
+Write = Callable[[str, int, Tensor], None]
+
+NF4_BLOCK = 64
+
+
+def stored_specs(item: Item) -> list[TensorSpec]:
+    """What an item is stored as: its values and, quantized, their scales."""
+    name, shape, scheme = item.name, item.ref.shape, item.scheme
+    if scheme.kind == "kept":
+        return [TensorSpec(name=name, dtype=scheme.dtype, shape=shape)]
+    if scheme.kind == "rows":
+        return [
+            TensorSpec(name=name, dtype=scheme.dtype, shape=shape),
+            TensorSpec(name=f"{name}_scale", dtype=torch.float32, shape=shape[:1]),
+        ]
+    if scheme.kind == "quanto":
+        return [
+            TensorSpec(name=f"{name}._data", dtype=scheme.dtype, shape=shape),
+            TensorSpec(name=f"{name}._scale", dtype=torch.float32, shape=(shape[0], 1)),
+        ]
+    values = math.prod(shape)
+    return [
+        TensorSpec(name=name, dtype=torch.uint8, shape=(-(-values // 2), 1)),
+        TensorSpec(name=f"{name}.absmax", dtype=torch.float32, shape=(-(-values // NF4_BLOCK),)),
+    ]
+
+
+def write_item(item: Item, delta: Delta | None, write: Write) -> float | None:
+    """Convert and write one tensor; returns its relative error (norm) where it was quantized.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or the source cannot be read.
+        OutputError: from ``write``.
+    """
+    if item.scheme.kind == "kept":
+        _write_kept(item, delta, write)
+        return None
+    if item.scheme.kind == "nf4":
+        return _write_nf4(item, write)
+    data, scale = (spec.name for spec in stored_specs(item))
+    return _write_rows(item, delta, write, data, scale)
+
+
+def _write_kept(item: Item, delta: Delta | None, write: Write) -> None:
+    itemsize = item.scheme.dtype.itemsize
+    done = 0
+    for chunk in _chunks(item, delta):
+        if not torch.isfinite(chunk).all():
+            raise not_finite(item.name)
+        write(item.name, done * itemsize, chunk.to(item.scheme.dtype))
+        done += chunk.numel()
+
+
+def _write_rows(item: Item, delta: Delta | None, write: Write, data: str, scale: str) -> float:
+    scales = torch.empty(item.ref.rows)
+    row = done = 0
+    off = size = 0.0
+    for chunk in _chunks(item, delta, float32=True):
+        q, scales[row : row + len(chunk)], chunk_off, chunk_size = quantize_chunk(chunk, item.scheme.dtype, item.name)
+        write(data, done, q)
+        row, done = row + len(chunk), done + q.numel()
+        off, size = off + chunk_off, size + chunk_size
+    write(scale, 0, scales)
+    return math.sqrt(off / size) if size else 0.0
+
+
+def _write_nf4(item: Item, write: Write) -> float:
+    # 4-bit blocks run across rows, so the tensor is taken as a whole: 0.17 GB in float32 for the largest.
+    from bitsandbytes import functional as bnb
+
+    weight = item.ref.read().float()
+    if not torch.isfinite(weight).all():
+        raise not_finite(item.name)
+    packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
+    write(item.name, 0, packed)
+    write(f"{item.name}.absmax", 0, state.absmax.float())
+    error = bnb.dequantize_4bit(packed, state).float().view_as(weight).sub_(weight).norm() / weight.norm()
+    return float(error.nan_to_num())
+
+
+def _chunks(item: Item, delta: Delta | None, *, float32: bool = False):  # type: ignore[no-untyped-def]
+    """Rows of the merged weight, about CHUNK_VALUES values at a time: [rows, width], float32 if merged or asked for."""
+    ref = item.ref
+    width = math.prod(ref.shape[1:])
+    step = max(1, CHUNK_VALUES // max(width, 1))
+    factors = delta.load() if delta else None
+    for start in range(0, ref.rows, step):
+        chunk = ref.read_rows(start, min(step, ref.rows - start))
+        if factors is not None:
+            b, a = factors
+            chunk = torch.addmm(chunk.float(), b[start : start + len(chunk)], a)
+        yield chunk.float() if float32 else chunk
