@@ -6,14 +6,17 @@ Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Libraries below look for files on a hub when asked in the wrong way; a run of ours has all it needs on the disk.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
@@ -69,12 +72,14 @@ def main(verbose: bool) -> None:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=verbose)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    # It warns at import that it found no kernels to download, on processors with AVX512-BF16; nothing here wants them.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("lowvram", "lowvram_quantize", "lowvram_kernels", "lowvram_models"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 @main.command(context_settings=SETTINGS)
-@click.option("--ckpt-dir", type=FILE, required=True, help="Folder of the published Wan2.2-S2V-14B checkpoint.")
+@click.option("--ckpt-dir", type=FILE, required=True, help="The published Wan2.2-S2V-14B folder, or its parent.")
 @click.option("--lora", type=FILE, help="LiveAvatar's liveavatar.safetensors; merged in float32 before quantizing.")
 @click.option("--lora-alpha", type=float, default=64.0, help="The LoRA's alpha.")
 @click.option("--out", type=FILE, required=True, help="Folder to make.")
@@ -111,7 +116,7 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say what to make: shared by ``infer`` and ``compare --model``."""
-    options = [
+    options: list[Callable[..., Any]] = [
         click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
         click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
         click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
@@ -128,7 +133,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--offload-kv-cache", False, "Keep the KV rings in host memory."),
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
     ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @main.command(context_settings=SETTINGS)

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lowvram.residency import LayerStore
 from lowvram.rings import KVRing, RingMemory, Sink, ring_window
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.dit import CausalDiT, LayerInputs
 from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
 
 Tensor = torch.Tensor
@@ -112,7 +113,8 @@ class Rollout:
     ):
         self.dit, self.layers, self.settings = dit, layers, settings
         self.dtype, self.device, self.on_prediction = dtype, device, on_prediction
-        self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
+        self.scheduler = scheduler
         self.scheduler.set_timesteps(settings.sample_steps)
         self.times = [self.dit.embed_time(float(t)) for t in self.scheduler.timesteps]
         self.zero_time = self.dit.embed_time(0.0)
@@ -140,8 +142,8 @@ class Rollout:
     @torch.inference_mode()
     def prefill(self, reference_C1hw: Tensor, motion_CFhw: Tensor) -> None:
         """Fill the sink from reference [C, 1, h, w] and motion latents [C, 19, h, w]; replaces what it held."""
-        to = {"device": self.device, "dtype": self.dtype}
-        x = self.dit.embed_conditions(reference_C1hw.to(**to), motion_CFhw.to(**to))
+        reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
+        x = self.dit.embed_conditions(reference, motion)
         rope = condition_rope(*self.grid, self.dit.config.head_dim).to(self.device)
         inputs = LayerInputs(time=self.zero_time, text=self.text, rope=rope, frames=1)
         sink = Sink()
@@ -202,4 +204,4 @@ class Rollout:
         return {"kv_rings": sum(ring.nbytes() for ring in self.rings), "sink": self.sink.nbytes()}
 
 
-__all__ = ["Block", "Rollout", "RolloutSettings", "TimeEmbedding", "blocks_of", "clip_noise", "latent_frames_per_clip"]
+__all__ = ["Block", "Rollout", "RolloutSettings", "blocks_of", "clip_noise", "latent_frames_per_clip"]

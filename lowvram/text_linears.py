@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lowvram_quantize.format import Component
 from torch import nn
+
+from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
 
@@ -43,7 +44,7 @@ def _quanto(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.
 
 def _nf4(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
     from bitsandbytes import functional as bnb
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     packed = tensors[name]
     state = bnb.QuantState(

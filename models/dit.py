@@ -142,9 +142,7 @@ class CausalDiT(nn.Module):
         """[tokens, text_dim] -> [text_len, D]. The padding is embedded and attended to: the model was trained so."""
         missing = self.config.text_len - context_KD.shape[0]
         if missing < 0:
-            raise ValueError(
-                f"context has {len(context_KD)} tokens; the model takes {self.config.text_len} at most"
-            )
+            raise ValueError(f"context has {len(context_KD)} tokens; the model takes {self.config.text_len} at most")
         return self.text_embedding(F.pad(context_KD, (0, 0, 0, missing)))
 
     def embed_audio(self, audio_ASCT: Tensor) -> AudioTokens:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, dit_slab, umt5_name, umt5_slab, vae_names
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
-
 from lowvram_quantize.lora import Lora, open_lora
 from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme
 from lowvram_quantize.source import (

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
-
 from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER, copy_audio_encoder, copy_tokenizer
 from lowvram_quantize.format import FORMAT, FORMAT_VERSION, MANIFEST, Slab, TensorSpec, plan_slabs, sha256_file
@@ -175,7 +174,9 @@ def _convert_slab(
     errors = {}
     for item in items:
         delta = plan.lora.deltas.get(item.name) if plan.lora else None
-        error = write_item(item, delta, lambda name, start, values: writer.write(slab.name, places[name].offset + start, values))
+        error = write_item(
+            item, delta, lambda name, start, values: writer.write(slab.name, places[name].offset + start, values)
+        )
         if error is not None:
             errors[item.name] = error
         meter.add(item.ref.nbytes, f"{plan.name} {slab.name}")

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from lowvram_kernels.errors import CheckpointError
 from safetensors.torch import save_file
 
+from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, TOKENIZER_FOLDER, open_pth, open_safetensors, read_json
 
 AUDIO_ENCODER = "audio_encoder"

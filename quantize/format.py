@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lowvram_kernels.errors import CheckpointError
 
 Tensor = torch.Tensor
@@ -132,7 +133,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has no readable safetensors header ({error}); fetch or convert it again") from error
+        raise CheckpointError(
+            f"{path} has no readable safetensors header ({error}); fetch or convert it again"
+        ) from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise CheckpointError(

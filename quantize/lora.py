@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowvram_kernels.errors import CheckpointError
 
+from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.source import TensorRef, TensorTable, open_safetensors
 
 Tensor = torch.Tensor

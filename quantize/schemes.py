@@ -10,6 +10,7 @@ import dataclasses
 import re
 
 import torch
+
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.rows import QMAX
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lowvram_kernels.errors import CheckpointError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.format import DTYPES, read_header
 
 Tensor = torch.Tensor
@@ -159,7 +159,7 @@ def open_pth(path: Path) -> TensorTable:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"{path} is no plain dictionary of tensors ({reason}); nothing in a file is executed: fetch the published one"
+            f"{path} is no plain dictionary of tensors ({reason}); nothing in a file is run: fetch the published one"
         ) from error
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of names to tensors")

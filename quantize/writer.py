@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from lowvram_kernels.errors import OutputError
 
+from lowvram_kernels.errors import OutputError
 from lowvram_quantize.format import Slab, header_bytes, sha256_range
 
 Tensor = torch.Tensor
@@ -34,7 +34,7 @@ def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         advice = "free some space and run again: it goes on where it was" if full else "check the folder's permissions"
         raise OutputError(
-            f"{path} could not be written ({error.strerror or error}): {needed_bytes} bytes needed, {free} free; {advice}"
+            f"{path} cannot be written ({error.strerror or error}): {needed_bytes} bytes needed, {free} free; {advice}"
         ) from error
 
 
@@ -90,7 +90,7 @@ class SlabWriter:
         Raises:
             OutputError: the disk is full, or the file cannot be written.
         """
-        raw = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+        raw = memoryview(values.contiguous().flatten().view(torch.uint8).numpy().data)
         with disk_errors(self.path, self.nbytes):
             self._file.seek(len(self._header) + self._slabs[slab].offset + offset)
             while raw.nbytes:

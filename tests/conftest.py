@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.pipeline import Request
 from lowvram_quantize.convert import convert

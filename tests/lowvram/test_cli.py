@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
 from lowvram.cli import main
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.media.video import probe
-from PIL import Image
 
 
 def run(*args) -> Result:

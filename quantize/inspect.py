@@ -1,0 +1,122 @@
+"""What an artifact holds, for a program (``describe``) and for a person (``summary``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.format import Artifact, Component
+
+
+def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
+    slabs and relative weight errors (norm; the worst and the mean of a slab's quantized tensors).
+
+    Args:
+        path: the artifact's folder.
+        verify: read every byte and compare the checksums first; ``verified`` says whether that was done.
+
+    Raises:
+        CheckpointError: no artifact, a damaged one, or one of another format version.
+    """
+    artifact = Artifact.open(path, verify=verify)
+    manifest = artifact.manifest
+    try:
+        return {
+            "path": str(artifact.path),
+            **{key: manifest[key] for key in ("format", "format_version", "lowvram", "libraries")},
+            "verified": verify,
+            "bytes": sum(file.stat().st_size for file in artifact.path.rglob("*") if file.is_file()),
+            "components": {name: _component(artifact.component(name)) for name in artifact.precisions()},
+            "files": {name: facts["bytes"] for name, facts in manifest["files"].items()},
+            "lora": manifest["lora"],
+            "sources": manifest["sources"],
+        }
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{artifact.path}: the manifest lacks {error}; convert the checkpoint again") from error
+
+
+def _component(component: Component) -> dict[str, Any]:
+    facts = component.facts
+    errors = {name: t["relative_error"] for name, t in facts["tensors"].items() if "relative_error" in t}
+    return {
+        "file": facts["file"],
+        "precision": component.precision,
+        "bytes": component.path.stat().st_size,
+        "tensors": len(facts["tensors"]),
+        "schemes": dict(Counter(t["scheme"] for t in facts["tensors"].values())),
+        "config": component.config,
+        "relative_error": _worst(errors),
+        "slabs": [_slab(component, name, errors) for name in component.slab_names],
+        "relative_errors": errors,
+    }
+
+
+def _slab(component: Component, slab: str, errors: dict[str, float]) -> dict[str, Any]:
+    stored = {spec.name.removesuffix("._data") for spec in component.slab_specs(slab)}
+    own = {name: error for name, error in errors.items() if name in stored}
+    return {"name": slab, "bytes": component.slab_nbytes(slab), "relative_error": _worst(own)}
+
+
+def _worst(errors: dict[str, float]) -> dict[str, Any] | None:
+    """None where nothing is quantized."""
+    if not errors:
+        return None
+    worst = max(errors, key=errors.__getitem__)
+    return {"mean": sum(errors.values()) / len(errors), "worst": errors[worst], "worst_tensor": worst}
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """``describe``'s facts as plain text, a line for each component, slab, copied file and source."""
+    libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
+    lines = [
+        f"{facts['path']}: {facts['format']} version {facts['format_version']}, {_size(facts['bytes'])}, "
+        f"checksums {'verified' if facts['verified'] else 'not read (--verify reads them)'}",
+        f"made by lowvram {facts['lowvram']} with {libraries}",
+        _lora_line(facts["lora"]),
+    ]
+    for name, component in facts["components"].items():
+        lines += ["", *_component_lines(name, component)]
+    lines += ["", "copied"] + [f"  {name:<44}{_size(size):>12}" for name, size in facts["files"].items()]
+    lines += ["", "made from"]
+    lines += [f"  {s['file']:<60}{_size(s['bytes']):>12}  sha256 {s['sha256'][:16]}" for s in facts["sources"]]
+    return "\n".join(lines)
+
+
+def _lora_line(lora: dict[str, Any] | None) -> str:
+    if lora is None:
+        return "no LoRA was merged"
+    ranks = ", ".join(map(str, lora["ranks"])) or "none"
+    return (
+        f"LoRA {lora['file']} merged: alpha {lora['alpha']:g}, rank {ranks}, {lora['merged']} layers updated, "
+        f"{lora['replaced']} tensors replaced"
+    )
+
+
+def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
+    schemes = ", ".join(f"{count} {scheme}" for scheme, count in component["schemes"].items())
+    lines = [
+        f"{name}: {component['precision']}, {component['file']}, {_size(component['bytes'])}, "
+        f"{component['tensors']} tensors ({schemes})"
+    ]
+    return lines + [
+        f"  {slab['name']:<44}{_size(slab['bytes']):>12}{_error_text(slab['relative_error'])}"
+        for slab in component["slabs"]
+    ]
+
+
+def _error_text(error: dict[str, Any] | None) -> str:
+    if error is None:
+        return ""
+    return f"  weight error {error['mean']:.2%} mean, {error['worst']:.2%} worst ({error['worst_tensor']})"
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
