@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
 WIDTHS = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "freq_dim": 256, "text_dim": 4096, "audio_dim": 1024}
 LORA_RANK = 128
 BYTES_PER_S_PER_CORE = 0.3e9
@@ -147,7 +146,7 @@ def convert(folder: Path, facts: dict[str, Any], precision: str, *, lora: bool) 
     arguments = [str(folder), precision, str(folder / "lora.safetensors") if lora else ""]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
     )
     if child.returncode:
         sys.exit(f"the measured run failed with exit code {child.returncode}")

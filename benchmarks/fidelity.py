@@ -105,7 +105,7 @@ def run(case: Path, folder: Path, name: str, precision: tuple[str, ...]) -> Path
 
 def lowvram(*arguments: object) -> None:
     command = [sys.executable, "-m", "lowvram", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tempfile.gettempdir(), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed with exit code {done.returncode}:\n{done.stderr}")
 

@@ -1,4 +1,4 @@
-"""Does memory grow with the length of the video? Peak RSS after 10 s and at the end of 60 s, on the tiny model.
+"""Does memory grow with the length of the video? RSS and its peak after 10 s and at the end of 60 s.
 
 python benchmarks/memory.py [--seconds 60] [--out benchmarks/results/memory_cpu.json]
 """
@@ -29,8 +29,9 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-    if result["growth"] > 0.05:
-        sys.exit(f"peak RSS grew by {result['growth']:.1%} after the first {MARK_S:.0f} s; at most 5 % is allowed")
+    grown = max(result["peak_growth"], result["rss_growth"])
+    if grown > 0.05:
+        sys.exit(f"RSS grew by {grown:.1%} after the first {MARK_S:.0f} s; at most 5 % is allowed")
 
 
 def measure(folder: Path, seconds: float) -> dict:
@@ -49,28 +50,29 @@ def measure(folder: Path, seconds: float) -> dict:
     write_wav(folder / "voice.wav", synth_voice(seconds), 16000)
     begin = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=folder
     )
     out, _ = child.communicate()
     if child.returncode:
         sys.exit(f"the measured run failed with exit code {child.returncode}")
     marks = json.loads(out.splitlines()[-1])
     return {
-        "question": "does peak RSS grow with the length of the video?",
+        "question": "does RSS grow with the length of the video?",
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(torch.device("cpu")) | {"cpu_count": psutil.cpu_count()},
         "audio_seconds": seconds,
         "run_seconds": time.perf_counter() - begin,
         **marks,
-        "growth": marks["peak_rss_end_bytes"] / marks["peak_rss_10s_bytes"] - 1,
+        "peak_growth": marks["peak_rss_end_bytes"] / marks["peak_rss_10s_bytes"] - 1,
+        "rss_growth": marks["rss_end_bytes"] / marks["rss_10s_bytes"] - 1,
     }
 
 
 # A process of its own, so that the peak is the run's and nothing else's. Stage peaks reset the mark, so it is read
 # after each block and the highest is kept.
 CHILD = """
-import json, sys
+import json, sys, psutil
 from pathlib import Path
 from lowvram.media.video import VideoWriter
 from lowvram.pipeline import AvatarPipeline, Request
@@ -86,9 +88,10 @@ with VideoWriter(folder / "out.mp4", height=128, width=128, fps=25, audio_path=r
         writer.write(block)
         frames += len(block)
         peak = max(peak, peak_rss_bytes(), *(s.peak_rss_bytes for s in pipeline.stages.stages.values()))
+        rss = psutil.Process().memory_info().rss
         if mark is None and frames >= 250:
-            mark = peak
-print(json.dumps({"frames": frames, "peak_rss_10s_bytes": mark, "peak_rss_end_bytes": peak}))
+            mark = {"peak_rss_10s_bytes": peak, "rss_10s_bytes": rss}
+print(json.dumps({"frames": frames, **mark, "peak_rss_end_bytes": peak, "rss_end_bytes": rss}))
 """
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def plan_vae(base: Path, precision: str) -> Plan:
     table = {names[name]: ref for name, ref in published.items()}
     first = published.get("encoder.conv1.weight")
     if first is None or len(first.shape) != 5:
-        raise CheckpointError(f"{file} has no encoder.conv1.weight of 5 dimensions; expected the Wan 2.1 VAE")
+        raise CheckpointError(f"{file} has no encoder.conv1.weight of 5 dimensions; expected Wan 2.1's VAE: fetch it")
     config = {"base_dim": first.rows}
     with torch.device("meta"):
         expected = _shapes(build_vae(**config))
@@ -122,9 +122,10 @@ def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
         "gate": "blocks.0.ffn.gate.0.weight",
         "positions": "blocks.0.pos_embedding.embedding.weight",
     }
-    missing = [name for name in wanted.values() if len(published[name].shape if name in published else ()) != 2]
+    shapes = {name: published[name].shape if name in published else () for name in wanted.values()}
+    missing = [name for name, shape in shapes.items() if len(shape) != 2 or 0 in shape]
     if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; expected the published UMT5-XXL encoder")
+        raise CheckpointError(f"{file} lacks {missing[0]} as a matrix; expected the UMT5-XXL encoder: fetch it")
     shape = {key: published[name].shape for key, name in wanted.items()}
     heads = shape["positions"][1]
     return {
@@ -133,7 +134,8 @@ def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
         "d_ff": shape["gate"][0],
         "num_heads": heads,
         "d_kv": shape["query"][0] // heads,
-        "num_layers": 1 + max(int(n.split(".")[1]) for n in published if n.startswith("blocks.")),
+        # Counted, so that a number out of line is an unknown name and not a model of that many layers.
+        "num_layers": len({n.split(".")[1] for n in published if n.startswith("blocks.")}),
     }
 
 

@@ -21,7 +21,7 @@ from lowvram_quantize.format import FORMAT, FORMAT_VERSION, MANIFEST, Slab, Tens
 from lowvram_quantize.format import sha256_range as sha256_range
 from lowvram_quantize.source import find_base
 from lowvram_quantize.store import stored_specs, write_item
-from lowvram_quantize.writer import SlabWriter, disk_errors, remove_journal
+from lowvram_quantize.writer import SlabWriter, disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ def _check_components(wanted: tuple[str, ...]) -> None:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    if out.name in ("", ".."):
+        raise ConfigError(f"{out} names no folder that can be made; expected one as {out / 'artifact'}")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{out} cannot be made: the folder {parent} does not exist; create it first")
@@ -255,8 +257,7 @@ def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        for component in manifest["components"].values():
-            remove_journal(partial / component["file"])
+        _remove_strays(partial, {MANIFEST, *manifest["files"], *(c["file"] for c in manifest["components"].values())})
         if out.exists():
             replaced = out.with_name(out.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)
@@ -265,6 +266,15 @@ def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
             shutil.rmtree(replaced)
         else:
             partial.rename(out)
+
+
+def _remove_strays(folder: Path, kept: set[str]) -> None:
+    """Remove what the manifest does not list: journals, and what interrupted runs have left."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
 
 
 __all__ = ["COMPONENTS", "OutputError", "convert"]

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.errors import CheckpointError, OutputError
 from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, TOKENIZER_FOLDER, open_pth, open_safetensors, read_json
 
 AUDIO_ENCODER = "audio_encoder"
@@ -27,6 +28,7 @@ def copy_audio_encoder(base: Path, folder: Path) -> list[Path]:
 
     Raises:
         CheckpointError: a file is missing or damaged, or a weight is not finite.
+        OutputError: the disk is full or cannot be written.
     """
     source, target = base / AUDIO_ENCODER_FOLDER, folder / AUDIO_ENCODER
     target.mkdir(exist_ok=True)
@@ -40,8 +42,20 @@ def copy_audio_encoder(base: Path, folder: Path) -> list[Path]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{table[name].file}: {name} holds NaN or infinity; fetch it again")
-    save_file(tensors, target / "model.safetensors")
+    _save(tensors, target / "model.safetensors")
+    shutil.copymode(written[0], target / "model.safetensors")  # the library writes files that only the owner may read
     return [*written, target / "model.safetensors"]
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # also where the system says that the disk is full
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+        raise OutputError(
+            f"{path} could not be written ({' '.join(str(error).split())}): {needed} bytes needed, {free} free; free "
+            "some space or check the folder's permissions, then run again"
+        ) from error
 
 
 def copy_tokenizer(base: Path, folder: Path) -> list[Path]:

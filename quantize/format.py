@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.manifest import check_manifest
 
 Tensor = torch.Tensor
 
@@ -129,12 +130,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise CheckpointError(f"{path} is no safetensors file: its header would have {length} bytes of {size}")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has no readable safetensors header ({error}); fetch or convert it again"
+            f"{path} has no readable safetensors header ({error!r:.160}); fetch or convert it again"
         ) from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -143,6 +144,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             f"{'truncated' if size < expected else 'not what it was'}; fetch or convert it again"
         )
     return header, 8 + length
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a header's tensor ends. Raises ValueError, KeyError or TypeError where that does not describe a tensor."""
+    begin, end = entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in [begin, end, *entry["shape"]]):
+        raise ValueError(f"{entry} describes no tensor")
+    return int(end)
 
 
 def sha256_range(path: Path, offset: int, nbytes: int) -> str:
@@ -307,10 +316,7 @@ class Artifact:
     @functools.cached_property
     def _components(self) -> dict[str, Component]:
         facts = self.manifest["components"]
-        try:
-            return {name: Component(self.path / entry["file"], entry) for name, entry in facts.items()}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path / MANIFEST} is damaged ({error!r}); convert again") from error
+        return {name: Component(self.path / entry["file"], entry) for name, entry in facts.items()}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -328,6 +334,5 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format version {manifest.get('format_version')!r}; this lowvram reads {FORMAT_VERSION}: "
             "convert again, or use the lowvram that wrote it"
         )
-    if not isinstance(manifest.get("components"), dict) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{file} lists no components; convert again")
+    check_manifest(file, manifest)
     return manifest

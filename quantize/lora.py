@@ -64,8 +64,10 @@ def open_lora(path: Path, alpha: float, base: TensorTable) -> Lora:
         target, mark = _target(name)
         if mark is None:
             replaced[target] = ref
+        elif mark in pairs.setdefault(target, {}):
+            raise CheckpointError(f"{path} has two lora_{mark} for {target}; expected one adapter: save it alone")
         else:
-            pairs.setdefault(target, {})[mark] = ref
+            pairs[target][mark] = ref
     _check_targets(path, [*pairs, *replaced], base)
     for target, ref in replaced.items():
         if ref.shape != base[target].shape:
@@ -98,12 +100,14 @@ def _check_targets(path: Path, targets: list[str], base: TensorTable) -> None:
 
 def _delta(path: Path, target: str, pair: dict[str, TensorRef], alpha: float, base: TensorRef) -> Delta:
     if set(pair) != {"A", "B"}:
-        raise CheckpointError(f"{path}: {target} has only lora_{next(iter(pair))}; expected lora_A and lora_B")
+        raise CheckpointError(
+            f"{path}: {target} has only lora_{next(iter(pair))}; expected lora_A and lora_B: fetch it again"
+        )
     a, b = pair["A"], pair["B"]
     fits = len(a.shape) == len(b.shape) == len(base.shape) == 2
-    if not fits or (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1]:
+    if not fits or (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1] or not a.rows:
         raise CheckpointError(
             f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {target} {list(base.shape)}; "
-            "expected [r, in] and [out, r]"
+            "expected [r, in] and [out, r]: use the LoRA that was made for this checkpoint"
         )
     return Delta(a, b, alpha / a.shape[0])

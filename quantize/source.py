@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +110,8 @@ def open_safetensors(path: Path) -> TensorTable:
     table = {}
     for name, facts in header.items():
         if facts["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {', '.join(DTYPES)}")
+            known = ", ".join(DTYPES)
+            raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {known}: fetch it again")
         ref = TensorRef(
             name=name,
             dtype=DTYPES[facts["dtype"]],
@@ -147,29 +148,55 @@ def open_pth(path: Path) -> TensorTable:
     """The tensors of a ``.pth`` dictionary, without loading them.
 
     Raises:
-        CheckpointError: missing, truncated, not a dictionary of dense tensors, or one that would execute code.
+        CheckpointError: missing, truncated, repacked, not a dictionary of dense tensors, or one that would execute
+            code.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is not a .pth of today's form, or is truncated; fetch it again")
     try:
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is not a .pth of today's form, or is truncated; fetch it again")
         with FakeTensorMode():
             loaded = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        records = _stored_records(path)
+    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"{path} is no plain dictionary of tensors ({reason}); nothing in a file is run: fetch the published one"
         ) from error
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of names to tensors")
-    return {str(name): _pth_ref(path, str(name), tensor) for name, tensor in loaded.items()}
+    values = list(loaded.values()) if isinstance(loaded, Mapping) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        inside = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
+        what = f"{type(loaded).__name__} of {inside}" if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise CheckpointError(
+            f"{path} holds a {what}; expected a dictionary of names to tensors: fetch the published file"
+        )
+    return {str(name): _pth_ref(path, str(name), tensor, records) for name, tensor in loaded.items()}
 
 
-def _pth_ref(path: Path, name: str, tensor: Tensor) -> TensorRef:
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None or not tensor.is_contiguous() or tensor.dtype not in DTYPES.values():
+def _stored_records(path: Path) -> dict[int, int]:
+    """Where the uncompressed members of a zip file have their bytes: offset -> number of bytes."""
+    records = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset + 26)
+                name_nbytes, extra_nbytes = struct.unpack("<HH", file.read(4))
+                records[info.header_offset + 30 + name_nbytes + extra_nbytes] = info.file_size
+    return records
+
+
+def _pth_ref(path: Path, name: str, tensor: Tensor, records: dict[int, int]) -> TensorRef:
+    plain = tensor.layout is torch.strided and tensor.dtype in DTYPES.values() and tensor.is_contiguous()
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if plain else None
+    if start is None:
         raise CheckpointError(f"{path}: {name} is no contiguous tensor of a known dtype; fetch the published file")
+    # torch computes the place from its own layout, so in a file that something else has packed it would be wrong.
+    if records.get(start) != tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: the bytes of {name} are not where torch.save puts them: it was packed again by another program; "
+            "fetch the published file"
+        )
     offset = start + tensor.storage_offset() * tensor.element_size()
     return TensorRef(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), file=path, offset=offset)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from lowvram_quantize.components import Item
 from lowvram_quantize.format import TensorSpec
 from lowvram_quantize.lora import Delta
-from lowvram_quantize.schemes import CHUNK_VALUES, not_finite, quantize_chunk
+from lowvram_quantize.schemes import CHUNK_VALUES, all_finite, not_finite, quantize_chunk
 
 Tensor = torch.Tensor
 # Writes values at a byte offset of the stored tensor of that name.
@@ -61,7 +61,7 @@ def _write_kept(item: Item, delta: Delta | None, write: Write) -> None:
     itemsize = item.scheme.dtype.itemsize
     done = 0
     for chunk in _chunks(item, delta):
-        if not torch.isfinite(chunk).all():
+        if not all_finite(chunk):
             raise not_finite(item.name)
         write(item.name, done * itemsize, chunk.to(item.scheme.dtype))
         done += chunk.numel()
@@ -85,7 +85,7 @@ def _write_nf4(item: Item, write: Write) -> float:
     from bitsandbytes import functional as bnb
 
     weight = item.ref.read().float()
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise not_finite(item.name)
     packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
     write(item.name, 0, packed)
@@ -94,7 +94,7 @@ def _write_nf4(item: Item, write: Write) -> float:
     return float(error.nan_to_num())
 
 
-def _chunks(item: Item, delta: Delta | None, *, float32: bool = False):  # type: ignore[no-untyped-def]
+def _chunks(item: Item, delta: Delta | None, *, float32: bool = False) -> Iterator[Tensor]:
     """Rows of the merged weight, about CHUNK_VALUES values at a time: [rows, width], float32 if merged or asked for."""
     ref = item.ref
     width = math.prod(ref.shape[1:])
@@ -104,5 +104,5 @@ def _chunks(item: Item, delta: Delta | None, *, float32: bool = False):  # type:
         chunk = ref.read_rows(start, min(step, ref.rows - start))
         if factors is not None:
             b, a = factors
-            chunk = torch.addmm(chunk.float(), b[start : start + len(chunk)], a)
+            chunk = chunk.float().addmm_(b[start : start + len(chunk)], a)
         yield chunk.float() if float32 else chunk

@@ -51,9 +51,10 @@ class SlabWriter:
         self.nbytes = len(self._header) + sum(slab.nbytes for slab in slabs)
         self.finished: dict[str, dict[str, Any]] = {}
         with disk_errors(path, self.nbytes):
-            self._resume(fingerprint)
+            kept = self._resume(fingerprint)
             self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
             self._journal = self._journal_path.open("a", encoding="utf-8")
+            self._journal.truncate(kept)
             if not self.finished:
                 self._start(fingerprint)
 
@@ -61,19 +62,28 @@ class SlabWriter:
     def header_nbytes(self) -> int:
         return len(self._header)
 
-    def _resume(self, fingerprint: str) -> None:
+    def _resume(self, fingerprint: str) -> int:
+        """Find what is finished; returns how many bytes of the journal are sound."""
         if not self._journal_path.exists() or not self.path.exists():
-            return
-        lines = self._journal_path.read_text(encoding="utf-8").split("\n")[:-1]  # a line cut short is not counted
-        if not lines or lines[0] != fingerprint:
+            return 0
+        lines = self._journal_path.read_bytes().splitlines(keepends=True)
+        if not lines or lines[0] != f"{fingerprint}\n".encode() or not self._is_laid_out():
             log.warning("%s was begun from other files or with other options: starting over", self.path)
-            return
+            return 0
+        kept = len(lines[0])
         for line in lines[1:]:
-            note = json.loads(line)
+            if (note := _note(line)) is None:  # cut short
+                break
+            kept += len(line)
             slab = self._slabs[note["slab"]]
             if sha256_range(self.path, len(self._header) + slab.offset, slab.nbytes) == note["sha256"]:
                 self.finished[slab.name] = note
         log.info("%s: %d of %d slabs are there already", self.path, len(self.finished), len(self._slabs))
+        return kept
+
+    def _is_laid_out(self) -> bool:
+        with self.path.open("rb") as file:
+            return self.path.stat().st_size == self.nbytes and file.read(len(self._header)) == self._header
 
     def _start(self, fingerprint: str) -> None:
         self._file.truncate(0)
@@ -119,5 +129,10 @@ class SlabWriter:
         self.close()
 
 
-def remove_journal(path: Path) -> None:
-    path.with_name(path.name + ".journal").unlink(missing_ok=True)
+def _note(line: bytes) -> dict[str, Any] | None:
+    """A finished slab's line of the journal; None where it is not whole."""
+    try:
+        note = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return note if isinstance(note, dict) else None

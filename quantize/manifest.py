@@ -1,0 +1,39 @@
+"""What a manifest has to hold before anything is read from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowvram_kernels.errors import CheckpointError
+
+# A part's fields and their types; a field that is a key here is a list or dictionary of such parts.
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "manifest": {"lowvram": str, "libraries": dict, "components": dict, "files": dict, "sources": list},
+    "components": {"file": str, "precision": str, "config": dict, "header_sha256": str, "slabs": list, "tensors": dict},
+    "slabs": {"name": str, "offset": int, "nbytes": int, "sha256": str},
+    "tensors": {"scheme": str},
+    "files": {"bytes": int, "sha256": str},
+    "sources": {"file": str, "bytes": int, "sha256": str},
+    "lora": {"file": str, "sha256": str, "alpha": (int, float), "ranks": list, "merged": int, "replaced": int},
+}
+
+
+def check_manifest(file: Path, manifest: Any) -> None:
+    """Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it."""
+    _check_part(file, "manifest", manifest)
+    if manifest.get("lora") is not None:
+        _check_part(file, "lora", manifest["lora"])
+
+
+def _check_part(file: Path, kind: str, value: Any) -> None:
+    fields = _FIELDS[kind]
+    for name, types in fields.items():
+        if not isinstance(value, dict) or not isinstance(value.get(name), types):
+            raise CheckpointError(
+                f"{file} is damaged: {kind} without a usable {name}; expected what convert writes: convert again"
+            )
+        if name in _FIELDS:
+            parts = value[name].values() if isinstance(value[name], dict) else value[name]
+            for part in parts:
+                _check_part(file, name, part)

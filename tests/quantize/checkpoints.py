@@ -1,0 +1,99 @@
+"""Checkpoints to spoil: copies whose files can be replaced one by one, and what a refusal has to look like."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowvram_kernels.errors import LowvramError
+from lowvram_quantize.source import BASE_FOLDER
+
+Tensor = torch.Tensor
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SHARDS = [f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+
+
+def clone(source: Path, target: Path) -> Path:
+    """A copy of a folder that takes no room: its files are to be replaced, never written to."""
+    return Path(shutil.copytree(source, target, copy_function=os.link))
+
+
+def replace(path: Path, data: bytes | str | None) -> None:
+    """Give a cloned file other bytes, or remove it."""
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def replace_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    replace(path, json.dumps(value))
+
+
+def replace_pth(path: Path, value: object, **options: object) -> None:
+    path.unlink(missing_ok=True)
+    torch.save(value, path, **options)
+
+
+def change_pth(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = torch.load(path, weights_only=True)
+    replace_pth(path, tensors | {name: change(tensors[name].clone())})
+
+
+def replace_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.unlink(missing_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def change_dit(base: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    shard = base / json.loads((base / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    replace_tensors(shard, tensors | {name: change(tensors[name].clone())})
+
+
+def load_dit(base: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for shard in SHARDS:
+        tensors |= load_file(base / shard)
+    return tensors
+
+
+def spoil(value: float) -> Callable[[Tensor], Tensor]:
+    """Put ``value`` in one place, near the end."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[-2 if tensor.numel() > 1 else 0] = value
+        return tensor
+
+    return change
+
+
+def base_of(checkpoint: Path) -> Path:
+    return checkpoint / BASE_FOLDER
+
+
+@contextmanager
+def refusal(kind: type[LowvramError], *parts: str, exit_code: int = 2) -> Iterator[None]:
+    """An error of exactly that kind whose one line holds all ``parts``."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert caught.type is kind
+    assert caught.value.exit_code == exit_code
+    assert message
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder with its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
