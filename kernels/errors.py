@@ -8,7 +8,7 @@ expected and what to do next. Only the command line turns them into exit codes.
 class LowvramError(Exception):
     """Base of every error that lowvram raises on purpose.
 
-    ``exit_code`` is 2 where the input has to change, 1 where the run failed.
+    ``exit_code`` is 2 where the input, or what surrounds the run, has to change; 1 where the run failed.
     """
 
     exit_code = 1
@@ -43,7 +43,9 @@ class OutOfMemoryError(LowvramError):
 
 
 class OutputError(LowvramError):
-    """The result could not be written: a full disk, a folder that went away."""
+    """The result could not be written: a full disk, a folder that went away. Room has to be made first."""
+
+    exit_code = 2
 
 
 class DistributedError(LowvramError):

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lowvram.byte_sizes import parse_bytes
 from lowvram_kernels.errors import InputError, LowvramError
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
@@ -129,8 +130,14 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--enable-online-decode", True, "Decode each block at once; False decodes a clip at a time."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
-        switch("--offload-model", False, "Keep the DiT's layers on the host; copy each to the device as it runs."),
-        switch("--offload-kv-cache", False, "Keep the KV rings in host memory."),
+        switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
+        switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
+        click.option("--vram-budget", help='GPU memory to stay within, as "22.15GiB"; default: what is free.'),
+        click.option("--ram-budget", help='Host memory to stay within, as "48GiB"; default: what is free.'),
+        click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
+        click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
+        click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
+        switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
     ]
     for option in reversed(options):
@@ -163,8 +170,25 @@ def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool
 def open_pipeline(model: Path, options: dict[str, Any]) -> Any:
     from lowvram.pipeline import AvatarPipeline
 
-    names = ("device", "dtype", "offload_model", "offload_kv_cache", "verify")
-    return AvatarPipeline.from_artifact(model, **{name: options[name] for name in names})
+    memory = memory_options(options)
+
+    names = ("device", "dtype", "verify")
+    return AvatarPipeline.from_artifact(model, memory=memory, **{name: options[name] for name in names})
+
+
+def memory_options(options: dict[str, Any]) -> Any:
+    from lowvram.placement import MemoryOptions
+
+    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss")
+    vram, ram = (parse_bytes(text) if text else None for text in (options["vram_budget"], options["ram_budget"]))
+    wave = options["wave"]
+    return MemoryOptions(
+        **{name: options[name] for name in names},
+        vram_budget=vram,
+        ram_budget=ram,
+        wave=int(wave) if wave.isdigit() else wave,
+        fallback=not options["no_fallback"],
+    )
 
 
 def make_request(options: dict[str, Any]) -> Any:
@@ -245,6 +269,54 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
         run(open_pipeline(options[name], options), request, outputs)
         reports.append(folder / f"{name}.json")
     return reports[0], reports[1]
+
+
+@main.command(context_settings=SETTINGS)
+@click.option("--model", type=FILE, help="Artifact to plan for.")
+@click.option(
+    "--preset", type=click.Choice(["14b", "tiny"]), help="Published shapes, without an artifact; default: 14b."
+)
+@click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8.")
+@click.option("--vram", help='GPU memory to stay within, as "22.15GiB"; default: what the card has for us.')
+@click.option(
+    "--ram", help='Host memory to stay within, as "64GiB"; default: all of it, or 64GiB for a card elsewhere.'
+)
+@click.option("--size", default="704*384", help="Exactly these sides: a portrait makes the same area or less of it.")
+@click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on.")
+@click.option("--sample-steps", type=int, default=4, help="Denoising steps a block.")
+@click.option("--gpu", default="auto", help="rtx4090, h100, ...; auto measures the card at hand once.")
+@click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink.")
+@click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps.")
+@switch("--offload-model", False, "Keep all of the DiT's layers on the host.")
+@switch("--offload-kv-cache", False, "Keep all KV rings in host memory.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit.")
+def plan(model: Path | None, preset: str | None, precision: str | None, as_json: bool, **options: Any) -> None:
+    """Print what would be where, how much memory it takes and how fast it would be. Nothing is loaded.
+
+    Exits with 1 where it does not fit.
+    """
+    from lowvram.planning.command import PlanOptions, plan_for
+    from lowvram.planning.planner import DoesNotFit
+    from lowvram.planning.table import print_plan, to_json
+    from lowvram_quantize.phantom import write_phantom
+
+    if model is not None and (preset or precision):
+        raise click.UsageError(
+            "--preset and --precision stand for a model that is not here: with --model leave them out"
+        )
+    with tempfile.TemporaryDirectory(prefix="lowvram-plan-") as folder:
+        path = model or write_phantom(Path(folder) / "preset", preset=preset or "14b", precision=precision or "int8")
+        try:
+            result = plan_for(path, PlanOptions(**options))
+        except DoesNotFit as refused:
+            if not as_json:
+                raise
+            click.echo(json.dumps(to_json(refused.plan) | {"refused": str(refused)}, indent=1))
+            sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(to_json(result), indent=1))
+    else:
+        print_plan(result, Console())
 
 
 @main.command(context_settings=SETTINGS)

@@ -11,32 +11,42 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.encoders import load_vae
+from lowvram.engine import Engine, engine_for
+from lowvram.fallback import Layout
+from lowvram.laying_out import lay_out
 from lowvram.media.audio import check_duration, load_speech
 from lowvram.media.image import load_portrait, portrait_tensor
 from lowvram.media.sizes import output_size
+from lowvram.placement import MemoryOptions, Placement
+from lowvram.planning.planner import Plan
+from lowvram.planning.table import to_json as plan_json
+from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
-from lowvram.residency import LayerStore, Resident, Streamed
-from lowvram.rollout import (
+from lowvram.relief import Relief
+from lowvram.residency import Layers
+from lowvram.rollout import Rollout, RolloutSettings
+from lowvram.schedule import (
     FRAMES_PER_BLOCK,
     VIDEO_FRAMES_PER_LATENT,
     Block,
-    Rollout,
-    RolloutSettings,
+    Tick,
     blocks_of,
     clip_noise,
     latent_frames_per_clip,
+    ticks,
 )
 from lowvram.stages import StageLog
 from lowvram.weights import build_dit, check_complete, load_shared
 from lowvram_kernels.errors import ConfigError, HardwareError
 from lowvram_kernels.trace import trace_kernels
-from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder, StreamingVAE
+from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
@@ -124,7 +134,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Dtype of everything that is not 8-bit: bfloat16 on GPUs; float32 on CPUs, most of which compute bf16 slower."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:
         raise ConfigError(f"--dtype is {name!r}; expected auto, float32 or bfloat16")
@@ -138,14 +148,18 @@ class AvatarPipeline:
         self,
         artifact: Artifact,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: str = "auto",
         *,
-        offload_model: bool,
-        offload_kv_cache: bool,
+        memory: MemoryOptions | None = None,
     ):
-        self.artifact, self.device, self.dtype = artifact, device, dtype
-        self.offload_model, self.offload_kv_cache = offload_model, offload_kv_cache
+        self.artifact, self.device = artifact, device
+        self.dtype_name, self.dtype = dtype, choose_dtype(dtype, device)
+        self.memory = memory or MemoryOptions()
+        self.engine: Engine = engine_for(device)
         self.stages = StageLog(device)
+        self.plan: Plan | None = None
+        self.relief: Relief
+        self._denoise_s: dict[int, float] = {}
         self.kernels: dict[tuple[str, str], int] = {}
 
     @classmethod
@@ -155,8 +169,7 @@ class AvatarPipeline:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        offload_model: bool = False,
-        offload_kv_cache: bool = False,
+        memory: MemoryOptions | None = None,
         verify: bool = False,
     ) -> AvatarPipeline:
         """Open what ``convert`` wrote. Weights are read when a stage needs them.
@@ -165,8 +178,7 @@ class AvatarPipeline:
             path: the artifact's folder.
             device: auto, cpu, cuda or cuda:N.
             dtype: of what is not 8-bit: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16.
-            offload_model: keep the DiT's layers in the mapped artifact and copy each to the device as it runs.
-            offload_kv_cache: keep the KV rings in host memory.
+            memory: budgets, and what is to be offloaded or kept in 8 bit; the default leaves it to the plan.
             verify: read every byte and compare the checksums first.
 
         Raises:
@@ -174,15 +186,7 @@ class AvatarPipeline:
             HardwareError: the device is not there.
         """
         where = choose_device(device)
-        if offload_kv_cache and where.type == "cpu":
-            log.warning("--offload_kv_cache has no effect on the CPU: the rings are in host memory anyway")
-        return cls(
-            Artifact.open(Path(path), verify=verify),
-            where,
-            choose_dtype(dtype, where),
-            offload_model=offload_model,
-            offload_kv_cache=offload_kv_cache,
-        )
+        return cls(Artifact.open(Path(path), verify=verify), where, dtype, memory=memory)
 
     def stream(self, request: Request | Inputs, *, recorder: Recorder | None = None) -> Iterator[np.ndarray]:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
@@ -191,111 +195,198 @@ class AvatarPipeline:
         """
         recorder = recorder or Recorder()
         inputs = read_inputs(request) if isinstance(request, Request) else request
-        conditions, vae = self._encode(inputs, recorder)
-        with self.stages.stage("load_dit"):
-            rollout = self._rollout(inputs, conditions)
-        with self.stages.stage("prefill_sink"):
-            rollout.prefill(conditions.reference, conditions.motion)
-        decoder = self._start_decoder(vae, conditions)
+        request, steps = inputs.request, inputs.request.sample_steps
+        self.relief = relief = self._lay_out(inputs)
+        conditions = self._encode(inputs, recorder)
+        rollout = self._start_rollout(inputs, conditions)
+        self._fill_sink(rollout, conditions.reference, conditions.motion)
+        decoder = self._start_decoder(conditions)
         clips = self._clips(inputs, conditions)
-        recorder.started(clips * inputs.request.infer_frames - DROPPED_FIRST_FRAMES)
+        recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
         reference = conditions.reference
-        waiting: list[tuple[Block, Tensor, float]] = []
-        for block in blocks_of(clips, rollout.settings.frames_per_clip):
-            if block.clip == 1 and block.offset == 0:
+        waiting: list[tuple[Block, Tensor]] = []
+        for tick in ticks(blocks_of(clips, rollout.settings.frames_per_clip), steps, relief.layout.placement.wave):
+            if tick.refresh:
                 # From the second clip on, the first frame that was generated stands for the portrait.
-                with self.stages.stage("prefill_sink"):
-                    rollout.prefill(reference, conditions.motion)
-            latent, seconds = self._denoise(rollout, block, conditions, recorder)
+                self._fill_sink(rollout, reference, conditions.motion)
+            self._denoise(rollout, tick, conditions)
+            block = tick.finished(steps)
+            if block is None:
+                continue
+            latent = rollout.finish(block)
+            recorder.latent(block, latent)
             if block.index == 0:
                 reference = latent[:, :1]
-            waiting.append((block, latent, seconds))
-            if inputs.request.online_decode or block.last_of_clip:
-                yield from self._decode(decoder, waiting, recorder)
+            waiting.append((block, latent))
+            if relief.layout.online_decode or block.last_of_clip:
+                yield from self._decode(rollout, decoder, waiting, recorder)
                 waiting.clear()
 
-    def _encode(self, inputs: Inputs, recorder: Recorder) -> tuple[Conditions, StreamingVAE]:
+    def _lay_out(self, inputs: Inputs) -> Relief:
+        """Decide where everything lies, before anything loads.
+
+        Raises:
+            OutOfMemoryError: it does not fit the budgets, and how much would.
+        """
+        request = inputs.request
+        layers = self.artifact.component("dit").config["num_layers"]
+        work = Workload(
+            latent_size=inputs.latent_size, infer_frames=request.infer_frames, sample_steps=request.sample_steps
+        )
+        self.plan, placement = lay_out(self.artifact, work, self.device, self.memory, layers)
+        layout = Layout(placement=placement, online_decode=request.online_decode)
+        return Relief(layout, layers=layers, steps=request.sample_steps, allowed=self.memory.fallback)
+
+    def _encode(self, inputs: Inputs, recorder: Recorder) -> Conditions:
         request, text_len = inputs.request, self.artifact.component("dit").config["text_len"]
+
+        def text(device: torch.device) -> tuple[Tensor, Tensor]:
+            return encode_text(self.artifact, request.prompt, text_len, device, choose_dtype(self.dtype_name, device))
+
+        def audio(device: torch.device) -> Tensor:
+            return encode_audio(self.artifact, inputs.speech, request.infer_frames, device)
+
+        def image(device: torch.device) -> tuple[Tensor, Tensor]:
+            vae = load_vae(self.artifact, device, choose_dtype(self.dtype_name, device))
+            return encode_image(vae, inputs.portrait.to(device))
+
+        text_device = torch.device("cpu") if self.plan and self.plan.text_encoder_device == "cpu" else self.device
         with self.stages.stage("encode_text"):
-            ids, context = encode_text(self.artifact, request.prompt, text_len, self.device, self.dtype)
+            ids, context = self.relief.on_host_instead("encode_text", text, text_device)
         with self.stages.stage("encode_audio"):
-            audio = encode_audio(self.artifact, inputs.speech, request.infer_frames, self.device)
+            features = self.relief.on_host_instead("encode_audio", audio, self.device)
         with self.stages.stage("encode_image"):
-            vae = load_vae(self.artifact, self.device, self.dtype)
-            reference, motion = encode_image(vae, inputs.portrait.to(self.device))
+            reference, motion = self.relief.on_host_instead("encode_image", image, self.device)
         recorder.tensor("input_ids", ids)
         recorder.tensor("context", context)
-        recorder.tensor("audio_emb", audio)
+        recorder.tensor("audio_emb", features)
         recorder.tensor("ref_latents", reference[None])
         recorder.tensor("motion_latents", motion[None])
-        return Conditions(context=context, audio=audio, reference=reference, motion=motion), vae
+        return Conditions(context=context, audio=features, reference=reference, motion=motion)
 
-    def _rollout(self, inputs: Inputs, conditions: Conditions) -> Rollout:
+    def _start_rollout(self, inputs: Inputs, conditions: Conditions) -> Rollout:
+        def load() -> Rollout:
+            with self.stages.stage("load_dit"):
+                return self._rollout(inputs, conditions, self.relief.layout.placement)
+
+        return self.relief.attempt("load_dit", load, _nothing_yet)
+
+    def _rollout(self, inputs: Inputs, conditions: Conditions, placement: Placement) -> Rollout:
         request = inputs.request
         component = self.artifact.component("dit")
         dit = build_dit(component)
         check_complete(dit, component)
         load_shared(dit, component, self.device, self.dtype)
-        store = Streamed if self.offload_model else Resident
-        layers: LayerStore = store(dit, component, self.device, self.dtype)
         settings = RolloutSettings(
             frames_per_clip=latent_frames_per_clip(request.infer_frames),
             latent_size=inputs.latent_size,
             sample_steps=request.sample_steps,
             base_seed=request.base_seed,
             cond_rope_distance=request.cond_rope_distance,
-            rings_device=torch.device("cpu") if self.offload_kv_cache else None,
         )
-        return Rollout(dit, layers, conditions.context, settings, dtype=self.dtype, device=self.device)
+        layers = Layers(dit, component, self.engine, self.dtype)
+        return Rollout(
+            dit, layers, conditions.context, settings, dtype=self.dtype, engine=self.engine, placement=placement
+        )
+
+    def _fill_sink(self, rollout: Rollout, reference: Tensor, motion: Tensor) -> None:
+        def fill() -> None:
+            with self.stages.stage("prefill_sink"):
+                rollout.prefill(reference, motion)
+
+        self.relief.attempt("prefill_sink", fill, lambda layout: rollout.place(layout.placement))
 
     def _clips(self, inputs: Inputs, conditions: Conditions) -> int:
         in_audio = conditions.audio.shape[-1] // inputs.request.infer_frames
         return min(inputs.request.num_clip or in_audio, in_audio)
 
-    def _start_decoder(self, vae: StreamingVAE, conditions: Conditions) -> StreamingDecoder:
-        with self.stages.stage("decode"):
-            decoder = vae.start_decoder()
-            decoder.prime(conditions.motion[:, :PRIMING_LATENTS])
-        return decoder
+    def _start_decoder(self, conditions: Conditions) -> StreamingDecoder:
+        def start() -> StreamingDecoder:
+            with self.stages.stage("decode"):
+                found = load_vae(self.artifact, self.device, self.dtype).start_decoder()
+                found.strips = self.relief.layout.vae_tiles
+                found.prime(conditions.motion[:, :PRIMING_LATENTS])
+                return found
 
-    def _denoise(
-        self, rollout: Rollout, block: Block, conditions: Conditions, recorder: Recorder
-    ) -> tuple[Tensor, float]:
+        return self.relief.attempt("decode", start, _nothing_yet)
+
+    def _denoise(self, rollout: Rollout, tick: Tick, conditions: Conditions) -> None:
         begin = time.perf_counter()
-        per_clip = rollout.settings.frames_per_clip
-        noise = clip_noise(
-            rollout.settings.base_seed, block.clip, (LATENT_CHANNELS, per_clip, *rollout.settings.latent_size)
-        )
-        first = block.first_frame * VIDEO_FRAMES_PER_LATENT
-        audio = conditions.audio[..., first : first + block.frames * VIDEO_FRAMES_PER_LATENT]
-        with self.stages.stage("denoise"), trace_kernels() as kernels:
-            latent = rollout.denoise(block, noise[:, block.offset : block.offset + block.frames], audio)
-        self._count(kernels)
-        recorder.latent(block, latent)
-        return latent, time.perf_counter() - begin
+
+        def advance() -> None:
+            with self.stages.stage("denoise"), trace_kernels() as kernels:
+                if tick.starts is not None:
+                    rollout.start(tick.starts, *_noise_and_audio(rollout.settings, tick.starts, conditions))
+                rollout.advance(tick.items)
+            self._count(kernels)
+
+        self.relief.attempt("denoise", advance, lambda layout: rollout.place(layout.placement))
+        share = (time.perf_counter() - begin) / len(tick.items)
+        for block, _ in tick.items:
+            self._denoise_s[block.index] = self._denoise_s.get(block.index, 0.0) + share
 
     def _decode(
-        self, decoder: StreamingDecoder, waiting: list[tuple[Block, Tensor, float]], recorder: Recorder
+        self, rollout: Rollout, decoder: StreamingDecoder, waiting: list[tuple[Block, Tensor]], recorder: Recorder
     ) -> Iterator[np.ndarray]:
-        for block, latent, denoise_s in waiting:
+        for block, latent in waiting:
             begin = time.perf_counter()
-            with self.stages.stage("decode"), trace_kernels() as kernels:
-                frames = decoder.decode(latent)
-                frames = frames[:, DROPPED_FIRST_FRAMES if block.index == 0 else 0 :]
-                pixels = to_pixels(frames)
-            self._count(kernels)
+            frames, pixels = self._decode_block(rollout, decoder, block, latent)
             recorder.decoded(frames)
-            decode_s = time.perf_counter() - begin
             recorder.finished(
                 BlockRecord(
-                    clip=block.clip, block=block.index, frames=len(pixels), denoise_s=denoise_s, decode_s=decode_s
+                    clip=block.clip,
+                    block=block.index,
+                    frames=len(pixels),
+                    denoise_s=self._denoise_s.pop(block.index),
+                    decode_s=time.perf_counter() - begin,
                 )
             )
             yield pixels
 
+    def _decode_block(
+        self, rollout: Rollout, decoder: StreamingDecoder, block: Block, latent: Tensor
+    ) -> tuple[Tensor, np.ndarray]:
+        before = decoder.saved()
+
+        def decode() -> tuple[Tensor, np.ndarray]:
+            with self.stages.stage("decode"), trace_kernels() as kernels:
+                frames = decoder.decode(latent)[:, DROPPED_FIRST_FRAMES if block.index == 0 else 0 :]
+                pixels = to_pixels(frames)
+            self._count(kernels)
+            return frames, pixels
+
+        def give_way(layout: Layout) -> None:
+            decoder.state, decoder.strips = before, layout.vae_tiles
+            rollout.place(layout.placement)
+
+        return self.relief.attempt("decode", decode, give_way)
+
+    def memory_report(self) -> dict[str, Any]:
+        """How the run was laid out, and the bytes that crossed between host and device."""
+        layout = self.relief.layout if self.relief else None
+        return {
+            "options": dataclasses.asdict(self.memory),
+            "plan": plan_json(self.plan) if self.plan else None,
+            "layout": dataclasses.asdict(layout) if layout else None,
+            "given_up": self.relief.events if self.relief else [],
+            "bytes_in": self.engine.bytes_in,
+            "bytes_out": self.engine.bytes_out,
+        }
+
     def _count(self, kernels: dict[tuple[str, str], int]) -> None:
         for key, count in kernels.items():
             self.kernels[key] = self.kernels.get(key, 0) + count
+
+
+def _nothing_yet(layout: Layout) -> None:
+    """What failed is built anew from the layout: nothing has to move."""
+
+
+def _noise_and_audio(settings: RolloutSettings, block: Block, conditions: Conditions) -> tuple[Tensor, Tensor]:
+    shape = (LATENT_CHANNELS, settings.frames_per_clip, *settings.latent_size)
+    noise = clip_noise(settings.base_seed, block.clip, shape)[:, block.offset : block.offset + block.frames]
+    first = block.first_frame * VIDEO_FRAMES_PER_LATENT
+    return noise, conditions.audio[..., first : first + block.frames * VIDEO_FRAMES_PER_LATENT]
 
 
 def to_pixels(frames_CFHW: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lowvram.rollout import Block
+from lowvram.schedule import Block
 from lowvram_kernels.errors import OutputError
 
 Tensor = torch.Tensor

@@ -1,12 +1,15 @@
-"""Where the DiT's layers are: all on the device, or copied there one slab at a time from the artifact."""
+"""Where the DiT's layers are: on the device, or on the host and copied to it in one piece before they run."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import itertools
+from collections.abc import Collection, Iterator
 
 import torch
 
-from lowvram.weights import bind
+from lowvram.conveyor import Conveyor, Fill
+from lowvram.engine import Engine, Moment
+from lowvram.weights import bind, unbind
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 
@@ -17,43 +20,72 @@ def layer_slab(index: int) -> str:
     return f"layer.{index}"
 
 
-class LayerStore(Protocol):
-    """Makes a layer's weights present before it runs."""
+class Layers:
+    """Makes a layer's weights present: every pass enters and leaves all layers in order.
 
-    def fetch(self, index: int) -> None: ...
-
-
-class Resident:
-    """Every layer is loaded once and stays."""
-
-    def __init__(self, dit: CausalDiT, component: Component, device: torch.device, dtype: torch.dtype):
-        for index in range(dit.config.num_layers):
-            slab = component.read_slab(layer_slab(index)).to(device)
-            bind(dit, component.views(layer_slab(index), slab), dtype)
-
-    def fetch(self, index: int) -> None:
-        return None
-
-
-class Streamed:
-    """Layers live in the mapped artifact; each is copied in one piece into one of two staging slots before it runs.
-
-    The copy is synchronous: nothing is overlapped yet, so this trades speed for memory.
+    Resident layers are loaded once. Streamed ones lie on the host; the next of them are copied into staging slots
+    while the ones before them run.
     """
 
-    def __init__(self, dit: CausalDiT, component: Component, device: torch.device, dtype: torch.dtype):
-        self._dit, self._component, self._dtype = dit, component, dtype
-        largest = max(component.slab_nbytes(layer_slab(i)) for i in range(dit.config.num_layers))
-        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._held: list[int | None] = [None, None]
+    def __init__(self, dit: CausalDiT, component: Component, engine: Engine, dtype: torch.dtype):
+        self._dit, self._component, self._engine, self._dtype = dit, component, engine, dtype
+        self._present: set[int] = set()
+        self._on_host: dict[int, Tensor] = {}
+        self._conveyor = Conveyor(engine, [])
 
-    def fetch(self, index: int) -> None:
-        slot = index % 2
-        if self._held[slot] == index:
-            return
-        name = layer_slab(index)
-        source = self._component.read_slab(name)
-        staged = self._slots[slot][: source.numel()]
-        staged.copy_(source)
-        bind(self._dit, self._component.views(name, staged), self._dtype)
-        self._held[slot] = index
+    @property
+    def count(self) -> int:
+        return self._dit.config.num_layers
+
+    def place(self, streamed: Collection[int], slots: int) -> None:
+        """Keep ``streamed`` on the host and the others on the device; can be called again between two passes."""
+        self._engine.settle()
+        self._conveyor = Conveyor(self._engine, [])
+        for index in sorted(self._present & set(streamed)):
+            unbind(self._dit, self._component.views(layer_slab(index), self._read(index)))
+            self._present.discard(index)
+        for index in sorted(set(range(self.count)) - self._present - set(streamed)):
+            self._load(index)
+        for index in sorted(set(streamed) - set(self._on_host)):
+            self._on_host[index] = self._engine.keep_on_host(self._read(index))
+        self._on_host = {index: self._on_host[index] for index in sorted(streamed)}
+        if self._on_host:
+            nbytes = max(slab.numel() for slab in self._on_host.values())
+            buffers = [torch.empty(nbytes, dtype=torch.uint8, device=self._engine.device) for _ in range(slots)]
+            self._conveyor = Conveyor(self._engine, buffers)
+            self._conveyor.load(self._jobs())
+
+    def enter(self, index: int) -> None:
+        """Make the layer's weights those of the model; what is computed from here on waits for them."""
+        if index in self._on_host:
+            slot = self._conveyor.take(index)
+            self._bind(index, slot[: self._on_host[index].numel()])
+
+    def leave(self, index: int) -> None:
+        """What was asked of the device so far is the last that reads the layer's weights in this pass."""
+        if index in self._on_host:
+            self._conveyor.release(index)
+
+    def _jobs(self) -> Iterator[tuple[int, Fill]]:
+        for index in itertools.cycle(self._on_host):
+            yield index, self._fill(index)
+
+    def _fill(self, index: int) -> Fill:
+        def fill(slot: Tensor, after: tuple[Moment, ...]) -> Moment:
+            source = self._on_host[index]
+            return self._engine.copy_in(slot[: source.numel()], source, *after)
+
+        return fill
+
+    def _load(self, index: int) -> None:
+        source = self._read(index)
+        slab = torch.empty(source.numel(), dtype=torch.uint8, device=self._engine.device)
+        self._engine.wait(self._engine.copy_in(slab, source, self._engine.now()))
+        self._bind(index, slab)
+        self._present.add(index)
+
+    def _read(self, index: int) -> Tensor:
+        return self._component.read_slab(layer_slab(index))
+
+    def _bind(self, index: int, slab: Tensor) -> None:
+        bind(self._dit, self._component.views(layer_slab(index), slab), self._dtype)

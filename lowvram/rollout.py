@@ -1,4 +1,4 @@
-"""Denoising of blocks, one after another without an end; model-spec section 3.
+"""Denoising of blocks without an end, one or several steps at a time; model-spec section 3.
 
 Shapes: C latent channels, F latent frames, h x w latent size, T tokens a latent frame, A actors.
 """
@@ -7,70 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lowvram.residency import LayerStore
-from lowvram.rings import KVRing, RingMemory, Sink, ring_window
-from lowvram_kernels.errors import ConfigError
+from lowvram.engine import Engine
+from lowvram.kv_codec import kv_codec
+from lowvram.placement import Placement
+from lowvram.residency import Layers
+from lowvram.rings import RingMemory, Rings, RingShape, Room, Sink, Window
+from lowvram.schedule import FRAMES_PER_BLOCK, Block
+from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.dit import CausalDiT, LayerInputs
 from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
-FRAMES_PER_BLOCK = 3
-VIDEO_FRAMES_PER_LATENT = 4
 SCHEDULER_SHIFT = 3.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
-    """A block of latent frames: ``offset`` counts from its clip's start, ``first_frame`` from the video's."""
-
-    clip: int
-    index: int
-    offset: int
-    frames: int
-    first_frame: int
-    last_of_clip: bool
-
-
-def latent_frames_per_clip(infer_frames: int) -> int:
-    """Latent frames of a clip of ``infer_frames`` video frames behind 73 motion frames.
-
-    Raises:
-        ConfigError: ``infer_frames`` is no multiple of 4 from 12 on.
-    """
-    if infer_frames < 12 or infer_frames % 4:
-        raise ConfigError(f"--infer_frames is {infer_frames}; expected a multiple of 4 from 12 on, 48 is usual")
-    return (infer_frames + 76) // 4 - 19
-
-
-def blocks_of(clips: int, frames_per_clip: int, frames_per_block: int = FRAMES_PER_BLOCK) -> Iterator[Block]:
-    """All blocks in order; where a clip is no multiple of a block, its last block is shorter."""
-    index = 0
-    for clip in range(clips):
-        for offset in range(0, frames_per_clip, frames_per_block):
-            frames = min(frames_per_block, frames_per_clip - offset)
-            yield Block(
-                clip=clip,
-                index=index,
-                offset=offset,
-                frames=frames,
-                first_frame=clip * frames_per_clip + offset,
-                last_of_clip=offset + frames == frames_per_clip,
-            )
-            index += 1
-
-
-def clip_noise(base_seed: int, clip: int, shape_CFhw: tuple[int, int, int, int]) -> Tensor:
-    """Noise of one clip from a CPU generator, so that a seed means the same video on any device."""
-    return torch.randn(shape_CFhw, generator=torch.Generator("cpu").manual_seed(base_seed + clip))
 
 
 def cond_rope_distance(setting: int | str, base_seed: int, block: int, step: int) -> int:
@@ -87,73 +45,104 @@ class RolloutSettings:
 
     frames_per_clip: int
     latent_size: tuple[int, int]
+    frames_per_block: int = FRAMES_PER_BLOCK
     sample_steps: int = 4
     base_seed: int = 420
     cond_rope_distance: int | str = 30
-    rings_device: torch.device | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens of a latent frame as (rows, columns)."""
+        height, width = self.latent_size
+        return height // 2, width // 2
+
+
+@dataclasses.dataclass
+class _UnderWay:
+    """A block between its first and its last step."""
+
+    block: Block
+    latent: Tensor
+    audio: AudioTokens
+    rope: Rope
+    pose: Tensor | None
+    masks: Tensor | None
+
+
+@dataclasses.dataclass
+class _Call:
+    """One step of one block on its way through the layers."""
+
+    block: Block
+    step: int
+    x_LD: Tensor
+    inputs: LayerInputs
+    window: Window
+    sink_rope: Rope
 
 
 class Rollout:
-    """Holds what lives from block to block: schedule, sink and rings.
+    """Holds what lives from block to block: schedule, sink, rings, and the blocks that are under way.
 
-    ``layers`` makes a layer's weights present before it runs; ``dtype`` is that of the matrix products.
+    ``layers`` makes a layer's weights present while it runs; ``dtype`` is that of the matrix products.
     ``on_prediction(block, step, velocity)`` sees every output of the DiT.
     """
 
     def __init__(
         self,
         dit: CausalDiT,
-        layers: LayerStore,
+        layers: Layers,
         context: Tensor,
         settings: RolloutSettings,
         *,
         dtype: torch.dtype,
-        device: torch.device,
+        engine: Engine,
+        placement: Placement,
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
     ):
-        self.dit, self.layers, self.settings = dit, layers, settings
-        self.dtype, self.device, self.on_prediction = dtype, device, on_prediction
+        self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
+        self.engine, self.device, self.on_prediction = engine, engine.device, on_prediction
         scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
         self.scheduler = scheduler
         self.scheduler.set_timesteps(settings.sample_steps)
         self.times = [self.dit.embed_time(float(t)) for t in self.scheduler.timesteps]
         self.zero_time = self.dit.embed_time(0.0)
-        self.text = dit.embed_text(context.to(device, dtype))
-        self.sink = Sink()
-        self.rings = [self._new_ring() for _ in range(settings.sample_steps)]
+        self.text = dit.embed_text(context.to(self.device, dtype))
+        self._remember(placement)
+        self._under_way: dict[int, _UnderWay] = {}
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tokens of a latent frame as (rows, columns)."""
-        height, width = self.settings.latent_size
-        return height // 2, width // 2
+    def _remember(self, placement: Placement) -> None:
+        """Make room for sink, rings and what a layer attends to."""
+        config, rows_columns = self.dit.config, self.settings.grid
+        heads, width, layers = config.num_heads, config.head_dim, config.num_layers
+        codec = kv_codec(placement.kv, heads, width, self.dtype)
+        per_clip, per_block = self.settings.frames_per_clip, self.settings.frames_per_block
+        shape = RingShape.of(per_clip, per_block, math.prod(rows_columns), heads=heads, head_dim=width)
+        sink_tokens = len(condition_rope(*rows_columns, width).cos)
+        self.sink = Sink(codec, layers, sink_tokens, heads, width, self.device)
+        self.room = Room.of(shape.capacity + sink_tokens, heads, width, self.dtype, self.device)
+        self.rings = Rings(shape, codec, self.engine, self.settings.sample_steps, layers)
+        self.place(placement)
 
-    @property
-    def tokens_per_frame(self) -> int:
-        rows, columns = self.grid
-        return rows * columns
-
-    def _new_ring(self) -> KVRing:
-        config = self.dit.config
-        capacity = self.settings.frames_per_clip * self.tokens_per_frame
-        where = self.settings.rings_device or self.device
-        return KVRing(config.num_layers, capacity, config.num_heads, config.head_dim, self.dtype, where)
+    def place(self, placement: Placement) -> None:
+        """Move weights and rings to where ``placement`` wants them; what they hold stays. Between two passes only."""
+        self.layers.place(placement.streamed_layers, placement.weight_slots)
+        self.rings.place(placement.host_rings, placement.ring_slots)
 
     @torch.inference_mode()
     def prefill(self, reference_C1hw: Tensor, motion_CFhw: Tensor) -> None:
         """Fill the sink from reference [C, 1, h, w] and motion latents [C, 19, h, w]; replaces what it held."""
         reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
         x = self.dit.embed_conditions(reference, motion)
-        rope = condition_rope(*self.grid, self.dit.config.head_dim).to(self.device)
+        rope = condition_rope(*self.settings.grid, self.dit.config.head_dim).to(self.device)
         inputs = LayerInputs(time=self.zero_time, text=self.text, rope=rope, frames=1)
-        sink = Sink()
-        for index in range(self.dit.config.num_layers):
-            self.layers.fetch(index)
-            x = self.dit.layer(index, x, inputs, sink.recorder())
-        self.sink = sink
+        for layer in range(self.layers.count):
+            self.layers.enter(layer)
+            x = self.dit.layer(layer, x, inputs, self.sink.recorder(layer))
+            self.layers.leave(layer)
 
     @torch.inference_mode()
-    def denoise(
+    def start(
         self,
         block: Block,
         noise_CFhw: Tensor,
@@ -161,47 +150,79 @@ class Rollout:
         *,
         pose_CFhw: Tensor | None = None,
         actor_masks: Tensor | None = None,
-    ) -> Tensor:
-        """Turn a block's noise [C, F, h, w] into its latent (float32, same shape), by ``sample_steps`` Euler steps.
+    ) -> None:
+        """Take a block under way: its noise [C, F, h, w], and of its audio [A, 25, audio_dim, 4 F] the part that is
+        this block's; ``actor_masks`` [A, F, T, 1]."""
+        rope = block_rope(block.first_frame, block.frames, *self.settings.grid, self.dit.config.head_dim)
+        self._under_way[block.index] = _UnderWay(
+            block=block,
+            latent=noise_CFhw.to(self.device, torch.float32),
+            audio=self.dit.embed_audio(audio_ASCT.to(self.device, self.dtype)),
+            rope=rope.to(self.device),
+            pose=None if pose_CFhw is None else pose_CFhw.to(self.device, self.dtype),
+            masks=None if actor_masks is None else actor_masks.to(self.device),
+        )
 
-        ``audio`` [A, 25, audio_dim, 4 F] is this block's only; ``actor_masks`` [A, F, T, 1].
+    @torch.inference_mode()
+    def advance(self, items: Sequence[tuple[Block, int]]) -> None:
+        """Take one Euler step of each (block, step): all of them go through a layer before the next layer comes.
+
+        A step of a block has to come after the block's step before it, and after the same step of the block before
+        it. A pass that failed can be repeated: latents change at its end only, and of the rings just what the same
+        blocks write again.
         """
-        audio = self.dit.embed_audio(audio_ASCT.to(self.device, self.dtype))
-        rope = block_rope(block.first_frame, block.frames, *self.grid, self.dit.config.head_dim).to(self.device)
-        masks = None if actor_masks is None else actor_masks.to(self.device)
-        latent = noise_CFhw.to(self.device, torch.float32)
-        for step, time in enumerate(self.times):
-            inputs = LayerInputs(
-                time=time, text=self.text, rope=rope, frames=block.frames, audio=audio, actor_masks=masks
-            )
-            velocity = self._predict(block, step, latent, pose_CFhw, inputs)
-            if self.on_prediction is not None:
-                self.on_prediction(block, step, velocity)
-            latent = self._euler(latent, velocity, step)
-        return latent
+        calls = [self._call(self._under_way[block.index], step) for block, step in items]
+        layers = range(self.layers.count)
+        self.rings.expect(((call.step, layer), call.window) for layer in layers for call in calls)
+        for layer in layers:
+            self.layers.enter(layer)
+            for call in calls:
+                memory = RingMemory(self.rings, self.sink, (call.step, layer), call.window, call.sink_rope, self.room)
+                call.x_LD = self.dit.layer(layer, call.x_LD, call.inputs, memory)
+            self.layers.leave(layer)
+        latents = [self._stepped(call) for call in calls]
+        for call, latent in zip(calls, latents, strict=True):
+            self._under_way[call.block.index].latent = latent
 
-    def _predict(self, block: Block, step: int, latent: Tensor, pose: Tensor | None, inputs: LayerInputs) -> Tensor:
-        x = self.dit.embed_latent(latent.to(self.dtype), None if pose is None else pose.to(self.device, self.dtype))
-        ring = self.rings[step]
-        window = ring_window(block.first_frame, block.frames, self.tokens_per_frame, ring.capacity)
-        sink_rope = self._sink_rope(block, step)
-        for index in range(self.dit.config.num_layers):
-            self.layers.fetch(index)
-            memory = RingMemory(ring, self.sink, index, window, sink_rope)
-            x = self.dit.layer(index, x, inputs, memory)
-        return self.dit.predict(x, inputs.time, (block.frames, *self.grid), self.dtype)
+    def finish(self, block: Block) -> Tensor:
+        """The latent [C, F, h, w], float32, of a block that has taken its last step."""
+        return self._under_way.pop(block.index).latent
+
+    def denoise(self, block: Block, noise_CFhw: Tensor, audio_ASCT: Tensor, **conditions: Tensor | None) -> Tensor:
+        """A block from noise to latent, alone: ``start``, all steps, ``finish``."""
+        self.start(block, noise_CFhw, audio_ASCT, **conditions)
+        for step in range(self.settings.sample_steps):
+            self.advance([(block, step)])
+        return self.finish(block)
+
+    def _call(self, flight: _UnderWay, step: int) -> _Call:
+        block = flight.block
+        return _Call(
+            block=block,
+            step=step,
+            x_LD=self.dit.embed_latent(flight.latent.to(self.dtype), flight.pose),
+            inputs=LayerInputs(
+                time=self.times[step],
+                text=self.text,
+                rope=flight.rope,
+                frames=block.frames,
+                audio=flight.audio,
+                actor_masks=flight.masks,
+            ),
+            window=self.rings.shape.window(block.clip, block.slot),
+            sink_rope=self._sink_rope(block, step),
+        )
 
     def _sink_rope(self, block: Block, step: int) -> Rope:
         distance = cond_rope_distance(self.settings.cond_rope_distance, self.settings.base_seed, block.index, step)
         time = reference_time(block.first_frame, distance)
-        return condition_rope(*self.grid, self.dit.config.head_dim, reference_time=time).to(self.device)
+        return condition_rope(*self.settings.grid, self.dit.config.head_dim, reference_time=time).to(self.device)
 
-    def _euler(self, latent: Tensor, velocity: Tensor, step: int) -> Tensor:
-        self.scheduler._step_index = step
-        return self.scheduler.step(velocity, self.scheduler.timesteps[step], latent).prev_sample
-
-    def memory_bytes(self) -> dict[str, int]:
-        return {"kv_rings": sum(ring.nbytes() for ring in self.rings), "sink": self.sink.nbytes()}
-
-
-__all__ = ["Block", "Rollout", "RolloutSettings", "blocks_of", "clip_noise", "latent_frames_per_clip"]
+    def _stepped(self, call: _Call) -> Tensor:
+        grid = (call.block.frames, *self.settings.grid)
+        velocity = self.dit.predict(call.x_LD, call.inputs.time, grid, self.dtype)
+        if self.on_prediction is not None:
+            self.on_prediction(call.block, call.step, velocity)
+        self.scheduler._step_index = call.step
+        latent = self._under_way[call.block.index].latent
+        return self.scheduler.step(velocity, self.scheduler.timesteps[call.step], latent).prev_sample

@@ -46,7 +46,8 @@ def _nf4(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.dty
     from bitsandbytes import functional as bnb
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    packed = tensors[name]
+    # UMT5 casts its feed-forward's values to the dtype of the next weight: it has to be the one to compute in.
+    packed = tensors[name].flatten().view(dtype).view(-1, 1)
     state = bnb.QuantState(
         absmax=tensors[f"{name}.absmax"],
         shape=torch.Size((old.out_features, old.in_features)),
@@ -56,8 +57,16 @@ def _nf4(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.dty
         dtype=dtype,
     )
     new = Linear4bit(
-        old.in_features, old.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+        old.in_features,
+        old.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        quant_storage=dtype,
+        device="meta",
     )
+    # On processors with AVX512-BF16 the first call would pack the weight again, to uint8, and compute in bf16.
+    new.support_avx512bf16_for_cpu = False
     new.weight = Params4bit(
         packed,
         requires_grad=False,
@@ -65,6 +74,7 @@ def _nf4(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.dty
         blocksize=NF4_BLOCK,
         compress_statistics=False,
         quant_type="nf4",
+        quant_storage=dtype,
         module=new,
         bnb_quantized=True,
     )

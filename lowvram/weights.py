@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ def bind(model: nn.Module, views: dict[str, Tensor], dtype: torch.dtype) -> None
         if leaf not in module._parameters:
             raise CheckpointError(f"the artifact holds {name}, which the model does not have; convert it again")
         module._parameters[leaf] = nn.Parameter(_computable(name, tensor, dtype), requires_grad=False)
+
+
+def unbind(model: nn.Module, names: Iterable[str]) -> None:
+    """Let go of parameters: they are as absent as before they were bound."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        absent = torch.empty_like(module.get_parameter(leaf), device="meta")
+        module._parameters[leaf] = nn.Parameter(absent, requires_grad=False)
 
 
 def _computable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 
 from lowvram_models.vae_layers import lighten
+from lowvram_models.vae_tiles import Slot, decode_in_strips
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_LATENT = 8
@@ -30,9 +31,6 @@ DROPPED_FIRST_FRAMES = 3
 """Frames that the pipeline drops from a video's first decoded block; the decoder itself gives 4 frames a latent."""
 CACHED_INPUTS = 2
 """A causal convolution of temporal width 3 needs its last two inputs again."""
-
-# The library stores a string in the slot of a temporal upsampler that has seen one latent frame only.
-Slot = Tensor | str | None
 
 
 def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
@@ -146,6 +144,7 @@ class StreamingDecoder:
 
     ``latents_per_call`` latent frames go through the network together. The frames are the same; more of them take
     that many times the memory and save the per-call costs (which matter where weights are dequantized at each call).
+    ``strips``, which may change between two calls, cuts the frame for less memory; see ``vae_tiles``.
     """
 
     def __init__(self, vae: StreamingVAE, *, latents_per_call: int = 1) -> None:
@@ -153,6 +152,7 @@ class StreamingDecoder:
             raise ValueError(f"latents_per_call is {latents_per_call}; expected 1 or more")
         self._vae = vae
         self._latents_per_call = latents_per_call
+        self.strips = 1
         self.state = DecoderState(slots=[None] * _num_slots(vae.vae.decoder))
 
     @torch.no_grad()
@@ -177,6 +177,11 @@ class StreamingDecoder:
         """
         return torch.cat([self._run(piece).float() for piece in self._pieces(latent)], dim=1)
 
+    def saved(self) -> DecoderState:
+        """The cache as it is now, to go back to if a call fails half-way. Its tensors are shared: they are replaced
+        by the network, never written to."""
+        return DecoderState(slots=list(self.state.slots), num_latents=self.state.num_latents)
+
     def _pieces(self, latent: Tensor) -> list[Tensor]:
         _check_latent(latent, self._vae.vae.config.z_dim)
         # The library upsamples in time only from the second latent frame on, so the first has to go alone.
@@ -189,8 +194,16 @@ class StreamingDecoder:
         vae, state = self._vae.vae, self.state
         z = self._vae.denormalise(latent)[None].to(self._vae.dtype)
         first = state.num_latents == 0
-        frames = vae.decoder(vae.post_quant_conv(z), feat_cache=state.slots, feat_idx=[0], first_chunk=first)
-        _own_storage(state.slots)
+
+        def run(z: Tensor, slots: list[Slot]) -> Tensor:
+            frames = vae.decoder(vae.post_quant_conv(z), feat_cache=slots, feat_idx=[0], first_chunk=first)
+            _own_storage(slots)
+            return frames
+
+        if self.strips == 1:
+            frames = run(z, state.slots)
+        else:
+            frames, state.slots = decode_in_strips(run, z, state.slots, self.strips)
         state.num_latents += latent.shape[1]
         return frames[0].clamp_(-1.0, 1.0)
 

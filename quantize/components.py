@@ -31,6 +31,8 @@ from lowvram_quantize.source import (
 # What an index or a dictionary may hold beside the encoder itself.
 _T5_EMBEDDING = "token_embedding.weight"
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -65,19 +67,27 @@ def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float) -
         config = DiTConfig.from_dict(values)
     except ValueError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
-    with torch.device("meta"):
-        expected = _shapes(CausalDiT(config))
     table = open_dit(base)
-    check_shapes(table, expected, f"the DiT in {base}")
+    check_shapes(table, dit_shapes(config), f"the DiT in {base}")
     merged = open_lora(lora, lora_alpha, table) if lora else None
     sources = table | (merged.replaced if merged else {})
+    return Plan("dit", precision, values, dit_items(config, sources, precision), merged)
+
+
+def dit_shapes(config: DiTConfig) -> Shapes:
+    """Names and shapes of the DiT in the model's order, which are also the published names."""
+    with torch.device("meta"):
+        return _shapes(CausalDiT(config))
+
+
+def dit_items(config: DiTConfig, sources: TensorTable, precision: str) -> list[Item]:
+    """The DiT's tensors slab by slab: shared ones, then layer after layer."""
     items = [
         Item(name, sources[name], dit_scheme(name, precision), dit_slab(name, config.audio_inject_layers))
-        for name in expected
+        for name in dit_shapes(config)
     ]
     order = {SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
-    items.sort(key=lambda item: order[item.slab])
-    return Plan("dit", precision, values, items, merged)
+    return sorted(items, key=lambda item: order[item.slab])
 
 
 def plan_vae(base: Path, precision: str) -> Plan:
@@ -89,11 +99,19 @@ def plan_vae(base: Path, precision: str) -> Plan:
     if first is None or len(first.shape) != 5:
         raise CheckpointError(f"{file} has no encoder.conv1.weight of 5 dimensions; expected Wan 2.1's VAE: fetch it")
     config = {"base_dim": first.rows}
+    check_shapes(table, vae_shapes(**config), f"the VAE {file.name}")
+    return Plan("vae", precision, config, vae_items(config, table, precision))
+
+
+def vae_shapes(base_dim: int) -> Shapes:
+    """Names (of diffusers' module) and shapes of the VAE."""
     with torch.device("meta"):
-        expected = _shapes(build_vae(**config))
-    check_shapes(table, expected, f"the VAE {file.name}")
-    items = [Item(n, table[n], vae_scheme(n, table[n].shape, precision), SHARED) for n in expected]
-    return Plan("vae", precision, config, items)
+        return _shapes(build_vae(base_dim))
+
+
+def vae_items(config: dict[str, int], sources: TensorTable, precision: str) -> list[Item]:
+    """The VAE's tensors, all in one slab."""
+    return [Item(n, sources[n], vae_scheme(n, s, precision), SHARED) for n, s in vae_shapes(**config).items()]
 
 
 def plan_text_encoder(base: Path, precision: str) -> Plan:
@@ -106,12 +124,23 @@ def plan_text_encoder(base: Path, precision: str) -> Plan:
             raise CheckpointError(f"{file} holds {name}, which the UMT5 encoder does not have; fetch the published one")
         table[ours] = ref
     config = _umt5_config(file, published)
+    check_shapes(table, text_encoder_shapes(**config), f"the text encoder {file.name}")
+    return Plan("text_encoder", precision, config, text_encoder_items(config, table, precision))
+
+
+def text_encoder_shapes(**config: int) -> Shapes:
+    """Names (of transformers' module) and shapes of the text encoder; ``config`` as ``build_umt5`` takes it."""
     with torch.device("meta"):
-        expected = _shapes(build_umt5(**config))
-    check_shapes(table, expected, f"the text encoder {file.name}")
-    items = [Item(n, table[n], text_encoder_scheme(n, table[n].shape, precision), umt5_slab(n)) for n in expected]
-    items.sort(key=lambda item: -1 if item.slab == SHARED else int(item.slab.removeprefix("block.")))
-    return Plan("text_encoder", precision, config, items)
+        return _shapes(build_umt5(**config))
+
+
+def text_encoder_items(config: dict[str, int], sources: TensorTable, precision: str) -> list[Item]:
+    """The text encoder's tensors slab by slab: shared ones, then block after block."""
+    items = [
+        Item(name, sources[name], text_encoder_scheme(name, shape, precision), umt5_slab(name))
+        for name, shape in text_encoder_shapes(**config).items()
+    ]
+    return sorted(items, key=lambda item: -1 if item.slab == SHARED else int(item.slab.removeprefix("block.")))
 
 
 def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
@@ -139,7 +168,7 @@ def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
     }
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def _shapes(model: torch.nn.Module) -> Shapes:
     # named_parameters and not state_dict: an embedding under two names is stored once.
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

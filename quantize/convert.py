@@ -85,7 +85,7 @@ def convert(
     base, out, wanted = find_base(Path(ckpt_dir)), Path(out), tuple(components)
     chosen = _precisions(precision, dit, vae, text_encoder)
     _check_components(wanted)
-    _check_target(out, overwrite)
+    check_target(out, overwrite=overwrite)
     plans = _plans(base, wanted, chosen, Path(lora) if lora else None, lora_alpha)
     partial = out.with_name(out.name + ".partial")
     with disk_errors(partial, 0):
@@ -101,7 +101,7 @@ def convert(
             pool.shutdown(cancel_futures=True)
             raise
         manifest = _manifest(plans, facts, files, hashes, base)
-    _publish(partial, out, manifest)
+    publish(partial, out, manifest)
     return out
 
 
@@ -119,7 +119,8 @@ def _check_components(wanted: tuple[str, ...]) -> None:
         raise ConfigError(f"components are {list(wanted)}; expected some of {', '.join(COMPONENTS)}")
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raises: ConfigError or InputError where ``out`` cannot become an artifact."""
     if out.name in ("", ".."):
         raise ConfigError(f"{out} names no folder that can be made; expected one as {out / 'artifact'}")
     parent = out.absolute().parent
@@ -140,11 +141,7 @@ def _plans(base: Path, wanted: tuple[str, ...], chosen: dict[str, str], lora: Pa
 
 def _convert_component(plan: Plan, folder: Path, meter: _Meter) -> dict[str, Any]:
     """Write one component's file; returns its entry in the manifest."""
-    by_slab: dict[str, list[Item]] = {}
-    for item in plan.items:
-        by_slab.setdefault(item.slab, []).append(item)
-    specs = {slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()}
-    slabs = plan_slabs(specs)
+    by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
     errors: dict[str, float] = {}
     with SlabWriter(path, slabs, {"format": FORMAT, "component": plan.name}, _fingerprint(plan)) as writer:
@@ -157,15 +154,29 @@ def _convert_component(plan: Plan, folder: Path, meter: _Meter) -> dict[str, Any
                 meter.add(sum(item.ref.nbytes for item in by_slab[slab.name]), f"{plan.name} {slab.name}")
             errors |= writer.finished[slab.name]["relative_errors"]
         finished, header_nbytes = writer.finished, writer.header_nbytes
+    digests = {name: note["sha256"] for name, note in finished.items()}
+    return component_facts(plan, path, slabs, sha256_range(path, 0, header_nbytes), digests, errors)
+
+
+def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
+    """A component's items by slab, and where its file has each slab and tensor."""
+    by_slab: dict[str, list[Item]] = {}
+    for item in plan.items:
+        by_slab.setdefault(item.slab, []).append(item)
+    specs = {slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()}
+    return by_slab, plan_slabs(specs)
+
+
+def component_facts(
+    plan: Plan, path: Path, slabs: list[Slab], header_sha256: str, digests: dict[str, str], errors: dict[str, float]
+) -> dict[str, Any]:
+    """A component's entry in the manifest; ``digests`` has each slab's SHA-256, ``errors`` is by tensor."""
     return {
         "file": path.name,
         "precision": plan.precision,
         "config": plan.config,
-        "header_sha256": sha256_range(path, 0, header_nbytes),
-        "slabs": [
-            {"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": finished[s.name]["sha256"]}
-            for s in slabs
-        ],
+        "header_sha256": header_sha256,
+        "slabs": [{"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": digests[s.name]} for s in slabs],
         "tensors": _tensor_facts(plan, errors),
     }
 
@@ -225,10 +236,7 @@ def _manifest(
 ) -> dict[str, Any]:
     lora = next((plan.lora for plan in plans if plan.lora), None)
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "lowvram": version("lowvram"),
-        "libraries": _versions(),
+        **origin(),
         "components": facts,
         "files": files,
         "sources": [
@@ -236,6 +244,16 @@ def _manifest(
             for file, digest in sorted(hashes.items())
         ],
         "lora": lora.summary() | {"sha256": hashes[lora.file].result()} if lora else None,
+    }
+
+
+def origin() -> dict[str, Any]:
+    """The manifest's first fields: format and the versions of what writes it."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "lowvram": version("lowvram"),
+        "libraries": _versions(),
     }
 
 
@@ -249,7 +267,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
+def publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest last, then give the whole folder its name."""
     with disk_errors(partial, 0):
         text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"

@@ -13,10 +13,12 @@ import functools
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowvram_kernels.errors import CheckpointError
@@ -128,7 +130,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, 100_000_000):
-                raise CheckpointError(f"{path} is no safetensors file: its header would have {length} bytes of {size}")
+                raise CheckpointError(
+                    f"{path} is no safetensors file, or is truncated: its header would have {length} bytes of {size}; "
+                    "fetch or convert it again"
+                )
             header = json.loads(file.read(length))
         ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
     except OSError as error:
@@ -240,7 +245,10 @@ class Component:
 
     @functools.cached_property
     def _mapping(self) -> Tensor:
-        return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
+        # A mapping that can only be read: it takes no memory of its own, so the system grants it at any size.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable", UserWarning)
+            return torch.from_numpy(np.memmap(self.path, np.uint8, mode="r"))
 
     def _slab(self, name: str) -> Slab:
         if name not in self._slabs:
@@ -293,6 +301,12 @@ class Artifact:
             artifact.verify()
         return artifact
 
+    @property
+    def phantom(self) -> str | None:
+        """What stands in place of trained values, where this is no converted checkpoint; see ``phantom``."""
+        facts = self.manifest.get("phantom")
+        return None if facts is None else str(facts["values"])
+
     def component(self, name: str) -> Component:
         """Raises: CheckpointError where the artifact was made without this component."""
         if name not in self._components:
@@ -307,6 +321,11 @@ class Artifact:
 
     def verify(self) -> None:
         """Raises: CheckpointError naming the first file whose bytes are not those that were written."""
+        if self.phantom is not None:
+            raise CheckpointError(
+                f"{self.path} is a phantom ({self.phantom}): it has the shapes of a model, no checksums and nothing to "
+                "verify; convert a checkpoint for an artifact that can be verified"
+            )
         for component in self._components.values():
             component.verify()
         for name, facts in self.manifest["files"].items():
@@ -325,7 +344,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no artifact: it has no {MANIFEST}; make one with lowvram convert")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}; convert again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} does not say format {FORMAT!r}; make an artifact with lowvram convert")

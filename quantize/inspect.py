@@ -32,6 +32,7 @@ def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "components": {name: _component(artifact.component(name)) for name in artifact.precisions()},
             "files": {name: facts["bytes"] for name, facts in manifest["files"].items()},
             "lora": manifest["lora"],
+            "phantom": manifest.get("phantom"),
             "sources": manifest["sources"],
         }
     except (KeyError, TypeError) as error:
@@ -77,6 +78,8 @@ def summary(facts: dict[str, Any]) -> str:
         f"made by lowvram {facts['lowvram']} with {libraries}",
         _lora_line(facts["lora"]),
     ]
+    if facts["phantom"]:
+        lines.append(f"phantom of preset {facts['phantom']['preset']}: {facts['phantom']['values']}, no checksums")
     for name, component in facts["components"].items():
         lines += ["", *_component_lines(name, component)]
     lines += ["", "copied"] + [f"  {name:<44}{_size(size):>12}" for name, size in facts["files"].items()]

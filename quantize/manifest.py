@@ -16,14 +16,16 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"bytes": int, "sha256": str},
     "sources": {"file": str, "bytes": int, "sha256": str},
     "lora": {"file": str, "sha256": str, "alpha": (int, float), "ranks": list, "merged": int, "replaced": int},
+    "phantom": {"preset": str, "values": str},
 }
 
 
 def check_manifest(file: Path, manifest: Any) -> None:
     """Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it."""
     _check_part(file, "manifest", manifest)
-    if manifest.get("lora") is not None:
-        _check_part(file, "lora", manifest["lora"])
+    for part in ("lora", "phantom"):
+        if manifest.get(part) is not None:
+            _check_part(file, part, manifest[part])
 
 
 def _check_part(file: Path, kind: str, value: Any) -> None:

@@ -20,6 +20,8 @@ Tensor = torch.Tensor
 # processor's second-level cache.
 CHUNK_VALUES = 1 << 18
 
+NF4_BLOCK = 64
+
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,14 +76,17 @@ def vae_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:
 
 def text_encoder_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:
     """Linears in 8 or 4 bit, dequantized at use. Embedding, norms and position tables stay in bf16: the embedding is
-    looked up, not multiplied, and its rows differ by orders of magnitude."""
+    looked up, not multiplied, and its rows differ by orders of magnitude. In 4 bit so do Linears whose inputs are no
+    multiple of 64, which the published encoder does not have."""
     if precision in KEPT:
         return Scheme(precision, "kept", KEPT[precision])
     linear = len(shape) == 2 and re.search(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight$", name)
     if not linear:
         return Scheme("bf16", "kept", torch.bfloat16)
     if precision == "nf4":
-        return Scheme("nf4", "nf4", torch.uint8)
+        # bitsandbytes' CPU kernels misread blocks that run over the end of a row.
+        whole = shape[1] % NF4_BLOCK == 0
+        return Scheme("nf4", "nf4", torch.uint8) if whole else Scheme("bf16", "kept", torch.bfloat16)
     return Scheme(f"{precision}_quanto", "quanto", EIGHT_BIT[precision])
 
 

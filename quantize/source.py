@@ -63,6 +63,8 @@ class TensorRef:
         """
         width = math.prod(self.shape[1:])
         nbytes = count * width * self.dtype.itemsize
+        if not nbytes:  # no bytes cannot be viewed as another dtype
+            return torch.empty(count, width, dtype=self.dtype)
         try:
             with self.file.open("rb", buffering=0) as file:
                 raw = np.fromfile(file, np.uint8, nbytes, offset=self.offset + start * width * self.dtype.itemsize)
@@ -94,7 +96,7 @@ def find_base(ckpt_dir: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object, fetch it again")

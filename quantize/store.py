@@ -10,13 +10,11 @@ import torch
 from lowvram_quantize.components import Item
 from lowvram_quantize.format import TensorSpec
 from lowvram_quantize.lora import Delta
-from lowvram_quantize.schemes import CHUNK_VALUES, all_finite, not_finite, quantize_chunk
+from lowvram_quantize.schemes import CHUNK_VALUES, NF4_BLOCK, all_finite, not_finite, quantize_chunk
 
 Tensor = torch.Tensor
 # Writes values at a byte offset of the stored tensor of that name.
 Write = Callable[[str, int, Tensor], None]
-
-NF4_BLOCK = 64
 
 
 def stored_specs(item: Item) -> list[TensorSpec]:

@@ -22,12 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import Wav2Vec2ForCTC
 
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
+from lowvram_quantize.presets import dit_config
 from lowvram_quantize.synthetic_encoders import (
-    LATENT_CHANNELS,
     t5_shapes,
     text_tokenizer,
     vae_shapes,
@@ -97,7 +98,7 @@ def write_checkpoint(
         "audio_inject_layers": list(audio_inject_layers),
     }  # fmt: skip
     _check_widths(text_dim=text_dim, audio_dim=audio_dim, vae_base_dim=vae_base_dim, shards=shards, rank=lora_rank)
-    config = _dit_config(settings)
+    config = dit_config(settings)
     model = _meta_dit(config)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if shards > len(shapes):
@@ -131,7 +132,7 @@ class Draw:
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor fit for what ``name`` says it is; values are rounded to ``dtype``."""
         values = torch.randn(shape, generator=self._generator(name))
-        mean, std = _distribution(name, shape)
+        mean, std = distribution(name, shape)
         return values.mul_(std).add_(mean).to(dtype)
 
     def all(self, shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ class Draw:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and std: norms near 1, biases small, weights 1/sqrt(fan_in)."""
     last = name.rpartition(".")[2]
     for suffix, std in _PLAIN_STD.items():
@@ -168,18 +169,6 @@ def _check_widths(*, text_dim: int, audio_dim: int, **positive: int) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected 1 or more")
-
-
-def _dit_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """The published ``config.json`` with other widths; it leaves text_dim out where that is the default 4096."""
-    return {
-        "_class_name": "WanModel_S2V", "_diffusers_version": "0.34.0", "model_type": "s2v",
-        "in_dim": LATENT_CHANNELS, "out_dim": LATENT_CHANNELS, "cond_dim": LATENT_CHANNELS, "eps": 1e-6,
-        "num_audio_token": 4, "enable_adain": True, "adain_mode": "attn_norm", "zero_init": True,
-        "zero_timestep": True, "enable_motioner": False, "add_last_motion": True, "enable_tsm": False,
-        "trainable_token_pos_emb": False, "motion_token_num": 1024, "enable_framepack": True,
-        "framepack_drop_mode": "padd",
-    } | settings  # fmt: skip
 
 
 def _meta_dit(config: dict[str, Any]) -> CausalDiT:
@@ -246,11 +235,16 @@ def _write_vae(base: Path, draw: Draw, base_dim: int) -> None:
 def _write_text_encoder(base: Path, draw: Draw, width: int) -> None:
     folder = base / "google" / "umt5-xxl"
     folder.mkdir(parents=True)
+    tensors = draw.all(t5_shapes(write_tokenizer(folder), width), torch.bfloat16)
+    torch.save(tensors, base / "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Write the synthetic tokenizer's two files; returns the size of its vocabulary."""
     tokenizer, config = text_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", config)
-    tensors = draw.all(t5_shapes(tokenizer.get_vocab_size(), width), torch.bfloat16)
-    torch.save(tensors, base / "models_t5_umt5-xxl-enc-bf16.pth")
+    return tokenizer.get_vocab_size()
 
 
 def _write_audio_encoder(base: Path, draw: Draw, width: int) -> None:
@@ -260,6 +254,11 @@ def _write_audio_encoder(base: Path, draw: Draw, width: int) -> None:
         model = wav2vec2_model(width)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     save_file(draw.all(shapes, torch.float32), folder / "model.safetensors", {"format": "pt"})
+    write_wav2vec2_config(folder, model)
+
+
+def write_wav2vec2_config(folder: Path, model: Wav2Vec2ForCTC) -> None:
+    """Write the audio encoder's two JSON files."""
     model.config.architectures = [type(model).__name__]
     model.config.to_json_file(folder / "config.json", use_diff=False)
     _write_json(folder / "preprocessor_config.json", wav2vec2_preprocessor())

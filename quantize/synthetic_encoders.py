@@ -138,20 +138,26 @@ def text_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
 
 
-def wav2vec2_model(width: int) -> Wav2Vec2ForCTC:
-    """The published audio encoder's architecture (24 layers, layer norm before) at ``width``; for a meta device."""
+def wav2vec2_model(width: int, **changes: Any) -> Wav2Vec2ForCTC:
+    """The published audio encoder's architecture (24 layers, layer norm before) at ``width``; for a meta device.
+
+    All else is small; ``changes`` are fields of transformers' configuration to set otherwise.
+    """
+    small: dict[str, Any] = {
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "conv_dim": (16,) * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+    }
     config = Wav2Vec2Config(
         hidden_size=width,
-        intermediate_size=2 * width,
         num_hidden_layers=24,
-        num_attention_heads=4,
-        conv_dim=(16,) * 7,
         conv_bias=True,
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
         vocab_size=33,
+        **small | changes,
     )
     return Wav2Vec2ForCTC(config)
 

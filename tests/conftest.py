@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from lowvram.pipeline import Request
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
 
-torch.set_num_threads(2)
+# As many threads as CI has cores, unless somebody said how many: more of them than cores only wait for each other.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 @dataclasses.dataclass(frozen=True)

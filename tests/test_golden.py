@@ -11,9 +11,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from lowvram.cli import main
+from lowvram.engine import Engine
 from lowvram.media.sizes import output_size
-from lowvram.residency import Resident
-from lowvram.rollout import Rollout, RolloutSettings, blocks_of
+from lowvram.placement import Placement
+from lowvram.residency import Layers
+from lowvram.rollout import Rollout, RolloutSettings
+from lowvram.schedule import blocks_of
 from lowvram.weights import build_dit, load_shared
 from lowvram_models.audio_encoder import audio_embedding
 from lowvram_quantize.convert import convert
@@ -45,18 +48,21 @@ def test_dit_alone(case: Case, tmp_path: Path):
         index = block.offset // settings["frames_per_block"]
         check(f"noise_pred.clip{block.clip}.block{index}.step{step}", velocity)
 
+    engine = Engine(CPU)
     rollout = Rollout(
         dit,
-        Resident(dit, component, CPU, torch.float32),
+        Layers(dit, component, engine, torch.float32),
         inputs["context"],
         RolloutSettings(
             frames_per_clip=settings["latent_frames_per_clip"],
             latent_size=tuple(inputs["noise"].shape[-2:]),
+            frames_per_block=settings["frames_per_block"],
             sample_steps=settings["sample_steps"],
             cond_rope_distance=settings["cond_rope_distance"],
         ),
         dtype=torch.float32,
-        device=CPU,
+        engine=engine,
+        placement=Placement(),
         on_prediction=on_prediction,
     )
     rollout.prefill(inputs["ref_latents"][0], inputs["motion_latents"][0])
@@ -74,13 +80,17 @@ def test_dit_alone(case: Case, tmp_path: Path):
             actor_masks=masks,
         )
     check("latents", latents)
-    for index, (keys, values) in enumerate(zip(rollout.sink.keys, rollout.sink.values, strict=True)):
+    for index in range(dit.config.num_layers):
+        keys, values = (torch.empty(rollout.sink.shape) for _ in range(2))
+        rollout.sink.read(index, keys, values)
         check(f"cond_k.{index}", keys)
         check(f"cond_v.{index}", values)
     for name in (n for n in golden if n.startswith("kv_")):
         kind, step, layer = name.split(".")
-        ring = rollout.rings[int(step.removeprefix("step"))]
-        check(name, (ring.keys if kind == "kv_k" else ring.values)[int(layer.removeprefix("layer"))])
+        keys, values = rollout.rings.snapshot(
+            int(step.removeprefix("step")), int(layer.removeprefix("layer")), torch.float32
+        )
+        check(name, keys if kind == "kv_k" else values)
     for name, ours in (("timesteps", rollout.scheduler.timesteps), ("sigmas", rollout.scheduler.sigmas)):
         assert torch.equal(ours, golden[name]), name
     assert set(golden) == set(errors) | {"timesteps", "sigmas"}, "a golden tensor was not compared"

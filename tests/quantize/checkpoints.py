@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowvram_kernels.errors import LowvramError
+from lowvram_quantize.format import Artifact
 from lowvram_quantize.source import BASE_FOLDER
 
 Tensor = torch.Tensor
@@ -94,6 +96,62 @@ def refusal(kind: type[LowvramError], *parts: str, exit_code: int = 2) -> Iterat
     assert all(part in message for part in parts), message
 
 
+def quantized_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scheme as it is written down: a row's largest value becomes the dtype's largest (of int8, 127)."""
+    largest = 127.0 if dtype is torch.int8 else 448.0
+    scale = weight.float().abs().amax(dim=1) / largest
+    scale[scale == 0] = 1
+    scaled = weight.float() / scale[:, None]
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its bytes."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+class FullDisk:
+    """A file on a disk that takes ``room`` more bytes: the last write that fits is a short one."""
+
+    def __init__(self, file, room: int):
+        self._file, self.room = file, room
+
+    def write(self, raw) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = self._file.write(raw[: self.room])
+        self.room -= count
+        return count
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+def journaled(partial: Path) -> dict[str, set[str]]:
+    """Component -> slabs that an interrupted run has noted as finished."""
+    return {
+        path.name.split(".")[0]: {json.loads(line)["slab"] for line in path.read_text().splitlines()[1:]}
+        for path in partial.glob("*.journal")
+    }
+
+
+def tensors_left(artifact: Path, finished: dict[str, set[str]]) -> int:
+    """How many of an artifact's tensors do not lie in those slabs."""
+    opened = Artifact.open(artifact)
+    count = 0
+    for name in opened.precisions():
+        component = opened.component(name)
+        for slab in set(component.slab_names) - finished.get(name, set()):
+            stored = {spec.name.removesuffix("._data") for spec in component.slab_specs(slab)}
+            count += len(stored & set(component.facts["tensors"]))
+    return count

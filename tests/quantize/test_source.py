@@ -26,6 +26,7 @@ from lowvram_quantize.source import (
 from tests.quantize.checkpoints import (
     INDEX,
     SHARDS,
+    Payload,
     base_of,
     clone,
     load_dit,
@@ -105,7 +106,9 @@ def test_base_is_the_folder_or_its_parent(base, tmp_path):
         find_base(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "JSON"), ("[1]", "list"), (b"\xff\xfe", "JSON"), (None, "JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "JSON"), ("[1]", "list"), ("[" * 5000, "JSON"), (b"\xff\xfe", "JSON"), (None, "JSON")]
+)
 def test_json_that_is_none(tmp_path, text, said):
     replace(tmp_path / "config.json", text)
     with refusal(CheckpointError, "config.json", said, "fetch it again"):
@@ -187,16 +190,6 @@ def test_a_file_cut_after_its_header_was_read(tmp_path):
     os.truncate(tmp_path / "a.safetensors", 200)
     with refusal(CheckpointError, "a.safetensors", "truncated", "w", "fetch it again"):
         ref.read()
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
 
 
 def zipped(value: object, path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Where a run keeps its weights and rings, and how many steps go through a layer together.
+
+The planner decides it, the runtime obeys it. Nothing here changes what is computed, except ``kv``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lowvram_kernels.errors import ConfigError
+
+KV_SCHEMES = ("plain", "int8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One way to lay a rollout out over device and host.
+
+    ``streamed_layers``: layers whose weights stay on the host and are copied into one of ``weight_slots`` staging
+    slots before they run. ``host_rings``: (step, layer) pairs whose KV ring stays on the host and is copied into one
+    of ``ring_slots`` staging slots. ``kv`` "plain" keeps keys and values in the dtype that is computed in, "int8"
+    in 8 bit with a scale a token and head. ``wave``: steps of different blocks that go through a layer together.
+    """
+
+    streamed_layers: tuple[int, ...] = ()
+    host_rings: tuple[tuple[int, int], ...] = ()
+    weight_slots: int = 2
+    ring_slots: int = 2
+    kv: str = "plain"
+    wave: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV_SCHEMES:
+            raise ConfigError(f"rings are to be kept as {self.kv!r}; expected {' or '.join(KV_SCHEMES)}")
+        if self.wave < 1 or self.weight_slots < 1 or self.ring_slots < 1:
+            raise ConfigError(
+                f"wave {self.wave}, weight slots {self.weight_slots}, ring slots {self.ring_slots}; expected 1 or more"
+            )
+        for name in ("streamed_layers", "host_rings"):
+            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
+                raise ConfigError(f"{name} has to be sorted and without repetitions: {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What a user says of memory; None and "auto" leave it to the plan.
+
+    ``vram_budget`` and ``ram_budget`` are bytes. ``kv`` is auto, int8 or bf16 (which stands for the dtype that is
+    computed in, float32 on a CPU). ``fallback`` allows to give up speed when memory runs out, ``allow_quality_loss``
+    also length, size and steps. ``placement`` lays a run out by hand, without a plan.
+    """
+
+    vram_budget: int | None = None
+    ram_budget: int | None = None
+    kv: str = "auto"
+    wave: int | str = "auto"
+    offload_model: bool = False
+    offload_kv_cache: bool = False
+    fallback: bool = True
+    allow_quality_loss: bool = False
+    placement: Placement | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv not in ("auto", "int8", "bf16"):
+            raise ConfigError(f"--kv is {self.kv!r}; expected auto, int8 or bf16")
+        if self.wave != "auto" and not (isinstance(self.wave, int) and self.wave >= 1):
+            raise ConfigError(f"--wave is {self.wave!r}; expected auto, or 1 up to the number of steps")
+        for name in ("vram_budget", "ram_budget"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name} is {value} bytes; expected more than 0")
+
+
+def placement_on_cpu(options: MemoryOptions, layers: int, steps: int) -> Placement:
+    """On a CPU host and device are the same memory: nothing is to be planned, but every option still does its part."""
+    cells = tuple((step, layer) for step in range(steps) for layer in range(layers))
+    return Placement(
+        streamed_layers=tuple(range(layers)) if options.offload_model else (),
+        host_rings=cells if options.offload_kv_cache else (),
+        kv="int8" if options.kv == "int8" else "plain",
+        wave=1 if isinstance(options.wave, str) else min(options.wave, steps),
+    )

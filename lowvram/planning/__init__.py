@@ -1,0 +1,7 @@
+"""What fits where and how fast it will be, from shapes alone: no weights are read and no device is needed."""
+
+from lowvram.planning.cards import CARDS, Card
+from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.workload import Workload
+
+__all__ = ["CARDS", "Card", "DoesNotFit", "Plan", "Workload", "plan"]

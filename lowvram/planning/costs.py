@@ -1,0 +1,116 @@
+"""Bytes and operations of the rollout from shapes alone: rings, sink, arithmetic.
+
+Shapes: L tokens of a block, D width, N heads, H head_dim. ``kv`` is "plain" (keys and values in the dtype that is
+computed in) or "int8", as in ``Placement``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lowvram.planning.workload import Workload
+from lowvram_models.config import DiTConfig
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+COMPUTE_BYTES = 2
+"""A value of bfloat16, which a GPU computes in."""
+FLOAT32_BYTES = 4
+SCALE_BYTES = 2
+"""Scales and means of int8 keys and values are bfloat16."""
+_BLOCK_ALIGNMENT = 16
+# Audio tokens that a latent frame is given (model-spec section 4).
+_AUDIO_TOKENS = 5
+
+# The VAE's decoder computes so many operations a latent frame, for each pixel of a frame and each square of the base
+# width. Counted over the convolutions of diffusers' AutoencoderKLWan; the test counts them again.
+DECODE_OPERATIONS = 3665.3
+
+
+def allocated(nbytes: int) -> int:
+    """What torch's caching allocator takes from the card for a tensor: 2 MiB steps from 10 MiB on, where every tensor
+    has a segment of its own; smaller ones share segments in steps of 512 bytes."""
+    step = 2 * MIB if nbytes >= 10 * MIB else 512
+    return -(-nbytes // step) * step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVBytes:
+    """Keys and values of some tokens of one layer: what is stored of them, and scales and means beside it."""
+
+    payload: int
+    scales: int
+
+    @property
+    def block(self) -> int:
+        """As a block of tokens lies in memory."""
+        return -(-(self.payload + self.scales) // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
+
+
+def kv_bytes(config: DiTConfig, tokens: int, kv: str) -> KVBytes:
+    """Bytes of keys and values of so many tokens, one layer and one step."""
+    if kv == "plain":
+        return KVBytes(payload=2 * tokens * config.dim * COMPUTE_BYTES, scales=0)
+    scales = 2 * tokens * config.num_heads * SCALE_BYTES + config.dim * SCALE_BYTES
+    return KVBytes(payload=2 * tokens * config.dim, scales=scales)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RingCosts:
+    """``cells`` is the number of rings, one a step and layer; ``cell`` and the others are bytes of one of them.
+
+    ``read`` crosses PCIe to the device and ``written`` back, once a block, where the ring lies on the host: a block
+    reads all slots but the one that it writes itself.
+    """
+
+    cells: int
+    payload: int
+    scales: int
+    cell: int
+    read: int
+    written: int
+
+
+def ring_costs(config: DiTConfig, work: Workload, kv: str) -> RingCosts:
+    block, slots = kv_bytes(config, work.block_tokens, kv), work.blocks_per_clip
+    return RingCosts(
+        cells=work.sample_steps * config.num_layers,
+        payload=block.payload * slots,
+        scales=block.scales * slots,
+        cell=block.block * slots,
+        read=block.block * (slots - 1),
+        written=block.block,
+    )
+
+
+def sink_bytes(config: DiTConfig, work: Workload, kv: str) -> KVBytes:
+    """The sink of all layers; every step shares it."""
+    layer = kv_bytes(config, work.sink_tokens, kv)
+    return KVBytes(payload=layer.payload * config.num_layers, scales=layer.scales * config.num_layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operations:
+    """Multiplications and additions, each counted as one, of one step of one block."""
+
+    linear: int
+    attention: int
+
+
+def step_operations(config: DiTConfig, work: Workload) -> Operations:
+    """Linears and attention of one step of a block, with full rings; text keys are computed anew in every step."""
+    tokens, dim, text = work.block_tokens, config.dim, config.text_len
+    audio, injections = _AUDIO_TOKENS * work.frames_per_block, len(config.audio_inject_layers)
+    per_matrix = 2 * dim * dim
+    # q, k, v, o of self-attention, q and o of cross-attention over the block; k and v over the text.
+    block = per_matrix * (6 * tokens + 2 * text) + 2 * 2 * tokens * dim * config.ffn_dim
+    injection = per_matrix * (2 * tokens + 2 * audio + 2 * work.frames_per_block)
+    keys = work.ring_tokens + work.sink_tokens + text
+    return Operations(
+        linear=config.num_layers * block + injections * injection,
+        attention=4 * dim * tokens * (config.num_layers * keys + injections * _AUDIO_TOKENS),
+    )
+
+
+def decode_operations(base_dim: int, work: Workload) -> int:
+    """The VAE's decoder over one block."""
+    return int(DECODE_OPERATIONS * base_dim**2 * work.pixels * work.frames_per_block)

@@ -1,0 +1,195 @@
+"""Rates of the card at hand: measured once, kept in the user's cache folder, read the next time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lowvram.planning.cards import Card, Rates
+
+log = logging.getLogger(__name__)
+
+# One pinned copy as large as a layer's slab, and one square product large enough to fill the largest cards: both last
+# tens of milliseconds on cards of 2020, so that starting them does not count.
+COPY_BYTES = 256 * 2**20
+PRODUCT_SIZE = 8192
+REPEATS = 5
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Runner(Protocol):
+    """What a card is asked to do; replaced in tests."""
+
+    @property
+    def key(self) -> str:
+        """The card's name, driver and PyTorch's version: all that rates depend on."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes (free, in all)."""
+        ...
+
+    @property
+    def has_fp8(self) -> bool: ...
+
+    def seconds(self, what: str) -> float:
+        """Seconds of one copy of ``COPY_BYTES`` ("h2d", "d2h") or one product of ``PRODUCT_SIZE`` ("bf16", "int8",
+        "fp8"), started and finished on the card."""
+        ...
+
+
+class CudaRunner:
+    """The work itself, timed by CUDA events."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._work: dict[str, Callable[[], Any]] = {}
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self._device)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} | driver {_driver_version()} | torch {torch.__version__}"
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self._device)
+
+    @property
+    def has_fp8(self) -> bool:
+        return torch.cuda.get_device_capability(self._device) >= (8, 9)
+
+    def seconds(self, what: str) -> float:
+        if what not in self._work:
+            self._work = {what: self._prepared(what)}  # what was measured before gives its memory back
+        work = self._work[what]
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _prepared(self, what: str) -> Callable[[], Any]:
+        if what in ("h2d", "d2h"):
+            host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+            card = torch.empty(COPY_BYTES, dtype=torch.uint8, device=self._device)
+            dst, src = (card, host) if what == "h2d" else (host, card)
+            return lambda: dst.copy_(src, non_blocking=True)
+        shape = (PRODUCT_SIZE, PRODUCT_SIZE)
+        if what == "int8":
+            a, b = (torch.ones(shape, dtype=torch.int8, device=self._device) for _ in range(2))
+            return lambda: torch._int_mm(a, b.t())
+        a, b = (torch.ones(shape, dtype=torch.bfloat16, device=self._device) for _ in range(2))
+        if what == "bf16":
+            return lambda: a @ b.t()
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        rows, columns = (
+            torch.ones(PRODUCT_SIZE, 1, device=self._device),
+            torch.ones(1, PRODUCT_SIZE, device=self._device),
+        )
+        # As the runtime calls it: a scale a row and a column.
+        return lambda: torch._scaled_mm(a8, b8.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=False)
+
+
+def _driver_version() -> str:
+    try:
+        return _DRIVER.read_text().split("Kernel Module")[1].split()[0]
+    except (OSError, IndexError):  # not Linux, or WSL: the version of the driver's interface has to do
+        builtins: Any = torch._C
+        return f"api {builtins._cuda_getDriverVersion()}"
+
+
+def measure(runner: Runner) -> Rates:
+    """Best of ``REPEATS`` after one run to warm up, for each kind of work."""
+
+    def best(what: str) -> float:
+        return min([runner.seconds(what) for _ in range(REPEATS + 1)][1:])
+
+    operations = 2 * PRODUCT_SIZE**3
+    return Rates(
+        int8=operations / best("int8"),
+        fp8=operations / best("fp8") if runner.has_fp8 else None,
+        bf16=operations / best("bf16"),
+        h2d=COPY_BYTES / best("h2d"),
+        d2h=COPY_BYTES / best("d2h"),
+        measured=True,
+    )
+
+
+def rates_of(device: torch.device, *, runner: Runner | None = None, file: Path | None = None) -> Rates:
+    """Measured rates of a CUDA card, from ``file`` where they are known for this card, driver and PyTorch.
+
+    Measuring takes a few seconds, 0.9 GB of the card and 0.5 GB of pinned host memory. A file that cannot be read or
+    written is said and does no harm: rates are measured again.
+    """
+    runner = runner or CudaRunner(device)
+    file = file or cache_file()
+    known = _read(file)
+    if runner.key in known:
+        return known[runner.key]
+    log.info("measuring %s: copies and products, a few seconds", runner.name)
+    rates = measure(runner)
+    _write(file, known | {runner.key: rates})
+    return rates
+
+
+def card_at_hand(device: torch.device, *, runner: Runner | None = None, file: Path | None = None) -> Card:
+    """A CUDA card with measured rates; usable is what is free on it now."""
+    runner = runner or CudaRunner(device)
+    free, total = runner.memory
+    rates = rates_of(device, runner=runner, file=file)
+    return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates)
+
+
+def cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lowvram" / "cards.json"
+
+
+def _read(file: Path) -> dict[str, Rates]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {key: _rates(values) for key, values in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be used (%s): rates are measured again", file, error)
+        return {}
+
+
+def _rates(values: dict[str, Any]) -> Rates:
+    rates = Rates(**values)
+    for name in ("int8", "bf16", "h2d", "d2h"):
+        if not isinstance(getattr(rates, name), (int, float)) or not getattr(rates, name) > 0:
+            raise ValueError(f"{name} is {getattr(rates, name)!r}, expected a rate above 0")
+    if rates.fp8 is not None and not (isinstance(rates.fp8, (int, float)) and rates.fp8 > 0):
+        raise ValueError(f"fp8 is {rates.fp8!r}, expected a rate above 0 or null")
+    return rates
+
+
+def _write(file: Path, rates: dict[str, Rates]) -> None:
+    text = json.dumps({key: dataclasses.asdict(value) for key, value in rates.items()}, indent=1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs may write at once: each replaces the file as a whole.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            partial.write(text)
+        os.replace(partial.name, file)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): rates are measured again the next time", file, error)

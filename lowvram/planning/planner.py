@@ -1,0 +1,255 @@
+"""From a model, a workload and a budget to what the runtime does; refused before anything loads where it cannot fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lowvram.byte_sizes import gib
+from lowvram.placement import Placement
+from lowvram.planning.cards import Card
+from lowvram.planning.costs import Operations, ring_costs, sink_bytes, step_operations
+from lowvram.planning.facts import ModelFacts, facts_of
+from lowvram.planning.layout import (
+    RESERVE_BYTES,
+    DeviceParts,
+    HostParts,
+    ReferenceParts,
+    device_parts,
+    host_parts,
+    reference_parts,
+    stage_peaks,
+)
+from lowvram.planning.search import Job, candidates, fastest, least_placement
+from lowvram.planning.timing import Limits, Seconds, Traffic, limits, seconds_of, traffic
+from lowvram.planning.workload import Workload
+from lowvram_kernels.errors import ConfigError, OutOfMemoryError
+from lowvram_quantize.format import Artifact
+
+KV_NAMES = {"int8": "int8", "bf16": "plain"}
+_SMALLER_SIZES = ("1280*720", "832*480", "720*400", "704*384", "512*320", "384*256", "256*192")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A placement and what it is predicted to take. Bytes, and seconds of one block in the steady state.
+
+    ``operations`` are those of one step of a block. ``stage_peaks`` are device bytes without ``reserve_bytes``;
+    ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and ``sink_bytes`` are keys and values alone, their
+    scales and means apart, wherever they lie.
+    """
+
+    placement: Placement
+    workload: Workload
+    card: Card
+    precision: str
+    layers: int
+    operations: Operations
+    fits: bool
+    vram_budget_bytes: int
+    ram_budget_bytes: int
+    reserve_bytes: int
+    text_encoder_device: str
+    stage_peaks: dict[str, int]
+    device: DeviceParts
+    host: HostParts
+    reference: ReferenceParts
+    weight_bytes: int
+    kv_ring_bytes: int
+    kv_scale_bytes: int
+    sink_bytes: int
+    sink_scale_bytes: int
+    traffic: Traffic
+    seconds: Seconds
+    limits: Limits
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max(self.stage_peaks.values()) + self.reserve_bytes
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return self.host.peak
+
+    @property
+    def pcie_bytes_per_block(self) -> int:
+        """Both ways."""
+        return self.traffic.total
+
+    @property
+    def seconds_per_block(self) -> float:
+        return self.seconds.block
+
+    @property
+    def limited_by(self) -> str:
+        """What takes longer, "arithmetic" or "pcie"."""
+        return self.seconds.limited_by
+
+
+class DoesNotFit(OutOfMemoryError):
+    """No placement fits; ``plan`` is the one that comes nearest."""
+
+    def __init__(self, message: str, plan: Plan):
+        super().__init__(message)
+        self.plan = plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Budgets:
+    vram: int
+    ram: int
+    reserve: int
+
+    @property
+    def usable(self) -> int:
+        return self.vram - self.reserve
+
+
+def plan(
+    artifact: Artifact | ModelFacts,
+    workload: Workload,
+    *,
+    vram_bytes: int,
+    ram_bytes: int,
+    card: Card,
+    kv: str = "auto",
+    wave: str | int = "auto",
+    offload_model: bool = False,
+    offload_kv: bool = False,
+    reserve_bytes: int = RESERVE_BYTES,
+) -> Plan:
+    """The fastest predicted placement of an artifact's model within device and host memory.
+
+    Args:
+        artifact: what ``convert`` wrote, or its sizes (``facts_of``); only headers are read.
+        vram_bytes: what may be taken of the device, reserve included.
+        ram_bytes: what may be taken of the host.
+        card: its rates decide what is fastest.
+        kv: how rings and sink are kept: "int8", "bf16", or "auto" (int8 where the DiT is 8-bit).
+        wave: steps of different blocks that share a pass over the layers: 1 to ``sample_steps``, or "auto".
+        offload_model: all layers on the host.
+        offload_kv: all rings on the host.
+        reserve_bytes: kept free on the device; see ``layout.RESERVE_BYTES``.
+
+    Raises:
+        ConfigError: an unknown ``kv``, or a wave beyond the steps.
+        DoesNotFit: (an OutOfMemoryError) nothing fits; the message has bytes needed, bytes there, and what would fit.
+    """
+    facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
+    budgets = _Budgets(vram=vram_bytes, ram=ram_bytes, reserve=reserve_bytes)
+    job = Job(
+        facts=facts,
+        work=workload,
+        kv=_kv_scheme(kv, facts),
+        wave=_wave(wave, workload.sample_steps),
+        offload_model=offload_model,
+        offload_kv=offload_kv,
+    )
+    job = _place_text_encoder(job, budgets)
+    fitting = list(candidates(job, budgets.usable))
+    if not fitting:
+        raise _refusal(job, least_placement(job), budgets, card)
+    in_ram = [placement for placement in fitting if job.host_peak(placement) <= budgets.ram]
+    if not in_ram:
+        raise _refusal(job, min(fitting, key=job.host_peak), budgets, card)
+    return describe(job, fastest(job, card.rates, in_ram), budgets, card)
+
+
+def _kv_scheme(kv: str, facts: ModelFacts) -> str:
+    if kv == "auto":
+        return "int8" if facts.quantized else "plain"
+    if kv not in KV_NAMES:
+        raise ConfigError(f"--kv is {kv!r}; expected auto, {' or '.join(KV_NAMES)}")
+    return KV_NAMES[kv]
+
+
+def _wave(wave: str | int, steps: int) -> int | None:
+    if wave == "auto":
+        return None
+    if not isinstance(wave, int) or not 1 <= wave <= steps:
+        raise ConfigError(f"--wave is {wave!r}; expected auto, or 1 to the number of steps, {steps}")
+    return wave
+
+
+def _place_text_encoder(job: Job, budgets: _Budgets) -> Job:
+    """On the host where it does not fit on the device: it runs once a video."""
+    needed = job.stage_peaks(least_placement(job))["encode_text"]
+    return dataclasses.replace(job, text_device="cpu") if needed > budgets.usable else job
+
+
+def describe(job: Job, placement: Placement, budgets: _Budgets, card: Card) -> Plan:
+    """Everything that is predicted of a placement."""
+    facts, work = job.facts, job.work
+    parts = device_parts(facts, work, placement)
+    host = host_parts(facts, work, placement, job.text_device)
+    ring, sink = ring_costs(facts.config, work, placement.kv), sink_bytes(facts.config, work, placement.kv)
+    peaks = stage_peaks(facts, work, parts, job.text_device)
+    return Plan(
+        placement=placement,
+        workload=work,
+        card=card,
+        precision=facts.precision,
+        layers=facts.config.num_layers,
+        operations=step_operations(facts.config, work),
+        fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
+        vram_budget_bytes=budgets.vram,
+        ram_budget_bytes=budgets.ram,
+        reserve_bytes=budgets.reserve,
+        text_encoder_device=job.text_device,
+        stage_peaks=peaks,
+        device=parts,
+        host=host,
+        reference=reference_parts(facts, work),
+        weight_bytes=facts.weight_bytes,
+        kv_ring_bytes=ring.cells * ring.payload,
+        kv_scale_bytes=ring.cells * ring.scales,
+        sink_bytes=sink.payload,
+        sink_scale_bytes=sink.scales,
+        traffic=traffic(facts, work, placement),
+        seconds=seconds_of(facts, work, placement, card.rates),
+        limits=limits(facts, work, card.rates),
+        notes=_notes(job, card),
+    )
+
+
+def _notes(job: Job, card: Card) -> tuple[str, ...]:
+    source = "rates measured on this card" if card.rates.measured else "data-sheet rates"
+    reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
+    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}"]
+    if job.text_device == "cpu":
+        notes.append("the text encoder does not fit on the device: it runs on the host, once a video")
+    if job.facts.precision == "fp8" and not card.has_fp8:
+        notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to bf16 at use; int8 is faster there")
+    if job.facts.precision == "fp32":
+        notes.append("weights stored in float32 cross PCIe at twice the bytes of bf16; convert with --precision bf16")
+    return tuple(notes)
+
+
+def _refusal(job: Job, nearest: Placement, budgets: _Budgets, card: Card) -> DoesNotFit:
+    """For the placement that comes nearest: it takes the least of the device, or of the host beside a full device."""
+    found = describe(job, nearest, budgets, card)
+    if found.peak_vram_bytes > budgets.vram:
+        stage = max(found.stage_peaks, key=lambda name: found.stage_peaks[name])
+        needed, there = found.peak_vram_bytes, budgets.vram
+        where = f"of device memory needed at the least ({stage})"
+    else:
+        needed, there = found.peak_host_bytes, budgets.ram
+        where = f"of host memory needed at the least beside {gib(budgets.vram)} of device memory"
+    height, width = job.work.size_px
+    what = f"{width}*{height} with {job.work.infer_frames} frames a clip and {job.work.sample_steps} steps"
+    return DoesNotFit(f"{what} does not fit: {gib(needed)} {where}, {gib(there)} there; {_advice(job, budgets)}", found)
+
+
+def _advice(job: Job, budgets: _Budgets) -> str:
+    """The first change, from harmless to not, with which something fits."""
+    kv = "" if job.kv == "int8" else "--kv int8 "
+    changes = [(kv, job.work)] if kv else []
+    for size in _SMALLER_SIZES:
+        work = Workload.of_size(size, infer_frames=job.work.infer_frames, sample_steps=job.work.sample_steps)
+        if work.pixels < job.work.pixels:
+            changes.append((f'{kv}--size "{size}"', work))
+    for options, work in changes:
+        changed = dataclasses.replace(job, work=work, kv="int8")
+        if any(changed.host_peak(placement) <= budgets.ram for placement in candidates(changed, budgets.usable)):
+            return f"{options.strip()} would fit"
+    return "no smaller size would fit either: take a card or a host with more memory"

@@ -1,0 +1,162 @@
+"""A plan for people, as tables, and for programs, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowvram.byte_sizes import gib
+from lowvram.planning.planner import Plan
+
+_PART_NAMES = {
+    "shared_weights": "embeddings, head, audio encoder of the DiT",
+    "resident_layers": "resident layers",
+    "weight_slots": "staging slots of streamed layers",
+    "rings": "resident KV rings",
+    "ring_slots": "staging slots of KV rings",
+    "sink": "attention sink",
+    "assembled_kv": "keys and values laid out for attention",
+    "rollout_inputs": "blocks under way",
+    "vae": "VAE",
+    "decoder_cache": "VAE decoder's cache",
+}
+_REFERENCE_NAMES = {
+    "dit": "DiT, bf16",
+    "kv_rings": "KV rings, bf16",
+    "sink": "attention sink, bf16",
+    "text_encoder": "text encoder, bf16",
+    "audio_encoder": "audio encoder, float32",
+    "vae": "VAE",
+    "workspace": "workspace",
+}
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Everything of a plan in numbers, strings and lists; bytes and seconds as in ``Plan``."""
+    placement = plan.placement
+    return {
+        "fits": plan.fits,
+        "vram_budget_bytes": plan.vram_budget_bytes,
+        "ram_budget_bytes": plan.ram_budget_bytes,
+        "peak_vram_bytes": plan.peak_vram_bytes,
+        "peak_host_bytes": plan.peak_host_bytes,
+        "reserve_bytes": plan.reserve_bytes,
+        "weight_bytes": plan.weight_bytes,
+        "kv_ring_bytes": plan.kv_ring_bytes,
+        "kv_scale_bytes": plan.kv_scale_bytes,
+        "sink_bytes": plan.sink_bytes,
+        "sink_scale_bytes": plan.sink_scale_bytes,
+        "pcie_bytes_per_block": plan.pcie_bytes_per_block,
+        "pcie_h2d_bytes_per_block": plan.traffic.h2d,
+        "pcie_d2h_bytes_per_block": plan.traffic.d2h,
+        "seconds_per_block": plan.seconds_per_block,
+        "seconds": dataclasses.asdict(plan.seconds),
+        "limited_by": plan.limited_by,
+        "limits": dataclasses.asdict(plan.limits),
+        "tflop_per_step": {
+            "linear": plan.operations.linear / 1e12,
+            "attention": plan.operations.attention / 1e12,
+        },
+        "stage_peak_bytes": plan.stage_peaks,
+        "device_bytes": dataclasses.asdict(plan.device),
+        "host_bytes": dataclasses.asdict(plan.host),
+        "reference_bytes": dataclasses.asdict(plan.reference) | {"total": plan.reference.total},
+        "placement": {
+            "streamed_layers": list(placement.streamed_layers),
+            "host_rings": [list(cell) for cell in placement.host_rings],
+            "weight_slots": placement.weight_slots,
+            "ring_slots": placement.ring_slots,
+            "kv": placement.kv,
+            "wave": placement.wave,
+        },
+        "text_encoder_device": plan.text_encoder_device,
+        "precision": plan.precision,
+        "gpu": plan.card.name,
+        "latent_size": list(plan.workload.latent_size),
+        "tokens_per_block": plan.workload.block_tokens,
+        "infer_frames": plan.workload.infer_frames,
+        "sample_steps": plan.workload.sample_steps,
+        "notes": list(plan.notes),
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print what is where, what it takes, how fast it will be, and what the published way would need."""
+    for table in (_placement(plan), _device(plan), _stages(plan), _speed(plan), _reference(plan)):
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"Note: {note}.")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _placement(plan: Plan) -> Table:
+    height, width = plan.workload.size_px
+    title = f"{width}*{height}, {plan.workload.infer_frames} frames a clip, {plan.workload.sample_steps} steps"
+    table = _table(f"{title}: {plan.workload.block_tokens} tokens a block", "", "on the device", "from the host")
+    layers, streamed = plan.layers, len(plan.placement.streamed_layers)
+    rings, hosted = layers * plan.workload.sample_steps, len(plan.placement.host_rings)
+    kv = "int8" if plan.placement.kv == "int8" else "bf16"
+    table.add_row(f"layers, {plan.precision} ({gib(plan.weight_bytes)} in all)", str(layers - streamed), str(streamed))
+    rings_bytes = plan.kv_ring_bytes + plan.kv_scale_bytes
+    table.add_row(f"KV rings, {kv} ({gib(rings_bytes)} in all)", str(rings - hosted), str(hosted))
+    table.add_row(f"sink, {kv}", gib(plan.sink_bytes + plan.sink_scale_bytes), "")
+    table.add_row("text encoder, while it works", *(("yes", "") if plan.text_encoder_device == "cuda" else ("", "yes")))
+    table.add_row("steps that share a pass over the layers", str(plan.placement.wave), "")
+    return table
+
+
+def _device(plan: Plan) -> Table:
+    table = _table("Device memory during the rollout", "", "bytes")
+    for name, nbytes in dataclasses.asdict(plan.device).items():
+        if nbytes:
+            table.add_row(_PART_NAMES[name], gib(nbytes))
+    table.add_row("together", gib(plan.device.total), style="bold")
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    table = _table("Predicted peaks", "", "bytes", "budget")
+    for stage, nbytes in plan.stage_peaks.items():
+        table.add_row(stage, gib(nbytes), "")
+    table.add_row("reserve", gib(plan.reserve_bytes), "")
+    table.add_row("device, highest with reserve", gib(plan.peak_vram_bytes), gib(plan.vram_budget_bytes), style="bold")
+    table.add_row("host", gib(plan.peak_host_bytes), gib(plan.ram_budget_bytes), style="bold")
+    return table
+
+
+def _speed(plan: Plan) -> Table:
+    table = _table(f"One block on {plan.card.name}", "", "predicted", "no plan can beat")
+    bounds, frames = plan.limits, 4 * plan.workload.frames_per_block
+    table.add_row("linear and attention, TFLOP a step", *_tflop(plan))
+    arithmetic = f"{bounds.int8_arithmetic_s:.2f} s int8, {bounds.bf16_arithmetic_s:.2f} s bf16"
+    table.add_row("arithmetic", f"{plan.seconds.arithmetic:.2f} s", arithmetic)
+    table.add_row("PCIe bytes, in", gib(plan.traffic.h2d), "")
+    table.add_row("PCIe bytes, out", gib(plan.traffic.d2h), "")
+    table.add_row("PCIe", f"{plan.seconds.pcie:.2f} s", f"{bounds.pcie_once_s:.2f} s for all int8 once")
+    table.add_row("copies that hide behind nothing", f"{plan.seconds.exposed:.2f} s", "")
+    table.add_row("decoding", f"{plan.seconds.decode:.2f} s", "")
+    speed = f"{plan.seconds_per_block:.2f} s, {frames / plan.seconds_per_block:.1f} frames/s"
+    table.add_row("limited by", plan.limited_by, "")
+    table.add_row("seconds a block", speed, "", style="bold")
+    return table
+
+
+def _tflop(plan: Plan) -> tuple[str, str]:
+    return f"{plan.operations.linear / 1e12:.0f} + {plan.operations.attention / 1e12:.0f}", ""
+
+
+def _reference(plan: Plan) -> Table:
+    table = _table("The published way, everything on the card at once", "", "bytes")
+    for name, nbytes in dataclasses.asdict(plan.reference).items():
+        table.add_row(_REFERENCE_NAMES[name], gib(nbytes))
+    table.add_row("together", gib(plan.reference.total), style="bold")
+    return table

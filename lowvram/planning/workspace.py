@@ -1,0 +1,114 @@
+"""Bytes that a stage takes on the device only while it works: what a call allocates beside its inputs.
+
+Each term names the tensors that are alive together at the worst moment of the code it stands for, so that it can be
+corrected when that code changes; the tests count live bytes of that code and compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES
+from lowvram.planning.facts import AudioFacts, ModelFacts
+from lowvram.planning.workload import Workload
+from lowvram_models.config import DiTConfig
+
+# Full-resolution planes of the VAE: multiples of base width x height x width of a frame in the dtype of the VAE, alive
+# at once. Counted over diffusers' AutoencoderKLWan as ``lowvram_models.vae`` runs it, at 256 x 384 to 720 x 1280.
+DECODER_CACHE_PLANES = 24.63
+DECODER_PLANES = 24.01
+ENCODER_PLANES = 36.77
+
+# The longest stretch of a voice that goes through wav2vec2 at once, and its samples and features a second.
+AUDIO_S, SAMPLES_PER_S, FEATURES_PER_S = 60, 16_000, 50
+_RGB = 3
+_FRAMES_PER_LATENT = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWorkspace:
+    """Bytes beside weights, memory and residual, at the worst moment of each part of one layer over L tokens."""
+
+    norms: int
+    attend: int
+    feed_forward: int
+    audio: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.norms, self.attend, self.feed_forward, self.audio)
+
+
+def layer_workspace(config: DiTConfig, tokens: int, *, quantized: bool, audio: bool = True) -> LayerWorkspace:
+    """What ``CausalDiT.layer`` and its attention memory allocate over ``tokens`` tokens in bfloat16.
+
+    ``quantized``: Linears take 8-bit activations. ``audio``: with injection (a block, not the sink pass).
+    """
+    half = tokens * config.dim * COMPUTE_BYTES  # [L, D] as activations
+    full = tokens * config.dim * FLOAT32_BYTES  # [L, D] in float32
+    wide_half, wide_full = (tokens * config.ffn_dim * size for size in (COMPUTE_BYTES, FLOAT32_BYTES))
+    wide_byte = tokens * config.ffn_dim
+    # RMSNorm of a projection in float32: its copy, scaled, weighted; the projection and the layer's input beside it.
+    rms_norm = 2 * half + 3 * full
+    # RoPE in float32: the copy, two rotated halves (as much again), the stacked result; or the codec's float32 copies.
+    rotation = 3 * full
+    # Plain: both sides of the GELU. 8-bit: the second Linear's input, its float32 copy, that scaled, its 8-bit values.
+    feed_forward = wide_half + 2 * wide_full + wide_byte if quantized else 2 * wide_half
+    return LayerWorkspace(
+        norms=full + rms_norm,  # cross-attention's, with the new residual beside it
+        attend=4 * half + rotation,  # the layer's input, q, k, v
+        feed_forward=full + half + feed_forward,
+        audio=2 * full + rms_norm if audio else 0,  # the new residual and what was heard
+    )
+
+
+def rollout_inputs(config: DiTConfig, work: Workload, wave: int) -> int:
+    """Residuals, rotations, text and audio of ``wave`` blocks that are under way."""
+    rope = 2 * FLOAT32_BYTES * (config.head_dim // 2) * (work.block_tokens + work.sink_tokens)
+    residual = work.block_tokens * config.dim * FLOAT32_BYTES
+    audio = 6 * work.frames_per_block * config.dim * COMPUTE_BYTES
+    text = config.text_len * config.dim * COMPUTE_BYTES
+    times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
+    return wave * (rope + residual + audio) + text + times
+
+
+def assembled_kv(config: DiTConfig, work: Workload) -> int:
+    """Keys, or values, of ring and sink laid out for attention: there are two of them."""
+    return (work.ring_tokens + work.sink_tokens) * config.dim * COMPUTE_BYTES
+
+
+def decoder_cache(base_dim: int, work: Workload) -> int:
+    """The last two inputs of every causal convolution; kept from block to block."""
+    return int(DECODER_CACHE_PLANES * base_dim * work.pixels * COMPUTE_BYTES)
+
+
+def decode_workspace(base_dim: int, work: Workload) -> int:
+    """One latent frame through the decoder, with the block's frames decoded before it."""
+    return int(DECODER_PLANES * base_dim * work.pixels * COMPUTE_BYTES) + _frames(work)
+
+
+def encode_workspace(base_dim: int, work: Workload) -> int:
+    """Four video frames through the encoder, its cache of before and after included."""
+    return int(ENCODER_PLANES * base_dim * work.pixels * COMPUTE_BYTES)
+
+
+def _frames(work: Workload) -> int:
+    """Pixels in float32 of a block's latent frames before its last."""
+    return (work.frames_per_block - 1) * _FRAMES_PER_LATENT * _RGB * work.pixels * FLOAT32_BYTES
+
+
+def text_workspace(facts: ModelFacts) -> int:
+    """UMT5 over ``text_len`` tokens: scores and biases of all heads in float32, and one Linear's weight dequantized."""
+    tokens = facts.config.text_len
+    scores = 4 * facts.text_heads * tokens**2 * COMPUTE_BYTES + tokens**2 * facts.text_heads * FLOAT32_BYTES
+    hidden = tokens * (6 * facts.text_width + 2 * facts.text_ffn) * COMPUTE_BYTES
+    return scores + hidden + 2 * facts.text_width * facts.text_ffn * COMPUTE_BYTES
+
+
+def audio_workspace(audio: AudioFacts) -> int:
+    """wav2vec2 in float32 over the longest stretch: its first convolution, or all hidden states with one layer's
+    scores before and after the softmax."""
+    features = AUDIO_S * FEATURES_PER_S
+    first = 2 * audio.conv_channels * AUDIO_S * SAMPLES_PER_S // audio.conv_stride
+    states = (audio.layers + 7) * features * audio.width + 2 * audio.heads * features**2
+    return max(first, states) * FLOAT32_BYTES

@@ -1,0 +1,114 @@
+"""What is made when: clips and blocks of a video, their noise, and which steps go through the layers together.
+
+Source: model-spec section 3. C latent channels, F latent frames, h x w latent size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lowvram_kernels.errors import ConfigError
+
+Tensor = torch.Tensor
+
+FRAMES_PER_BLOCK = 3
+VIDEO_FRAMES_PER_LATENT = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """A block of latent frames, number ``index`` of the video and ``slot`` of its clip: ``offset`` counts latent
+    frames from its clip's start, ``first_frame`` from the video's."""
+
+    clip: int
+    index: int
+    slot: int
+    offset: int
+    frames: int
+    first_frame: int
+    last_of_clip: bool
+
+
+def latent_frames_per_clip(infer_frames: int) -> int:
+    """Latent frames of a clip of ``infer_frames`` video frames behind 73 motion frames.
+
+    Raises:
+        ConfigError: ``infer_frames`` is no multiple of 4 from 12 on.
+    """
+    if infer_frames < 12 or infer_frames % 4:
+        raise ConfigError(f"--infer_frames is {infer_frames}; expected a multiple of 4 from 12 on, 48 is usual")
+    return (infer_frames + 76) // 4 - 19
+
+
+def blocks_of(clips: int, frames_per_clip: int, frames_per_block: int = FRAMES_PER_BLOCK) -> Iterator[Block]:
+    """All blocks in order; where a clip is no multiple of a block, its last block is shorter."""
+    index = 0
+    for clip in range(clips):
+        for slot, offset in enumerate(range(0, frames_per_clip, frames_per_block)):
+            frames = min(frames_per_block, frames_per_clip - offset)
+            yield Block(
+                clip=clip,
+                index=index,
+                slot=slot,
+                offset=offset,
+                frames=frames,
+                first_frame=clip * frames_per_clip + offset,
+                last_of_clip=offset + frames == frames_per_clip,
+            )
+            index += 1
+
+
+def clip_noise(base_seed: int, clip: int, shape_CFhw: tuple[int, int, int, int]) -> Tensor:
+    """Noise of one clip from a CPU generator, so that a seed means the same video on any device."""
+    return torch.randn(shape_CFhw, generator=torch.Generator("cpu").manual_seed(base_seed + clip))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tick:
+    """One pass over the layers: a step of each block that is under way, the oldest first. ``starts`` is the block
+    that has its first step here; ``refresh`` says that the sink is made anew before it."""
+
+    items: tuple[tuple[Block, int], ...]
+    starts: Block | None
+    refresh: bool
+
+    def finished(self, steps: int) -> Block | None:
+        """The block that has its last step here."""
+        block, step = self.items[0]
+        return block if step == steps - 1 else None
+
+
+def ticks(blocks: Iterable[Block], steps: int, wave: int) -> Iterator[Tick]:
+    """All steps of all blocks, with up to ``wave`` blocks under way.
+
+    Step i of block b needs step i - 1 of block b, and what step i of block b - 1 left in its ring: so blocks can share
+    a pass over the layers, each at least one step behind the one before it.
+
+    Before the second clip the sink is refreshed from the first clip's first frame. Blocks of the first clip still
+    read the old one, so the second clip starts when they are finished: a wave runs dry once a video.
+    """
+    coming = deque(blocks)
+    flight: deque[list] = deque()
+    refreshed = False
+    while coming or flight:
+        starts, refresh = None, False
+        if coming and _may_start(coming[0], flight, wave, refreshed):
+            starts = coming.popleft()
+            refresh = starts.clip > 0 and not refreshed
+            refreshed = refreshed or refresh
+            flight.append([starts, 0])
+        yield Tick(items=tuple((block, step) for block, step in flight), starts=starts, refresh=refresh)
+        for entry in flight:
+            entry[1] += 1
+        if flight[0][1] == steps:
+            flight.popleft()
+
+
+def _may_start(block: Block, flight: deque[list], wave: int, refreshed: bool) -> bool:
+    if block.clip > 0 and not refreshed:
+        return not flight
+    return len(flight) < wave

@@ -1,0 +1,108 @@
+"""``lowvram plan`` as a person calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lowvram.cli import main
+from lowvram.planning.command import PlanOptions, plan_for
+from lowvram_kernels.errors import ConfigError
+
+PLAN = ["plan", "--vram", "22.15GiB", "--ram", "64GiB", "--size", "704*384", "--infer_frames", "48", "--gpu", "rtx4090"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_json_has_what_programs_read():
+    result = run(*PLAN, "--preset", "14b", "--json")
+    assert result.exit_code == 0
+    plan = json.loads(result.stdout)
+    assert plan["fits"] is True
+    assert plan["vram_budget_bytes"] == int(22.15 * 2**30)
+    assert 0.95 * plan["vram_budget_bytes"] < plan["peak_vram_bytes"] <= plan["vram_budget_bytes"]
+    assert 3 * 2**30 < plan["peak_host_bytes"] < 48 * 2**30
+    assert plan["kv_ring_bytes"] == pytest.approx(19.3 * 2**30, rel=0.01)
+    assert plan["sink_bytes"] == pytest.approx(1.0 * 2**30, rel=0.01)
+    assert plan["weight_bytes"] == pytest.approx(16.6e9, rel=0.01)
+    assert plan["pcie_bytes_per_block"] == plan["pcie_h2d_bytes_per_block"] + plan["pcie_d2h_bytes_per_block"]
+    assert plan["seconds_per_block"] > plan["limits"]["int8_arithmetic_s"]
+    assert plan["limited_by"] in ("arithmetic", "pcie")
+
+
+def test_the_table_says_where_things_are_and_why_the_published_way_does_not_fit():
+    result = run(*PLAN)
+    assert result.exit_code == 0
+    for words in ("704*384", "resident layers", "decode", "22.15 GiB", "limited by", "85.", "Note: seconds"):
+        assert words in " ".join(result.stdout.split())
+
+
+def test_a_refusal_has_figures_and_exits_with_1():
+    arguments = [*PLAN, "--vram", "5GiB"]
+    plain, as_json = run(*arguments), run(*arguments, "--json")
+    assert plain.exit_code == as_json.exit_code == 1
+    assert plain.stderr.startswith("lowvram: error: 704*384 with 48 frames a clip and 4 steps does not fit: 5.")
+    assert plain.stderr.count("\n") == 1
+    assert not plain.stdout
+    plan = json.loads(as_json.stdout)
+    assert plan["fits"] is False
+    assert plan["peak_vram_bytes"] > plan["vram_budget_bytes"] == 5 * 2**30
+    assert plan["refused"] in plain.stderr
+
+
+def test_an_artifact_is_planned_like_its_preset(published):
+    options = ["--vram", "30GiB", "--gpu", "h100", "--kv", "bf16", "--wave", "2", "--json"]
+    artifact = run("plan", "--model", str(published("bf16")), *options)
+    preset = run("plan", "--preset", "14b", "--precision", "bf16", *options)
+    assert artifact.exit_code == 0
+    assert json.loads(artifact.stdout) == json.loads(preset.stdout)
+    assert json.loads(artifact.stdout)["placement"]["wave"] == 2
+
+
+def test_everything_can_be_kept_on_the_host():
+    plan = json.loads(run(*PLAN, "--offload_model", "True", "--offload_kv_cache", "--json").stdout)
+    assert len(plan["placement"]["streamed_layers"]) == 40
+    assert len(plan["placement"]["host_rings"]) == 160
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vram", "much"], "no amount of memory"),
+        (["--gpu", "voodoo2"], "--gpu is 'voodoo2'"),
+        (["--size", "12"], "unknown size"),
+        (["--wave", "5"], "--wave is 5"),
+        (["--wave", "most"], "--wave is 'most'"),
+        (["--infer_frames", "13"], "--infer_frames is 13"),
+        (["--model", "nowhere"], "no artifact"),
+        (["--model", "nowhere", "--precision", "int8"], "leave them out"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options, message):
+    result = run(*PLAN, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_without_a_card_it_is_said_whose_speeds_are_shown(published, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = plan_for(published("int8"), PlanOptions())
+    assert "no CUDA device is here" in result.notes[0]
+    assert result.vram_budget_bytes == result.card.usable_bytes
+    assert result.ram_budget_bytes == 64 * 2**30
+
+
+def test_a_card_at_hand_is_measured(published, monkeypatch):
+    from lowvram.planning import CARDS, command
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(command, "card_at_hand", lambda device: CARDS["rtx5090"])
+    result = plan_for(published("int8"), PlanOptions(ram="200GiB"))
+    assert result.card.name == "rtx5090"
+    assert not any("no CUDA device" in note for note in result.notes)
+    with pytest.raises(ConfigError):
+        plan_for(published("int8"), PlanOptions(vram="lots"))

@@ -1,0 +1,73 @@
+"""The table of memory and operations that was made by hand from the model's shapes, and the runtime's own codecs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.kv_codec import kv_codec
+from lowvram.planning import Workload
+from lowvram.planning.costs import GIB, allocated, kv_bytes, ring_costs, sink_bytes, step_operations
+from lowvram.rings import RingShape
+
+# Size; GiB of the rings of 4 steps in bf16 and int8; GiB of the sink in bf16; TFLOP a step, linear and attention.
+BY_HAND = [
+    ("384*256", 14.1, 7.0, 0.7, 31, 6),
+    ("704*384", 38.7, 19.3, 2.0, 82, 41),
+    ("720*400", 41.2, 20.6, 2.1, 87, 46),
+    ("1280*720", 131.8, 65.9, 6.8, 274, 466),
+]
+
+
+def agrees(value: float, printed: float, step: float) -> bool:
+    """Within 1 %, or half a step of the last digit that was printed."""
+    return abs(value - printed) <= max(0.01 * printed, step / 2)
+
+
+@pytest.mark.parametrize(("size", "plain", "int8", "sink", "linear", "attention"), BY_HAND)
+def test_it_agrees_with_the_table_made_by_hand(facts, size, plain, int8, sink, linear, attention):
+    config, work = facts("int8").config, Workload.of_size(size)
+    for kv, printed in (("plain", plain), ("int8", int8)):
+        rings = ring_costs(config, work, kv)
+        assert agrees(rings.cells * rings.payload / GIB, printed, 0.1)
+    assert agrees(sink_bytes(config, work, "plain").payload / GIB, sink, 0.1)
+    operations = step_operations(config, work)
+    assert agrees(operations.linear / 1e12, linear, 1)
+    assert agrees(operations.attention / 1e12, attention, 1)
+
+
+def test_weights_are_those_of_the_published_model(facts):
+    assert facts("bf16").weight_bytes == pytest.approx(32.6e9, rel=0.01)
+    assert facts("bf16").parameters == facts("int8").parameters == pytest.approx(16.3e9, rel=0.01)
+    # 8 bit a parameter, and 8 more for the 0.34e9 that stay in bf16.
+    kept = facts("int8").shared_bytes / 2
+    assert facts("int8").weight_bytes == pytest.approx(16.3e9 + kept, rel=0.002)
+    assert facts("bf16").text_bytes == pytest.approx(11.4e9, rel=0.01)
+    assert facts("bf16").vae_bytes == pytest.approx(0.25e9, rel=0.02)
+
+
+@pytest.mark.parametrize("kv", ["plain", "int8"])
+@pytest.mark.parametrize("tokens", [3168, 960, 77])
+def test_a_block_has_the_bytes_that_the_codec_writes(facts, kv, tokens):
+    config = facts("int8").config
+    codec = kv_codec(kv, config.num_heads, config.head_dim, torch.bfloat16)
+    costs = kv_bytes(config, tokens, kv)
+    assert costs.payload + costs.scales == codec.nbytes(tokens)
+    assert costs.block == -(-codec.nbytes(tokens) // 16) * 16
+
+
+@pytest.mark.parametrize("frames", [48, 32, 12])
+def test_a_ring_has_the_slots_that_the_runtime_gives_it(facts, frames):
+    work = Workload(latent_size=(48, 88), infer_frames=frames)
+    shape = RingShape.of(work.frames_per_clip, 3, work.tokens_per_frame, heads=40, head_dim=128)
+    assert len(shape.slots) == work.blocks_per_clip
+    assert max(shape.slots) == work.block_tokens
+    assert shape.capacity == work.ring_tokens
+    ring = ring_costs(facts("int8").config, work, "int8")
+    assert ring.read + ring.written == ring.cell
+
+
+def test_the_allocator_gives_large_tensors_segments_of_two_mib():
+    assert [allocated(n) for n in (0, 1, 512, 513, 5 << 20, (10 << 20) + 1, 12 << 20)] == [
+        0, 512, 512, 1024, 5 << 20, 12 << 20, 12 << 20,
+    ]  # fmt: skip

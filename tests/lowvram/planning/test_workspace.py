@@ -1,0 +1,133 @@
+"""Each formula against the live bytes of the code that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from lowvram.planning import Workload, workspace
+from lowvram.planning.costs import decode_operations
+from lowvram.planning.facts import AudioFacts
+from lowvram_kernels.modules import swap_linear
+from lowvram_models.attention import CrossAttention
+from lowvram_models.audio_adapter import AudioTokens
+from lowvram_models.audio_encoder import build_wav2vec2
+from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.rope import Rope, apply_rope
+from lowvram_models.text_encoder import build_umt5
+from lowvram_models.vae import StreamingVAE, build_vae
+from tests.lowvram.planning.live_bytes import LiveBytes, meta
+
+Tensor = torch.Tensor
+
+
+class Fused(nn.Module):
+    """Attention as a fused kernel does it: nothing alive but its output."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.empty_like(q)
+
+
+class Memory:
+    """Rotates, and lays keys out in room that is there already."""
+
+    def __init__(self, tokens: int, heads: int, width: int):
+        self.keys, self.values = (meta(tokens, heads, width) for _ in range(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        self.keys.copy_(apply_rope(k, rope))
+        self.values.copy_(v)
+        return torch.empty_like(apply_rope(q, rope))
+
+
+def layer_peak(config, work: Workload, *, quantized: bool, audio: bool) -> int:
+    tokens, dim = work.block_tokens, config.dim
+    config = dataclasses.replace(config, num_layers=1, audio_inject_layers=(0,))
+    with torch.device("meta"):
+        dit = CausalDiT(config).bfloat16()
+    for name, module in list(dit.named_modules()):
+        if isinstance(module, CrossAttention):
+            module.attention = Fused()
+        if quantized and isinstance(module, nn.Linear) and name.startswith(("blocks.", "audio_injector.")):
+            swap_linear(dit, name, torch.int8)
+    x = meta(tokens, dim, dtype=torch.float32)
+    rope = Rope(*(meta(tokens, config.head_dim // 2, dtype=torch.float32) for _ in range(2)))
+    memory = Memory(tokens, config.num_heads, config.head_dim)
+    heard = AudioTokens(meta(1, work.frames_per_block, 5, dim), meta(1, work.frames_per_block, dim))
+    time = TimeEmbedding(meta(dim, dtype=torch.float32), meta(6, dim, dtype=torch.float32))
+    text = meta(config.text_len, dim)
+    inputs = LayerInputs(time=time, text=text, rope=rope, frames=work.frames_per_block, audio=heard if audio else None)
+    known = [x, rope.cos, rope.sin, memory.keys, memory.values, heard.frame, heard.clip, time.head, time.blocks, text]
+    with torch.inference_mode(), LiveBytes([*known, *dit.parameters()]) as live:
+        dit.layer(0, x, inputs, memory)
+    return live.peak
+
+
+@pytest.mark.parametrize("size", ["384*256", "704*384"])
+@pytest.mark.parametrize(("quantized", "audio"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_layer_takes_what_is_predicted(facts, size, quantized, audio):
+    config, work = facts("int8").config, Workload.of_size(size)
+    predicted = workspace.layer_workspace(config, work.block_tokens, quantized=quantized, audio=audio)
+    assert predicted.peak == pytest.approx(layer_peak(config, work, quantized=quantized, audio=audio), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def vae() -> StreamingVAE:
+    with torch.device("meta"):
+        model = build_vae(96)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    streaming = StreamingVAE(model, dtype=torch.bfloat16)
+    streaming._mean, streaming._std = streaming._mean.to("meta"), streaming._std.to("meta")
+    return streaming
+
+
+@pytest.mark.parametrize("latents", [(48, 88), (50, 90)])
+def test_the_decoder_takes_what_is_predicted(vae, latents):
+    work, decoder = Workload(latent_size=latents), vae.start_decoder()
+    block = meta(16, 3, *latents, dtype=torch.float32)
+    with LiveBytes([block, *vae.vae.parameters()]) as live:
+        decoder.prime(block)
+        cache = live.now()
+        live.restart()
+        decoder.decode(block)
+    assert workspace.decoder_cache(96, work) == pytest.approx(cache, rel=0.01)
+    assert workspace.decode_workspace(96, work) == pytest.approx(live.peak - cache, rel=0.03)
+    assert decode_operations(96, work) == pytest.approx(live.operations, rel=0.01)
+
+
+def test_the_encoder_takes_what_is_predicted(vae, monkeypatch):
+    # Nothing settles, so that every stage runs: values cannot be compared where there are none.
+    monkeypatch.setattr("lowvram_models.vae._same_slots", lambda before, after: False)
+    portrait = meta(3, 384, 704, dtype=torch.float32)
+    with LiveBytes([portrait, *vae.vae.parameters()]) as live:
+        vae.encode_repeated(portrait, 13)
+    assert workspace.encode_workspace(96, Workload(latent_size=(48, 88))) == pytest.approx(live.peak, rel=0.03)
+
+
+def test_the_text_encoder_takes_less_than_predicted(facts):
+    sizes = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 2}
+    with torch.device("meta"):
+        model = build_umt5(**sizes).bfloat16()
+    with torch.no_grad(), LiveBytes(model.parameters()) as live:
+        model(input_ids=torch.empty(1, 512, dtype=torch.long, device="meta"))
+    # The dequantized weight comes on top, and no Linear is quantized here.
+    predicted = workspace.text_workspace(facts("int8"))
+    assert 0.6 * predicted < live.peak <= predicted
+
+
+def test_the_audio_encoder_takes_what_is_predicted():
+    config = {
+        "model_type": "wav2vec2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "intermediate_size": 4096, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = build_wav2vec2(config)
+    samples = torch.empty(1, workspace.AUDIO_S * workspace.SAMPLES_PER_S, device="meta")
+    with torch.no_grad(), LiveBytes([samples, *model.parameters(), *model.buffers()]) as live:
+        model(samples, output_hidden_states=True)
+    audio = AudioFacts(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
+    assert workspace.audio_workspace(audio) == pytest.approx(live.peak, rel=0.03)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.conveyor import Conveyor
+from lowvram.engine import DONE, Engine, Moment
+
+
+class WatchedEngine(Engine):
+    """Notes what waits for what."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.waited: list[Moment] = []
+        self.moments: list[Moment] = []
+
+    def now(self) -> Moment:
+        self.moments.append(Moment())
+        return self.moments[-1]
+
+    def wait(self, moment: Moment) -> None:
+        self.waited.append(moment)
+
+
+def jobs(count: int, log: list, there: dict[int, Moment]):
+    for number in range(count):
+
+        def fill(slot: torch.Tensor, after: tuple[Moment, ...], number: int = number) -> Moment:
+            slot.fill_(number)
+            log.append((number, after))
+            there[number] = Moment()
+            return there[number]
+
+        yield number, fill
+
+
+def test_slots_are_filled_ahead_and_wait_for_their_last_reader():
+    engine, log, there = WatchedEngine(), [], {}
+    conveyor = Conveyor(engine, [torch.zeros(1), torch.zeros(1)])
+    conveyor.load(jobs(4, log, there))
+    assert [number for number, _ in log] == [0, 1]
+    extra = Moment()
+    assert conveyor.take(0).item() == 0
+    assert engine.waited == [there[0]]
+    conveyor.release(0, extra)
+    # The third thing comes into the first slot, not before its reader and the copy out of it are done.
+    assert log[2] == (2, (engine.moments[0], extra))
+    assert [conveyor.take(n).item() for n in (1, 2)] == [1, 2]
+    conveyor.release(1)
+    conveyor.release(2)
+    assert conveyor.take(3).item() == 3
+
+
+def test_what_is_taken_out_of_order_is_refused():
+    conveyor = Conveyor(Engine(torch.device("cpu")), [torch.zeros(1), torch.zeros(1)])
+    conveyor.load(jobs(3, [], {}))
+    with pytest.raises(RuntimeError, match="1 was to be taken"):
+        conveyor.take(1)
+    conveyor.take(0)
+    conveyor.take(1)
+    with pytest.raises(RuntimeError, match="was taken first"):
+        conveyor.release(1)
+    with pytest.raises(RuntimeError, match="2 was to be taken"):
+        conveyor.take(2)
+
+
+def test_copies_are_counted():
+    engine = Engine(torch.device("cpu"))
+    assert engine.copy_in(torch.zeros(4), torch.ones(4), DONE) is DONE
+    engine.copy_out(torch.zeros(2), torch.ones(2))
+    assert (engine.bytes_in, engine.bytes_out) == (16, 8)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lowvram.engine import Engine
+from lowvram.kv_codec import PlainCodec
+from lowvram.rings import Rings, RingShape, Window
+
+HEADS, WIDTH, STEPS, LAYERS = 2, 4, 2, 3
+SHAPE = RingShape.of(5, 2, 3, heads=HEADS, head_dim=WIDTH)
+CELLS = [(step, layer) for step in range(STEPS) for layer in range(LAYERS)]
+
+
+def make_rings(on_host=(), staging=2) -> tuple[Rings, Engine]:
+    engine = Engine(torch.device("cpu"))
+    rings = Rings(SHAPE, PlainCodec(HEADS, WIDTH, torch.float32), engine, STEPS, LAYERS)
+    rings.place(on_host, staging)
+    return rings, engine
+
+
+def write(rings: Rings, clip: int, slot: int, value: float) -> torch.Tensor:
+    """One pass over all cells; returns the keys that the last cell saw."""
+    window = SHAPE.window(clip, slot)
+    room = torch.empty(SHAPE.capacity, HEADS, WIDTH)
+    new = torch.full((SHAPE.slots[slot], HEADS, WIDTH), value)
+    rings.expect((cell, window) for cell in CELLS)
+    for cell in CELLS:
+        seen = rings.update(cell, window, new, -new, room, torch.empty_like(room))
+    return room[:seen, 0, 0]
+
+
+def test_a_ring_has_a_slot_for_each_block_of_a_clip():
+    assert SHAPE.slots == (6, 6, 3)
+    assert SHAPE.capacity == 15
+
+
+def test_a_block_sees_what_was_written_and_then_the_whole_ring():
+    assert [SHAPE.window(0, slot) for slot in range(3)] == [Window(0, 1), Window(1, 2), Window(2, 3)]
+    assert [SHAPE.window(clip, 1) for clip in (1, 7)] == [Window(1, 3)] * 2
+
+
+@pytest.mark.parametrize("on_host", [[], CELLS, CELLS[1::2]], ids=["device", "host", "mixed"])
+def test_blocks_lie_behind_each_other_and_are_replaced(on_host):
+    rings, _ = make_rings(on_host)
+    assert write(rings, 0, 0, 1).tolist() == [1] * 6
+    assert write(rings, 0, 1, 2).tolist() == [1] * 6 + [2] * 6
+    assert write(rings, 0, 2, 3).tolist() == [1] * 6 + [2] * 6 + [3] * 3
+    assert write(rings, 1, 1, 9).tolist() == [1] * 6 + [9] * 6 + [3] * 3
+    keys, values = rings.snapshot(1, 2, torch.float32)
+    assert keys[:, 0, 0].tolist() == [1] * 6 + [9] * 6 + [3] * 3
+    assert torch.equal(values, -keys)
+
+
+def test_rings_move_with_what_they_hold():
+    rings, _ = make_rings()
+    write(rings, 0, 0, 1)
+    write(rings, 0, 1, 2)
+    rings.place(CELLS[:4], 1)
+    assert write(rings, 0, 2, 3).tolist() == [1] * 6 + [2] * 6 + [3] * 3
+    rings.place(CELLS, 2)
+    assert write(rings, 1, 0, 4).tolist() == [4] * 6 + [2] * 6 + [3] * 3
+
+
+def test_only_what_is_seen_comes_in_and_only_what_is_new_goes_out():
+    rings, engine = make_rings(CELLS)
+    slot_nbytes = rings.cell_nbytes // 3
+    moved = []
+    for clip, slot in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        before = engine.bytes_in, engine.bytes_out
+        write(rings, clip, slot, 1.0)
+        moved.append(((engine.bytes_in - before[0]) / slot_nbytes, (engine.bytes_out - before[1]) / slot_nbytes))
+    cells = len(CELLS)
+    assert moved == [(0, cells), (cells, cells), (2 * cells, cells), (2 * cells, cells), (2 * cells, cells)]
+
+
+def test_cells_out_of_order_are_refused():
+    rings, _ = make_rings(CELLS)
+    rings.expect([(CELLS[0], SHAPE.window(0, 0))])
+    new = torch.zeros(6, HEADS, WIDTH)
+    with pytest.raises(RuntimeError, match="is on its way"):
+        rings.update(CELLS[1], SHAPE.window(0, 0), new, new, new.clone(), new.clone())
