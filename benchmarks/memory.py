@@ -49,9 +49,7 @@ def measure(folder: Path, seconds: float) -> dict:
     draw_portrait(256, 256).save(folder / "portrait.png")
     write_wav(folder / "voice.wav", synth_voice(seconds), 16000)
     begin = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=folder
-    )
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=folder)
     out, _ = child.communicate()
     if child.returncode:
         sys.exit(f"the measured run failed with exit code {child.returncode}")

@@ -55,6 +55,7 @@ def load_text_encoder(
         raise CheckpointError(f"the artifact's tokenizer cannot be used: {error}") from error
     with torch.device("meta"):
         model = build_umt5(**component.config)
+    absent = {id(parameter): parameter for parameter in model.parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for slab in component.slab_names:
         tensors |= component.views(slab, component.read_slab(slab).to(device))
@@ -62,7 +63,7 @@ def load_text_encoder(
     swap_text_linears(model, component, tensors, dtype)
     bind(model, plain, dtype)
     model.encoder.embed_tokens.weight = model.shared.weight
-    if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+    if left := [name for name, parameter in model.named_parameters() if id(parameter) in absent]:
         raise CheckpointError(f"{component.path} lacks {len(left)} tensors, first {left[0]}; convert again")
     return model.eval().requires_grad_(False), tokenizer
 
@@ -78,8 +79,8 @@ def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Ve
     try:
         with torch.device("meta"):
             model = build_wav2vec2(config)
-        state = wav2vec2_state(load_file(folder / "model.safetensors", device=str(device)))
-        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True, strict=True)
+        state = wav2vec2_state(load_file(folder / "model.safetensors"))
+        model.load_state_dict({k: v.to(device, torch.float32) for k, v in state.items()}, assign=True, strict=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no usable wav2vec2: {error}; convert the checkpoint again") from error
     return model, bool(preprocessor.get("do_normalize", True))

@@ -29,7 +29,7 @@ from lowvram.planning.planner import Plan
 from lowvram.planning.table import to_json as plan_json
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
-from lowvram.relief import Relief
+from lowvram.relief import Relief, free_cached
 from lowvram.residency import Layers
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import (
@@ -200,7 +200,7 @@ class AvatarPipeline:
         conditions = self._encode(inputs, recorder)
         rollout = self._start_rollout(inputs, conditions)
         self._fill_sink(rollout, conditions.reference, conditions.motion)
-        decoder = self._start_decoder(conditions)
+        decoder = self._start_decoder(rollout, conditions)
         clips = self._clips(inputs, conditions)
         recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
         reference = conditions.reference
@@ -257,6 +257,8 @@ class AvatarPipeline:
             features = self.relief.on_host_instead("encode_audio", audio, self.device)
         with self.stages.stage("encode_image"):
             reference, motion = self.relief.on_host_instead("encode_image", image, self.device)
+        # Models of libraries hold themselves in cycles: without this they would keep their memory.
+        free_cached()
         recorder.tensor("input_ids", ids)
         recorder.tensor("context", context)
         recorder.tensor("audio_emb", features)
@@ -300,7 +302,7 @@ class AvatarPipeline:
         in_audio = conditions.audio.shape[-1] // inputs.request.infer_frames
         return min(inputs.request.num_clip or in_audio, in_audio)
 
-    def _start_decoder(self, conditions: Conditions) -> StreamingDecoder:
+    def _start_decoder(self, rollout: Rollout, conditions: Conditions) -> StreamingDecoder:
         def start() -> StreamingDecoder:
             with self.stages.stage("decode"):
                 found = load_vae(self.artifact, self.device, self.dtype).start_decoder()
@@ -308,7 +310,7 @@ class AvatarPipeline:
                 found.prime(conditions.motion[:, :PRIMING_LATENTS])
                 return found
 
-        return self.relief.attempt("decode", start, _nothing_yet)
+        return self.relief.attempt("decode", start, lambda layout: rollout.place(layout.placement))
 
     def _denoise(self, rollout: Rollout, tick: Tick, conditions: Conditions) -> None:
         begin = time.perf_counter()

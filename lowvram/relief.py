@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from lowvram.fallback import Layout, next_rung
+from lowvram.simulate import simulated_device
 from lowvram_kernels.errors import OutOfMemoryError
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Relief:
 def free_cached() -> None:
     """Give back what nobody holds any more."""
     gc.collect()
+    if (simulated := simulated_device()) is not None:
+        simulated.empty_cache()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -77,7 +77,9 @@ def unbind(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        absent = torch.empty_like(module.get_parameter(leaf), device="meta")
+        bound = module.get_parameter(leaf)
+        with torch.device("meta"):
+            absent = torch.empty(bound.shape, dtype=bound.dtype)
         module._parameters[leaf] = nn.Parameter(absent, requires_grad=False)
 
 
