@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_rivals import linear_rivals
 from torch.nn import functional as F
 
-from kernel_rivals import linear_rivals
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
@@ -92,10 +92,11 @@ def cpu_table() -> dict[str, Any]:
     table = []
     for rows, depth, columns in ((512, 2048, 2048), (192, 64, 64), (192, 64, 160), (192, 160, 64)):
         x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
-        q, scale = quantize_rows(weight, torch.int8)
+        q, scale_N1 = quantize_rows(weight, torch.int8)
+        scale = scale_N1[:, 0].contiguous()
         calls = {
             "float32": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
-            "int8": lambda x=x, q=q, s=scale[:, 0].contiguous(), b=bias: linear_w8a8(x, q, s, b),
+            "int8": lambda x=x, q=q, s=scale, b=bias: linear_w8a8(x, q, s, b),
         }
         with torch.inference_mode():
             times = {name: cpu_median_ms(call, 30 if depth > 1000 else 500) for name, call in calls.items()}

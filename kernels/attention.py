@@ -1,4 +1,7 @@
-"""Attention behind one dispatcher. Today every device goes through ``scaled_dot_product_attention``."""
+"""Attention over plain keys and values: every device goes through ``scaled_dot_product_attention``.
+
+Keys and values that are held in 8 bits have their own operation, ``ring_attention``.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             "equal heads and head_dim, and at least one key"
         )
     record("attention", f"{str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention")
+    return sdpa(q, k, v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without checks and without a word to the trace."""
     # Four dimensions, because with three the fused backends are passed over and the scores stand in memory as a whole.
     shape = q.shape
     q, k, v = (t.reshape(-1, *t.shape[-3:]).transpose(1, 2) for t in (q, k, v))

@@ -1,8 +1,12 @@
 """W8A8 linear layers: activations quantized per token at run time, weights per output channel beforehand.
 
-Order of preference: int8 through ``torch._int_mm`` (CPU with AVX512-VNNI or AMX, and CUDA from sm_80 on); fp8 through
-row-wise ``torch._scaled_mm`` (CPU, and CUDA from sm_89 on). A GPU without FP8 units runs fp8 weights weight-only; the
-kernel's name in the run's report says so, and a warning is given once.
+Order of preference:
+
+- int8: the Triton kernel on CUDA from sm_80 on, scales, bias and GELU in its epilogue; then ``torch._int_mm`` (CUDA
+  without Triton, and the CPU, where AVX512-VNNI or AMX make it fast).
+- fp8: row-wise ``torch._scaled_mm`` on sm_89, sm_90 and sm_120 (and the CPU); the Triton kernel where GELU follows,
+  since only it fuses that. A GPU without FP8 units runs fp8 weights weight-only; the kernel's name in the run's report
+  says so, and a warning is given once.
 """
 
 from __future__ import annotations
@@ -13,16 +17,20 @@ import logging
 import torch
 from torch.nn import functional as F
 
-from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 
-def linear_w8a8(x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    """``x @ (weight * scale).T + bias`` in 8-bit arithmetic: [..., K] -> [..., N] in the dtype of ``x``.
+def linear_w8a8(
+    x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False
+) -> Tensor:
+    """``x @ (weight * scale).T + bias`` in 8-bit arithmetic, GELU (tanh) behind it if asked: [..., K] -> [..., N].
 
+    The result has the dtype of ``x``.
     Tolerance against float64 on normal random data (relative error, norm): int8 about 1 %, fp8 about 4 %.
 
     Raises:
@@ -30,38 +38,124 @@ def linear_w8a8(x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Te
         ValueError: shapes do not fit.
     """
     _check(x, weight_NK, weight_scale_N, bias_N)
-    name, kernel = _select(x, weight_NK)
-    record("linear_w8a8", name)
-    out = kernel(x.reshape(-1, x.shape[-1]), weight_NK, weight_scale_N, bias_N)
-    return out.to(x.dtype).view(*x.shape[:-1], weight_NK.shape[0])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if weight_NK.dtype is torch.float8_e4m3fn and not has_fp8_units(x.device):
+        out = _weight_only(rows, weight_NK, weight_scale_N, bias_N, gelu)
+    else:
+        q, scale = quantize_rows(rows, weight_NK.dtype)
+        out = _product(q, scale, weight_NK, weight_scale_N, bias_N, gelu, x.dtype)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight_NK))
 
 
-def reference_w8a8(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    """The same in float64 on the quantized operands: what every kernel has to meet."""
-    q, scale = quantize_rows(x_MK, weight_NK.dtype)
-    out = (q.double() @ weight_NK.double().t()) * scale.double() * weight_scale_N.double()
-    return out if bias_N is None else out + bias_N.double()
+def linear_q8(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    weight_NK: Tensor,
+    weight_scale_N: Tensor,
+    bias_N: Tensor | None,
+    *,
+    gelu: bool = False,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same for activations that are quantized already: int8 or fp8 [M, K] with float32 scales [M, 1].
 
-
-def int8_mm(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    q, scale = quantize_rows(x_MK, torch.int8)
-    rows = q.shape[0]
-    if x_MK.is_cuda and rows <= 16:  # cuBLASLt takes more than 16 rows only
-        q = F.pad(q, (0, 0, 0, 32 - rows))
-    product = torch._int_mm(q, weight_NK.t())[:rows]
-    return _epilogue(product.float().mul_(scale), weight_scale_N, bias_N)
-
-
-def fp8_mm(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    q, scale = quantize_rows(x_MK, torch.float8_e4m3fn)
-    if x_MK.is_cuda:  # row-wise scales come with bfloat16 output there
-        bias = None if bias_N is None else bias_N.bfloat16()
-        return torch._scaled_mm(
-            q, weight_NK.t(), scale, weight_scale_N[None], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False
+    Raises:
+        TypeError: activations and weights are not of the same 8-bit dtype.
+        ValueError: shapes do not fit.
+        RuntimeError: fp8 on a GPU without FP8 units.
+    """
+    if q_MK.dtype is not weight_NK.dtype or q_MK.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise TypeError(f"activations are {q_MK.dtype}, weights {weight_NK.dtype}; expected int8 or fp8 e4m3 for both")
+    if q_MK.ndim != 2 or q_MK.shape[1] != weight_NK.shape[1] or scale_M1.shape != (len(q_MK), 1):
+        raise ValueError(
+            f"activations {tuple(q_MK.shape)}, their scale {tuple(scale_M1.shape)} and weight {tuple(weight_NK.shape)} "
+            "do not fit: expected [M, K], [M, 1] and [N, K]"
         )
-    one = scale.new_ones(())
-    product = torch._scaled_mm(q, weight_NK.t(), one, one, out_dtype=torch.float32)
-    return _epilogue(product.mul_(scale), weight_scale_N, bias_N)
+    if q_MK.dtype is torch.float8_e4m3fn and not has_fp8_units(q_MK.device):
+        raise RuntimeError("this GPU has no FP8 units; give linear_w8a8 the unquantized activations instead")
+    return _product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu, dtype)
+
+
+def _product(
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    weight_NK: Tensor,
+    weight_scale_N: Tensor,
+    bias_N: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    int8 = q_MK.dtype is torch.int8
+    if q_MK.is_cuda and (int8 or gelu) and triton_serves(q_MK.device):
+        from lowvram_kernels.triton_linear import linear_triton
+
+        record("linear_w8a8", f"{NAMES[q_MK.dtype]}: triton")
+        return linear_triton(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu=gelu, dtype=dtype)
+    record("linear_w8a8", "int8: torch._int_mm" if int8 else "fp8: torch._scaled_mm")
+    out = (int8_mm if int8 else fp8_mm)(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
+def reference_w8a8(
+    x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False
+) -> Tensor:
+    """The same in float64 on the quantized operands: what every kernel has to meet."""
+    q, scale = reference_rows(x_MK, weight_NK.dtype)
+    out = (q.double() @ weight_NK.double().t()) * scale.double() * weight_scale_N.double()
+    out = out if bias_N is None else out + bias_N.double()
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
+def int8_mm(
+    q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if q_MK.is_cuda:
+        rows, columns = len(q_MK), len(weight_NK)
+        product = torch._int_mm(*_padded_for_cublas(q_MK, weight_NK))[:rows, :columns]
+    else:
+        product = torch._int_mm(q_MK, weight_NK.t())
+    return _epilogue(product.float().mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
+
+
+def _padded_for_cublas(q_MK: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """cuBLASLt takes more than 16 rows, and depths and widths that are multiples of 8, in packed rows."""
+    rows, depth = q_MK.shape
+    more = -depth % 8
+    q_MK = F.pad(q_MK, (0, more, 0, max(0, 32 - rows))) if more or rows < 32 else q_MK
+    columns = -len(weight_NK) % 8
+    weight_NK = F.pad(weight_NK, (0, more, 0, columns)) if more or columns else weight_NK
+    return q_MK.contiguous(), weight_NK.contiguous().t()
+
+
+def fp8_mm(
+    q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if q_MK.is_cuda:
+        return _fp8_rowwise(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N).to(dtype)
+    one = scale_M1.new_ones(())
+    product = torch._scaled_mm(q_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
+    return _epilogue(product.mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
+
+
+def _fp8_rowwise(q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None):
+    """Row-wise scales come with bfloat16 output there, and with depths and widths that are multiples of 16."""
+    columns, depth = weight_NK.shape
+    more, wider = -depth % 16, -columns % 16
+    if more or wider:
+        q_MK, weight_NK = (F.pad(t.view(torch.int8), (0, more)) for t in (q_MK, weight_NK))
+        weight_NK = F.pad(weight_NK, (0, 0, 0, wider)).view(torch.float8_e4m3fn)
+        q_MK, weight_scale_N = q_MK.view(torch.float8_e4m3fn), F.pad(weight_scale_N, (0, wider))
+        bias_N = None if bias_N is None else F.pad(bias_N, (0, wider))
+    out = torch._scaled_mm(
+        q_MK.contiguous(),
+        weight_NK.contiguous().t(),
+        scale_M1,
+        weight_scale_N[None],
+        bias=None if bias_N is None else bias_N.bfloat16(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )
+    return out[:, :columns] if wider else out
 
 
 def fp8_weight_only(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -69,18 +163,16 @@ def fp8_weight_only(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bia
     return F.linear(x_MK, weight, None if bias_N is None else bias_N.to(x_MK.dtype))
 
 
+def _weight_only(x_MK: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    _say_weight_only(torch.cuda.get_device_name(x_MK.device))
+    record("linear_w8a8", "fp8: dequantized weight, no FP8 units")
+    out = fp8_weight_only(x_MK, weight, scale, bias)
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
 def _epilogue(product: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
     product.mul_(weight_scale_N)
     return product if bias_N is None else product.add_(bias_N)
-
-
-def _select(x: Tensor, weight: Tensor):
-    if weight.dtype is torch.int8:
-        return "int8: torch._int_mm", int8_mm
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        _say_weight_only(torch.cuda.get_device_name(x.device))
-        return "fp8: dequantized weight, no FP8 units", fp8_weight_only
-    return "fp8: torch._scaled_mm", fp8_mm
 
 
 @functools.cache

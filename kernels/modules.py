@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import types
+import functools
 
 import torch
 from torch import nn
 
 from lowvram_kernels.attention import attention
-from lowvram_kernels.linear import linear_w8a8
+from lowvram_kernels.linear import linear_q8, linear_w8a8
+from lowvram_kernels.rows import NAMES
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -22,7 +23,12 @@ class Attention(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """W8A8 in place of ``nn.Linear``: ``weight`` int8 or fp8 [N, K], ``weight_scale`` float32 [N], ``bias`` [N]."""
+    """W8A8 in place of ``nn.Linear``: ``weight`` int8 or fp8 [N, K], ``weight_scale`` float32 [N], ``bias`` [N].
+
+    With ``gelu`` set, GELU (tanh) follows in the same kernel where there is one; see ``fold_gelu``.
+    """
+
+    gelu = False
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype):
         super().__init__()
@@ -32,7 +38,11 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_w8a8(x, self.weight, self.weight_scale, self.bias)
+        return linear_w8a8(x, self.weight, self.weight_scale, self.bias, gelu=self.gelu)
+
+    def forward_quantized(self, q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same for rows that an earlier pass quantized (``norm_rows``), with the result in ``dtype``."""
+        return linear_q8(q_MK, scale_M1, self.weight, self.weight_scale, self.bias, gelu=self.gelu, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
@@ -48,23 +58,46 @@ def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype) -> None:
     parent.set_submodule(name, new)
 
 
+def fold_gelu(layers: nn.Sequential) -> None:
+    """Let each QuantizedLinear that GELU (tanh) follows apply it itself; the names in the state dict stay."""
+    for index in range(len(layers) - 1):
+        linear, activation = layers[index], layers[index + 1]
+        if isinstance(linear, QuantizedLinear) and isinstance(activation, nn.GELU) and activation.approximate == "tanh":
+            linear.gelu = True
+            layers[index + 1] = nn.Identity()
+
+
 def swap_conv(conv: nn.Module, dtype: torch.dtype) -> None:
     """Turn a convolution in place into one with 8-bit weights that are dequantized at use.
 
-    The class stays (its own padding and caching with it); only ``_conv_forward``, the hook that every ``nn.ConvNd``
-    calls with its weight, is replaced. ``weight`` becomes int8 or fp8 and ``weight_scale`` float32 [out] is added.
+    The class's own padding and caching stay; only ``_conv_forward``, the hook that every ``nn.ConvNd`` calls with its
+    weight, is replaced. ``weight`` becomes int8 or fp8 and ``weight_scale`` float32 [out] is added.
     """
     if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise TypeError(f"{type(conv).__name__} is no convolution that can take 8-bit weights")
-    device = conv.weight.device
-    conv.weight = nn.Parameter(torch.empty(conv.weight.shape, dtype=dtype, device=device), requires_grad=False)
-    conv.weight_scale = nn.Parameter(torch.empty(conv.weight.shape[0], device=device), requires_grad=False)
-    conv._conv_forward = types.MethodType(_dequantized_conv_forward, conv)
+    with torch.device(conv.weight.device):
+        conv.weight = nn.Parameter(torch.empty(conv.weight.shape, dtype=dtype), requires_grad=False)
+        conv.weight_scale = nn.Parameter(torch.empty(conv.weight.shape[0]), requires_grad=False)
+    # A subclass and not a method on the instance: that would hold the layer, and its weights, in a cycle.
+    conv.__class__ = _dequantizing(type(conv))
 
 
-def _dequantized_conv_forward(conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    kernel = "int8" if weight.dtype is torch.int8 else "fp8"
-    record("conv", f"{kernel} weight, dequantized at use")
-    scale = conv.weight_scale.view(-1, *[1] * (weight.ndim - 1))
-    full = (weight.float() * scale).to(x.dtype)
-    return type(conv)._conv_forward(conv, x, full, None if bias is None else bias.to(x.dtype))
+@functools.cache
+def _dequantizing(kind: type) -> type:
+    class Dequantizing(kind):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            record("conv", f"{NAMES[weight.dtype]} weight, dequantized at use")
+            full = dequantize_weight(weight, self.weight_scale, x.dtype)
+            return super()._conv_forward(x, full, None if bias is None else bias.to(x.dtype))
+
+    Dequantizing.__name__ = Dequantizing.__qualname__ = f"Dequantizing{kind.__name__}"
+    return Dequantizing
+
+
+def dequantize_weight(weight: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * scale of its first dimension in ``dtype``, rounded once; keeps the memory format (channels last)."""
+    scale = scale_N.view(-1, *[1] * (weight.ndim - 1))
+    # Both are exact in bfloat16 and up, so the product is the only rounding; PyTorch multiplies in float32 and writes
+    # ``dtype``, without a float32 copy in between on a GPU.
+    narrow = weight if weight.dtype is torch.int8 else weight.to(dtype)
+    return torch.mul(narrow, scale, out=torch.empty_like(weight, dtype=dtype))

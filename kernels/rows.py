@@ -1,27 +1,59 @@
-"""Symmetric 8-bit quantization of each row (token): one scale a row, no zero point."""
+"""Symmetric 8-bit quantization of each row (token): one scale a row, no zero point.
+
+Order of preference: one Triton pass on CUDA from sm_80 on (fp8 from sm_89 on), otherwise PyTorch. Both compute the
+same operations in float32, so that they agree bit by bit.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.trace import record
+
 Tensor = torch.Tensor
 
 # The largest magnitude that a row's largest value is mapped to. -128 is not used: the range stays symmetric.
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+# Rows below this are zeros to us; it keeps scale and reciprocal inside float32.
+FLOOR = 2.0**-100
 
 
 def quantize_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantize [M, K] to ``dtype`` (int8 or float8_e4m3fn) with a float32 scale [M, 1] a row.
 
     ``x`` is about ``q * scale``, within scale / 2 (int8) or 2^-4 relative (fp8 e4m3, normal range). A row of zeros
-    gets scale 1; a row with NaN or infinity gets a scale that is not finite, so the product shows it too.
+    gets a tiny scale; a row with NaN or infinity gets one that is not finite, so the product shows it too.
+
+    Raises:
+        TypeError: ``dtype`` is none of the two.
+        ValueError: x is no matrix.
     """
     if dtype not in QMAX:
         raise TypeError(f"rows were to be quantized to {dtype}; known are {sorted(map(str, QMAX))}")
+    if x_MK.ndim != 2:
+        raise ValueError(f"x is {tuple(x_MK.shape)}; expected rows [M, K]: flatten the leading dimensions first")
+    kind = NAMES[dtype]
+    if (
+        x_MK.is_cuda
+        and x_MK.numel()
+        and triton_serves(x_MK.device)
+        and (dtype is torch.int8 or has_fp8_units(x_MK.device))
+    ):
+        from lowvram_kernels.triton_rows import quantize_rows_triton
+
+        record("quantize_rows", f"{kind}: triton")
+        return quantize_rows_triton(x_MK, dtype)
+    record("quantize_rows", f"{kind}: torch")
+    return reference_rows(x_MK, dtype)
+
+
+def reference_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x32 = x_MK.float()
-    amax = x32.abs().amax(dim=1, keepdim=True) if x32.shape[1] else x32.new_zeros(len(x32), 1)
-    scale = torch.where(amax == 0, 1.0, amax / QMAX[dtype])
-    scaled = x32 / scale
-    if dtype is torch.int8:
-        scaled = scaled.round_().clamp_(-QMAX[dtype], QMAX[dtype])
-    return scaled.to(dtype), scale
+    if not x32.shape[1]:
+        return x32.to(dtype), x32.new_full((len(x32), 1), FLOOR)
+    scale = x32.abs().amax(dim=1, keepdim=True).clamp_min_(FLOOR).mul_(1 / QMAX[dtype])
+    scaled = x32 * scale.reciprocal()
+    # No clamp: the largest is QMAX but for rounding errors, and still rounds to QMAX.
+    return (scaled.round_() if dtype is torch.int8 else scaled).to(dtype), scale

@@ -69,7 +69,7 @@ class AllocatorModel:
             return None
         rounded = _round_up(nbytes, MIN_BLOCK_BYTES)
         small = rounded <= SMALL_BYTES
-        block = self._take(rounded, small) or self._new_segment(segment_bytes(rounded), small)
+        block = self._take(rounded, small) or self._new_segment(self._segment_bytes(rounded), small)
         self._split(block, rounded)
         block.free = False
         self.allocated += block.nbytes
@@ -85,7 +85,7 @@ class AllocatorModel:
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
                 self._drop(neighbour)
-                _merge(block, neighbour)
+                merge(block, neighbour)
         self._keep(block)
 
     def empty_cache(self) -> None:
@@ -97,6 +97,9 @@ class AllocatorModel:
 
     def reset_peaks(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _segment_bytes(self, rounded: int) -> int:
+        return segment_bytes(rounded)
 
     def _take(self, nbytes: int, small: bool) -> MemoryBlock | None:
         pool = self._free[small]
@@ -144,7 +147,7 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _merge(block: MemoryBlock, neighbour: MemoryBlock) -> None:
+def merge(block: MemoryBlock, neighbour: MemoryBlock) -> None:
     """Make ``block`` cover ``neighbour``, which lies beside it."""
     if neighbour is block.before:
         block.address, block.before = neighbour.address, neighbour.before

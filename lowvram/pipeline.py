@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
+from lowvram.decoder_backup import DecoderBackup
 from lowvram.encoders import load_vae
 from lowvram.engine import Engine, engine_for
 from lowvram.fallback import Layout
@@ -201,6 +202,9 @@ class AvatarPipeline:
         rollout = self._start_rollout(inputs, conditions)
         self._fill_sink(rollout, conditions.reference, conditions.motion)
         decoder = self._start_decoder(rollout, conditions)
+        backup = DecoderBackup(self.engine, decoder)
+        if self.memory.fallback:
+            backup.save()
         clips = self._clips(inputs, conditions)
         recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
         reference = conditions.reference
@@ -219,7 +223,7 @@ class AvatarPipeline:
                 reference = latent[:, :1]
             waiting.append((block, latent))
             if relief.layout.online_decode or block.last_of_clip:
-                yield from self._decode(rollout, decoder, waiting, recorder)
+                yield from self._decode(rollout, decoder, backup, waiting, recorder)
                 waiting.clear()
 
     def _lay_out(self, inputs: Inputs) -> Relief:
@@ -250,7 +254,7 @@ class AvatarPipeline:
             vae = load_vae(self.artifact, device, choose_dtype(self.dtype_name, device))
             return encode_image(vae, inputs.portrait.to(device))
 
-        text_device = torch.device("cpu") if self.plan and self.plan.text_encoder_device == "cpu" else self.device
+        text_device = torch.device("cpu") if self.relief.layout.placement.text_on_host else self.device
         with self.stages.stage("encode_text"):
             ids, context = self.relief.on_host_instead("encode_text", text, text_device)
         with self.stages.stage("encode_audio"):
@@ -328,28 +332,30 @@ class AvatarPipeline:
             self._denoise_s[block.index] = self._denoise_s.get(block.index, 0.0) + share
 
     def _decode(
-        self, rollout: Rollout, decoder: StreamingDecoder, waiting: list[tuple[Block, Tensor]], recorder: Recorder
+        self,
+        rollout: Rollout,
+        decoder: StreamingDecoder,
+        backup: DecoderBackup,
+        waiting: list[tuple[Block, Tensor]],
+        recorder: Recorder,
     ) -> Iterator[np.ndarray]:
         for block, latent in waiting:
             begin = time.perf_counter()
-            frames, pixels = self._decode_block(rollout, decoder, block, latent)
+            frames, pixels = self._decode_block(rollout, decoder, backup, block, latent)
             recorder.decoded(frames)
-            recorder.finished(
-                BlockRecord(
-                    clip=block.clip,
-                    block=block.index,
-                    frames=len(pixels),
-                    denoise_s=self._denoise_s.pop(block.index),
-                    decode_s=time.perf_counter() - begin,
-                )
+            record = BlockRecord(
+                clip=block.clip,
+                block=block.index,
+                frames=len(pixels),
+                denoise_s=self._denoise_s.pop(block.index),
+                decode_s=time.perf_counter() - begin,
             )
+            recorder.finished(record)
             yield pixels
 
     def _decode_block(
-        self, rollout: Rollout, decoder: StreamingDecoder, block: Block, latent: Tensor
+        self, rollout: Rollout, decoder: StreamingDecoder, backup: DecoderBackup, block: Block, latent: Tensor
     ) -> tuple[Tensor, np.ndarray]:
-        before = decoder.saved()
-
         def decode() -> tuple[Tensor, np.ndarray]:
             with self.stages.stage("decode"), trace_kernels() as kernels:
                 frames = decoder.decode(latent)[:, DROPPED_FIRST_FRAMES if block.index == 0 else 0 :]
@@ -358,10 +364,15 @@ class AvatarPipeline:
             return frames, pixels
 
         def give_way(layout: Layout) -> None:
-            decoder.state, decoder.strips = before, layout.vae_tiles
             rollout.place(layout.placement)
+            decoder.strips = layout.vae_tiles
+            backup.restore()
 
-        return self.relief.attempt("decode", decode, give_way)
+        backup.before_decoding()
+        decoded = self.relief.attempt("decode", decode, give_way)
+        if self.memory.fallback:
+            backup.save()
+        return decoded
 
     def memory_report(self) -> dict[str, Any]:
         """How the run was laid out, and the bytes that crossed between host and device."""

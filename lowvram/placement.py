@@ -20,6 +20,7 @@ class Placement:
     slots before they run. ``host_rings``: (step, layer) pairs whose KV ring stays on the host and is copied into one
     of ``ring_slots`` staging slots. ``kv`` "plain" keeps keys and values in the dtype that is computed in, "int8"
     in 8 bit with a scale a token and head. ``wave``: steps of different blocks that go through a layer together.
+    ``text_on_host``: the text encoder computes on the host, because the device is too small for it.
     """
 
     streamed_layers: tuple[int, ...] = ()
@@ -28,6 +29,7 @@ class Placement:
     ring_slots: int = 2
     kv: str = "plain"
     wave: int = 1
+    text_on_host: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in KV_SCHEMES:

@@ -33,6 +33,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram.allocator import AllocatorModel, DeviceFull, MemoryBlock
+from lowvram.expandable import ExpandableAllocatorModel
 from lowvram.outcomes import Outcome, key_of, outcome_of
 
 Tensor = torch.Tensor
@@ -53,10 +54,17 @@ class SimulatedDevice:
     Args:
         capacity: bytes that may be reserved; beyond them ``torch.cuda.OutOfMemoryError``. None has no limit.
         cublas_workspace_bytes: taken at the first matrix product, as on a GPU; 0 for none.
+        expandable_segments: the allocator's setting of that name.
     """
 
-    def __init__(self, capacity: int | None = None, *, cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES):
-        self.memory = AllocatorModel(capacity)
+    def __init__(
+        self,
+        capacity: int | None = None,
+        *,
+        cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES,
+        expandable_segments: bool = False,
+    ):
+        self.memory = ExpandableAllocatorModel(capacity) if expandable_segments else AllocatorModel(capacity)
         self.h2d_bytes = self.d2h_bytes = 0
         self.kernel_count = 0
         self._workspace_bytes = cublas_workspace_bytes

@@ -177,11 +177,6 @@ class StreamingDecoder:
         """
         return torch.cat([self._run(piece).float() for piece in self._pieces(latent)], dim=1)
 
-    def saved(self) -> DecoderState:
-        """The cache as it is now, to go back to if a call fails half-way. Its tensors are shared: they are replaced
-        by the network, never written to."""
-        return DecoderState(slots=list(self.state.slots), num_latents=self.state.num_latents)
-
     def _pieces(self, latent: Tensor) -> list[Tensor]:
         _check_latent(latent, self._vae.vae.config.z_dim)
         # The library upsamples in time only from the second latent frame on, so the first has to go alone.

@@ -98,12 +98,13 @@ class HostParts:
     base: int
     pinned_weights: int
     pinned_rings: int
+    pinned_cache: int
     text_encoder: int
 
     @property
     def peak(self) -> int:
         """The text encoder is gone before anything is pinned."""
-        return self.base + max(self.pinned_weights + self.pinned_rings, self.text_encoder)
+        return self.base + max(self.pinned_weights + self.pinned_rings + self.pinned_cache, self.text_encoder)
 
 
 def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str) -> HostParts:
@@ -112,6 +113,7 @@ def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_dev
         base=HOST_BASE_BYTES,
         pinned_weights=sum(_pages(facts.layer_bytes[index]) for index in placement.streamed_layers),
         pinned_rings=len(placement.host_rings) * _pages(cell),
+        pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work),
         text_encoder=facts.text_bytes if text_device == "cpu" else 0,
     )
 

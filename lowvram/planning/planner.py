@@ -185,7 +185,7 @@ def describe(job: Job, placement: Placement, budgets: _Budgets, card: Card) -> P
     ring, sink = ring_costs(facts.config, work, placement.kv), sink_bytes(facts.config, work, placement.kv)
     peaks = stage_peaks(facts, work, parts, job.text_device)
     return Plan(
-        placement=placement,
+        placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
         workload=work,
         card=card,
         precision=facts.precision,

@@ -9,6 +9,7 @@ from lowvram.planning.cards import Rates
 from lowvram.planning.costs import decode_operations, ring_costs, step_operations
 from lowvram.planning.facts import ModelFacts
 from lowvram.planning.workload import Workload
+from lowvram.planning.workspace import decoder_cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Traffic:
 def traffic(facts: ModelFacts, work: Workload, placement: Placement) -> Traffic:
     """A pass over the layers serves ``wave`` steps, so weights cross ``steps / wave`` times a block, rings once.
 
+    Outwards goes also the decoder's cache, kept on the host in case that a block has to be decoded again.
+
     Copies go around the clock, except that a pass has to begin before its first ring is asked for: a ring's bytes are
     taken as exposed wherever anything streams.
     """
@@ -34,7 +37,7 @@ def traffic(facts: ModelFacts, work: Workload, placement: Placement) -> Traffic:
     ring, rings = ring_costs(facts.config, work, placement.kv), len(placement.host_rings)
     return Traffic(
         h2d=weights * work.sample_steps // placement.wave + rings * ring.read,
-        d2h=rings * ring.written,
+        d2h=rings * ring.written + decoder_cache(facts.vae_base_dim, work),
         exposed=ring.read if rings or weights else 0,
     )
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from lowvram_kernels.linear import fp8_weight_only, linear_w8a8, reference_w8a8
+from lowvram_kernels.linear import fp8_weight_only, linear_q8, linear_w8a8, reference_w8a8
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels
 
@@ -82,7 +83,39 @@ def test_trace_names_the_kernel():
     with trace_kernels() as counts:
         linear_w8a8(x, q, scale, bias)
         linear_w8a8(x, q, scale, bias)
-    assert counts == {("linear_w8a8", "int8: torch._int_mm"): 2}
+    assert counts == {("quantize_rows", "int8: torch"): 2, ("linear_w8a8", "int8: torch._int_mm"): 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_behind_the_product(dtype):
+    x, _, q, scale, bias = make((9, 32, 24), dtype)
+    out = linear_w8a8(x, q, scale, bias, gelu=True)
+    assert (out - F.gelu(linear_w8a8(x, q, scale, bias), approximate="tanh")).abs().max() < 1e-5
+    expected = reference_w8a8(x, q, scale, bias, gelu=True)
+    assert (out.double() - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bit_weights_never_run_as_a_wider_product(dtype, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a wider product ran")
+
+    monkeypatch.setattr(F, "linear", refuse)
+    monkeypatch.setattr(torch, "matmul", refuse)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    x, _, q, scale, bias = make((9, 32, 24), dtype)
+    assert linear_w8a8(x.bfloat16(), q, scale, bias).dtype is torch.bfloat16
+
+
+def test_quantized_rows_that_do_not_fit_are_refused():
+    x, _, q, scale, bias = make((4, 16, 8), torch.int8)
+    rows, row_scale = quantize_rows(x, torch.int8)
+    with pytest.raises(TypeError, match="for both"):
+        linear_q8(x, row_scale, q, scale, bias, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"\[M, 1\]"):
+        linear_q8(rows, row_scale[:, 0], q, scale, bias, dtype=torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_q8(rows[:, :8], row_scale, q, scale, bias, dtype=torch.float32)
 
 
 def test_weight_only_fp8_is_close_to_the_full_product():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowvram_kernels.modules import QuantizedLinear, swap_conv, swap_linear
+from lowvram_kernels.modules import QuantizedLinear, dequantize_weight, fold_gelu, swap_conv, swap_linear
 from lowvram_kernels.rows import quantize_rows
 
 
@@ -50,3 +50,49 @@ def test_only_linears_and_convs_are_swapped():
         swap_linear(nn.Sequential(nn.GELU()), "0", torch.int8)
     with pytest.raises(TypeError, match="no convolution"):
         swap_conv(nn.Linear(2, 2), torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_dequantized_weight_is_rounded_once_and_keeps_channels_last(dtype, out_dtype):
+    weight = (torch.randn(4, 3, 1, 2, 2) * 40).to(dtype)
+    scale = torch.rand(4)
+    out = dequantize_weight(weight, scale, out_dtype)
+    assert torch.equal(out, (weight.float() * scale.view(-1, 1, 1, 1, 1)).to(out_dtype))
+    last = weight.to(memory_format=torch.channels_last_3d)
+    assert dequantize_weight(last, scale, out_dtype).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def quantized_sequence(approximate):
+    layers = nn.Sequential(nn.Linear(8, 12), nn.GELU(approximate=approximate), nn.Linear(12, 4))
+    for name in ("0", "2"):
+        plain = layers.get_submodule(name)
+        q, scale = quantize_rows(plain.weight.detach(), torch.int8)
+        swap_linear(layers, name, torch.int8)
+        new = layers.get_submodule(name)
+        new.weight.data, new.weight_scale.data, new.bias.data = q, scale[:, 0].contiguous(), plain.bias.detach()
+    return layers
+
+
+def test_folded_gelu_computes_the_same_under_the_same_names():
+    layers, x = quantized_sequence("tanh"), torch.randn(5, 8)
+    expected, names = layers(x), list(layers.state_dict())
+    fold_gelu(layers)
+    assert isinstance(layers[1], nn.Identity)
+    assert [layer.gelu for layer in (layers[0], layers[2])] == [True, False]
+    assert torch.equal(layers(x), expected)
+    assert list(layers.state_dict()) == names
+
+
+def test_another_activation_is_not_folded():
+    layers = quantized_sequence("none")
+    fold_gelu(layers)
+    assert isinstance(layers[1], nn.GELU)
+    assert not layers[0].gelu
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rows_quantized_before_give_the_same(gelu):
+    layers, x = quantized_sequence("tanh"), torch.randn(5, 8)
+    layers[0].gelu = gelu
+    assert torch.equal(layers[0].forward_quantized(*quantize_rows(x, torch.int8), x.dtype), layers[0](x))

@@ -1,0 +1,70 @@
+"""Which chip a tensor is on, and whether Triton kernels can serve it there.
+
+Generations are compute capabilities without the dot: 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100, H200), 120
+(RTX 50). Everything that is not CUDA is generation 0 and runs the PyTorch versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+log = logging.getLogger(__name__)
+
+GENERATIONS = (80, 86, 89, 90, 120)
+
+# Bytes of shared memory that one thread block can have; CUDA C++ programming guide, technical specifications.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+
+
+def generation(device: torch.device) -> int:
+    """Compute capability of a CUDA device as one number (8.9 is 89); 0 for any other device."""
+    return _capability(device) if device.type == "cuda" else 0
+
+
+def known_generation(device: torch.device) -> int:
+    """The newest generation of ``GENERATIONS`` whose settings are safe on the device (an 87 runs with those of 86)."""
+    here = generation(device)
+    if here in GENERATIONS:
+        return here
+    # Chips between the known ones have at least 99 KiB a block, so that the settings of 86 fit all of them.
+    return 86
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_serves(device: torch.device) -> bool:
+    """True on CUDA from sm_80 on with Triton installed; a CUDA device that goes without is reported once."""
+    if device.type != "cuda":
+        return False
+    if generation(device) < 80:
+        _say_once(f"{torch.cuda.get_device_name(device)} is older than sm_80: PyTorch's own kernels run, slower")
+        return False
+    if not has_triton():
+        _say_once(
+            "triton is not installed: PyTorch's own kernels run, slower; `pip install triton` brings the fused ones"
+        )
+        return False
+    return True
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """CUDA from sm_89 on; the CPU computes fp8 products through its library and counts as having them."""
+    return device.type != "cuda" or generation(device) >= 89
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,86 @@
+"""Attention over 8-bit rings and sink, block by block, without joining or dequantizing them in memory.
+
+Order of preference: Triton on CUDA from sm_80 on (queries quantized a token and head, int8 q k^T, q . k_mean added back
+a block, values dequantized in registers, bfloat16 p v, softmax online over all blocks); otherwise PyTorch over the
+decoded blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lowvram_kernels.attention import sdpa
+from lowvram_kernels.chips import triton_serves
+from lowvram_kernels.ring_codec import KVBlock, decode_block
+from lowvram_kernels.trace import record
+
+Tensor = torch.Tensor
+
+
+def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBlock]]) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v over all tokens of ``blocks``: q [L, N, H] -> [L, N, H], the dtype of q.
+
+    ``blocks`` are the visible slots of a ring and the sink with its keys rotated, in any order. Several wave items go
+    through one launch: q [I, L, N, H] with I lists of blocks, as many in each list.
+    Against float64 on the decoded blocks: relative error about 1 % (the queries' own 8 bits); PyTorch's path 1e-6.
+
+    Raises:
+        TypeError: q is not floating point, or a block not encoded.
+        ValueError: no block, shapes or devices that do not fit.
+    """
+    items, lists = (q, [list(blocks)]) if q.ndim == 4 else (q[None], [list(blocks)])
+    if q.ndim == 4:
+        lists = [list(b) for b in blocks]  # type: ignore[arg-type]
+    _check(items, lists)
+    if not items.numel():
+        return torch.empty_like(q)
+    if triton_serves(q.device):
+        from lowvram_kernels.triton_attention import ring_attention_triton
+
+        record("ring_attention", "int8: triton")
+        return ring_attention_triton(items, lists).view(q.shape)
+    record(
+        "ring_attention", f"int8 decoded to {str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention"
+    )
+    return torch.stack([_decoded_attention(one, some) for one, some in zip(items, lists, strict=True)]).view(q.shape)
+
+
+def reference_ring_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
+    """In float64, over the decoded blocks joined."""
+    pairs = [decode_block(block, torch.float64) for block in blocks]
+    k, v = (torch.cat(part) for part in zip(*pairs, strict=True))
+    scores = torch.einsum("lnh,snh->nls", q_LNH.double(), k) * q_LNH.shape[-1] ** -0.5
+    return torch.einsum("nls,snh->lnh", scores.softmax(dim=-1), v)
+
+
+def _decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
+    tokens = sum(block.tokens for block in blocks)
+    k, v = (q_LNH.new_empty((tokens, *q_LNH.shape[1:])) for _ in range(2))
+    start = 0
+    for block in blocks:
+        stop = start + block.tokens
+        k[start:stop], v[start:stop] = decode_block(block, q_LNH.dtype)
+        start = stop
+    return sdpa(q_LNH, k, v)
+
+
+def _check(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> None:
+    if q_ILNH.ndim != 4 or not q_ILNH.is_floating_point():
+        raise TypeError(f"q is {q_ILNH.dtype} {tuple(q_ILNH.shape)}; expected floating point [L, N, H] or [I, L, N, H]")
+    if len(lists) != len(q_ILNH) or not lists[0] or any(len(some) != len(lists[0]) for some in lists):
+        raise ValueError(
+            f"{len(q_ILNH)} items of queries and lists of {[len(some) for some in lists]} blocks; expected a list for "
+            "each item, all equally long, with at least one block"
+        )
+    shape = q_ILNH.shape[2:]
+    for block in (block for some in lists for block in some):
+        if block.k.dtype is not torch.int8 or block.v.dtype is not torch.int8:
+            raise TypeError(f"a block holds {block.k.dtype} and {block.v.dtype}; expected int8, from encode_block")
+        if block.k.shape[1:] != shape or block.v.shape != block.k.shape or not block.tokens:
+            raise ValueError(
+                f"a block of {tuple(block.k.shape)} for queries {tuple(q_ILNH.shape)}: heads or width differ"
+            )
+        if block.k.device != q_ILNH.device:
+            raise ValueError(f"queries on {q_ILNH.device}, a block on {block.k.device}; copy the block there first")

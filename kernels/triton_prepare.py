@@ -1,0 +1,202 @@
+"""What attention over encoded blocks needs beforehand: where the blocks lie, 8-bit queries, scales in reading order.
+
+A table tells where the parts of each block are, so that slots of rings, staging buffers and the sink are read where
+they lie. A row of it: the distances in bytes of k, v, k_scale, v_scale and k_mean from the first block's keys, and the
+number of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from lowvram_kernels.aot import Case
+from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, to_8bit
+
+Tensor = torch.Tensor
+
+QUERIES = 32  # of one program
+PAD_TOKENS = 128  # a multiple of every tile's keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """``q8`` int8 [I, N, L, H], ``q_scale`` float32 [I, N, L] and ``q_mean`` (q . k_mean) float32 [I, B, N, L], both
+    scaled for exp2; ``scales`` float32 [I, B, 2, N, tokens padded] of keys and values; ``table`` int64 [I * B, 6].
+    """
+
+    origin: Tensor
+    table: Tensor
+    q8: Tensor
+    q_scale: Tensor
+    q_mean: Tensor
+    scales: Tensor
+
+
+@triton.jit
+def block_part(origin, table, entry, field: tl.constexpr):
+    """Address of a block's part by its distance in bytes from ``origin``, for k and v a multiple of 16."""
+    distance = tl.load(table + entry * 6 + field)
+    if field < 2:
+        distance = tl.multiple_of(distance, 16)
+    return origin + distance
+
+
+@triton.jit
+def _prepare_kernel(
+    q,
+    origin,
+    table,
+    q8,
+    q_scale,
+    q_mean,
+    queries,
+    blocks,
+    softmax_scale,
+    stride_qi,
+    stride_ql,
+    stride_qn,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_P2: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Queries [I, L, N, H] -> int8 and scale by head, and q . k_mean for every block; both scaled for exp2."""
+    head, item = tl.program_id(1), tl.program_id(2)
+    rows, dims = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L), tl.arange(0, DIM_P2)
+    there = (rows < queries)[:, None] & (dims < HEAD_DIM)[None, :]
+    at = q + item.to(tl.int64) * stride_qi + rows.to(tl.int64)[:, None] * stride_ql + head * stride_qn + dims[None, :]
+    value = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 1), 127.0)
+    line = (item * HEADS + head).to(tl.int64) * queries + rows
+    tl.store(q8 + line[:, None] * HEAD_DIM + dims[None, :], to_8bit(value * inverse[:, None], True), mask=there)
+    tl.store(q_scale + line, scale * softmax_scale, mask=rows < queries)
+    for block in range(blocks):
+        k_mean = block_part(origin, table, item * blocks + block, 4).to(tl.pointer_type(tl.bfloat16))
+        mean = tl.load(k_mean + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+        dot = tl.sum(value * mean[None, :], 1) * softmax_scale
+        line = ((item * blocks + block) * HEADS + head).to(tl.int64) * queries + rows
+        tl.store(q_mean + line, dot, mask=rows < queries)
+
+
+@triton.jit
+def _scales_kernel(
+    origin,
+    table,
+    scales,
+    padded,
+    HEADS: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Scales of keys and of values, [T, N] bfloat16 each, to float32 [2, N, padded]: read in a row by one head."""
+    block = tl.program_id(1)
+    token, head = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, HEADS_P2)
+    there = (token < tl.load(table + block * 6 + 5))[:, None] & (head < HEADS)[None, :]
+    for which in tl.static_range(2):
+        part = block_part(origin, table, block, 2 + which).to(tl.pointer_type(tl.bfloat16))
+        value = tl.load(part + token[:, None] * HEADS + head[None, :], mask=there, other=0.0).to(tl.float32)
+        line = ((block * 2 + which) * HEADS).to(tl.int64) * padded
+        at = scales + line + head[:, None] * padded + token[None, :]
+        tl.store(at, tl.trans(value), mask=(head < HEADS)[:, None] & (token < padded)[None, :])
+
+
+def dim_p2(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def prepare(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> Prepared:
+    """Raises: ValueError, where a block's parts are not contiguous and aligned."""
+    items, queries, heads, head_dim = q_ILNH.shape
+    device, blocks = q_ILNH.device, len(lists[0])
+    origin = lists[0][0].k
+    q_ILNH = q_ILNH if q_ILNH.stride(3) == 1 else q_ILNH.contiguous()
+    longest = max(block.tokens for some in lists for block in some)
+    ready = Prepared(
+        origin=origin,
+        table=_table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some)),
+        q8=torch.empty((items, heads, queries, head_dim), dtype=torch.int8, device=device),
+        q_scale=torch.empty((items, heads, queries), dtype=torch.float32, device=device),
+        q_mean=torch.empty((items, blocks, heads, queries), dtype=torch.float32, device=device),
+        scales=torch.empty((items, blocks, 2, heads, _padded(longest)), dtype=torch.float32, device=device),
+    )
+    _prepare_kernel[(triton.cdiv(queries, QUERIES), heads, items)](
+        q_ILNH,
+        origin,
+        ready.table,
+        ready.q8,
+        ready.q_scale,
+        ready.q_mean,
+        queries,
+        blocks,
+        math.log2(math.e) / math.sqrt(head_dim),
+        *q_ILNH.stride()[:3],
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        DIM_P2=dim_p2(head_dim),
+        BLOCK_L=QUERIES,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    _scales_kernel[(_padded(longest) // PAD_TOKENS, items * blocks)](
+        origin,
+        ready.table,
+        ready.scales,
+        _padded(longest),
+        HEADS=heads,
+        HEADS_P2=triton.next_power_of_2(heads),
+        BLOCK_T=PAD_TOKENS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return ready
+
+
+def _padded(tokens: int) -> int:
+    return triton.cdiv(tokens, PAD_TOKENS) * PAD_TOKENS
+
+
+def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
+    parts = (block.k, block.v, block.k_scale, block.v_scale, block.k_mean)
+    if not all(part.is_contiguous() for part in parts) or block.k.data_ptr() % 16 or block.v.data_ptr() % 16:
+        raise ValueError(
+            "a block's parts have to be contiguous, k and v at multiples of 16 bytes: use a SlotLayout where tokens * "
+            "heads * head_dim is such a multiple, over a slot that starts at one"
+        )
+    return (*(part.data_ptr() - origin for part in parts), block.tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    # Kept, because copying it waits for the device: a ring's slots come round, and with them their addresses.
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def aot_cases(generation: int) -> list[Case]:
+    types = {"q": "*bf16", "origin": "*i8", "table": "*i64", "q8": "*i8", "q_scale": "*fp32", "q_mean": "*fp32"}
+    types |= {"queries": "i32:16", "blocks": "i32", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("stride_qi", "stride_ql", "stride_qn"), "i32:16")
+    queries = Case(
+        name="ring_attention queries",
+        kernel=_prepare_kernel,
+        types=types,
+        constants={"HEADS": 40, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": QUERIES},
+        num_warps=4,
+        fp_fusion=False,
+    )
+    scales = Case(
+        name="ring_attention scales",
+        kernel=_scales_kernel,
+        types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "padded": "i32:16"},
+        constants={"HEADS": 40, "HEADS_P2": 64, "BLOCK_T": PAD_TOKENS},
+        num_warps=4,
+        fp_fusion=False,
+    )
+    return [queries, scales]

@@ -1,0 +1,222 @@
+"""RMSNorm with RoPE, and the codec of keys and values; a program holds one token of all heads."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lowvram_kernels.aot import Case
+from lowvram_kernels.ring_codec import STEP, KVBlock
+from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, row_warps, to_8bit
+
+Tensor = torch.Tensor
+
+SCALE_STEP = tl.constexpr(STEP)
+
+
+@triton.jit
+def _pair_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
+    """Offsets of a token's channels as [heads, pairs, 2]."""
+    heads = tl.arange(0, HEADS_P2)[:, None, None]
+    pairs = tl.arange(0, PAIRS_P2)[None, :, None]
+    return heads * HEAD_DIM + pairs * 2 + tl.arange(0, 2)[None, None, :]
+
+
+@triton.jit
+def _pair_mask(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
+    heads = tl.arange(0, HEADS_P2)[:, None, None]
+    pairs = tl.arange(0, PAIRS_P2)[None, :, None]
+    return (heads < HEADS) & (pairs * 2 + tl.arange(0, 2)[None, None, :] < HEAD_DIM)
+
+
+@triton.jit
+def _rotated(x, cos, sin, token, HEAD_DIM: tl.constexpr, PAIRS_P2: tl.constexpr):
+    """Rotate [heads, pairs, 2] by a token's row of ``cos`` and ``sin`` [tokens, head_dim / 2]."""
+    pairs = tl.arange(0, PAIRS_P2)
+    at = token * (HEAD_DIM // 2) + pairs
+    c = tl.load(cos + at, mask=pairs < HEAD_DIM // 2, other=0.0)[None, :]
+    s = tl.load(sin + at, mask=pairs < HEAD_DIM // 2, other=0.0)[None, :]
+    even, odd = tl.split(x)
+    return tl.join(even * c - odd * s, even * s + odd * c)
+
+
+@triton.jit
+def _norm_rope_kernel(
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    stride_x,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = _pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = _pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    value = tl.load(x + token * stride_x + at, mask=there, other=0.0).to(tl.float32)
+    squares = tl.sum(tl.sum(tl.sum(value * value, 2), 1), 0)
+    value *= 1.0 / tl.sqrt_rn(squares / (HEADS * HEAD_DIM) + eps)
+    value *= tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    if ROPE:
+        value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _rotated_keys_kernel(
+    k,
+    k_scale,
+    k_mean,
+    cos,
+    sin,
+    out,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = _pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = _pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    heads = tl.arange(0, HEADS_P2)
+    scale = tl.load(k_scale + token * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
+    value = tl.load(k + token * (HEADS * HEAD_DIM) + at, mask=there, other=0).to(tl.float32)
+    value = value * scale[:, None, None] + tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
+    value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _encode_kernel(
+    x,
+    mean,
+    q,
+    scale,
+    stride_xt,
+    stride_xn,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
+    there = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    at = heads[:, None] * HEAD_DIM + dims[None, :]
+    value = tl.load(x + token * stride_xt + heads[:, None] * stride_xn + dims[None, :], mask=there, other=0.0)
+    value = value.to(tl.float32)
+    if HAS_MEAN:
+        value -= tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
+    bits = tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS)
+    step = bits.to(tl.float32, bitcast=True) * SCALE_STEP
+    # Rounded to the 8 bits of a bfloat16 by splitting (Veltkamp): exact in the conversion below wherever this runs.
+    high = step * 65537.0
+    step = high - (high - step)
+    value *= tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, None]
+    tl.store(q + token * (HEADS * HEAD_DIM) + at, to_8bit(value, True), mask=there)
+    tl.store(scale + token * HEADS + heads, step.to(tl.bfloat16), mask=heads < HEADS)
+
+
+def _shape(heads: int, head_dim: int) -> dict[str, int]:
+    p2 = triton.next_power_of_2
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": p2(heads), "PAIRS_P2": p2(head_dim // 2)}
+
+
+def _encode_shape(heads: int, head_dim: int) -> dict[str, int]:
+    p2 = triton.next_power_of_2
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": p2(heads), "DIM_P2": p2(head_dim)}
+
+
+def norm_rope_triton(
+    x_TD: Tensor, weight_D: Tensor, eps: float, heads: int, cos_TP: Tensor | None, sin_TP: Tensor | None
+) -> Tensor:
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    tokens, width = x_TD.shape
+    out = torch.empty((tokens, heads, width // heads), dtype=x_TD.dtype, device=x_TD.device)
+    _norm_rope_kernel[(tokens,)](
+        x_TD,
+        weight_D.contiguous(),
+        x_TD if cos_TP is None else cos_TP.contiguous(),
+        x_TD if sin_TP is None else sin_TP.contiguous(),
+        out,
+        x_TD.stride(0),
+        eps,
+        ROPE=cos_TP is not None,
+        **_shape(heads, width // heads),
+        num_warps=row_warps(width),
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    tokens, heads, head_dim = block.k.shape
+    out = torch.empty(block.k.shape, dtype=torch.bfloat16, device=block.k.device)
+    _rotated_keys_kernel[(tokens,)](
+        block.k,
+        block.k_scale,
+        block.k_mean,
+        cos_TP.contiguous(),
+        sin_TP.contiguous(),
+        out,
+        **_shape(heads, head_dim),
+        num_warps=row_warps(heads * head_dim),
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def encode_triton(x_TNH: Tensor, mean_NH: Tensor | None, q_TNH: Tensor, scale_TN: Tensor) -> None:
+    x_TNH = x_TNH if x_TNH.stride(2) == 1 else x_TNH.contiguous()
+    tokens, heads, head_dim = x_TNH.shape
+    _encode_kernel[(tokens,)](
+        x_TNH,
+        x_TNH if mean_NH is None else mean_NH,
+        q_TNH,
+        scale_TN,
+        x_TNH.stride(0),
+        x_TNH.stride(1),
+        **_encode_shape(heads, head_dim),
+        HAS_MEAN=mean_NH is not None,
+        num_warps=row_warps(heads * head_dim),
+        enable_fp_fusion=False,  # rounds where PyTorch rounds
+    )
+
+
+def aot_cases(generation: int) -> list[Case]:
+    heads, head_dim = 40, 128
+    warps = row_warps(heads * head_dim)
+    tables = {"cos": "*fp32", "sin": "*fp32", "out": "*bf16"}
+    shape = _shape(heads, head_dim)
+    return [
+        Case(
+            name="norm_rope",
+            kernel=_norm_rope_kernel,
+            types=tables | {"x": "*bf16", "weight": "*bf16", "stride_x": "i32:16", "eps": "fp32"},
+            constants=shape | {"ROPE": True},
+            num_warps=warps,
+        ),
+        Case(
+            name="rotate_keys",
+            kernel=_rotated_keys_kernel,
+            types=tables | {"k": "*i8", "k_scale": "*bf16", "k_mean": "*bf16"},
+            constants=shape,
+            num_warps=warps,
+        ),
+        Case(
+            name="encode_kv",
+            kernel=_encode_kernel,
+            types={"x": "*bf16", "mean": "*bf16", "q": "*i8", "scale": "*bf16"}
+            | {"stride_xt": "i32:16", "stride_xn": "i32:16"},
+            constants=_encode_shape(heads, head_dim) | {"HAS_MEAN": True},
+            num_warps=warps,
+            fp_fusion=False,
+        ),
+    ]

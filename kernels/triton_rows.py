@@ -1,0 +1,95 @@
+"""Per-token quantization in one pass: a program holds one row in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lowvram_kernels.aot import Case
+from lowvram_kernels.rows import QMAX
+
+Tensor = torch.Tensor
+
+FLOOR_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100 as float32
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |y| < 2^22 it leaves round(y) in the low bits
+ABS_MASK = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def quantize_scales(amax_bits, QMAX: tl.constexpr):
+    """Largest magnitudes, as float32 bits -> (scale, 1 / scale)."""
+    scale = tl.maximum(amax_bits, FLOOR_BITS).to(tl.float32, bitcast=True) * (1.0 / QMAX)
+    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def magnitude_bits(x):
+    # Compared as integers NaN is above infinity, and infinity above all numbers: neither gets lost in a maximum.
+    return x.to(tl.int32, bitcast=True) & ABS_MASK
+
+
+@triton.jit
+def to_8bit(y, INT8: tl.constexpr):
+    if INT8:
+        # Rounds half to even as torch.round does, without a conversion instruction of a quarter of the rate.
+        return (y + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        return y.to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize_rows_kernel(x, q, scale, K, stride_xm, QMAX: tl.constexpr, INT8: tl.constexpr, BLOCK_K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    inside = columns < K
+    value = tl.load(x + row * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
+    row_scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 0), QMAX)
+    tl.store(q + row * K + columns, to_8bit(value * inverse, INT8), mask=inside)
+    tl.store(scale + row, row_scale)
+
+
+def row_warps(width: int) -> int:
+    """Warps for a program that holds ``width`` float32: at most 32 values a thread."""
+    return min(16, max(1, triton.next_power_of_2(width) // 1024))
+
+
+def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As ``rows.quantize_rows``, for at least one row and column."""
+    x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    rows, width = x_MK.shape
+    q = torch.empty((rows, width), dtype=dtype, device=x_MK.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=x_MK.device)
+    _quantize_rows_kernel[(rows,)](
+        x_MK,
+        q,
+        scale,
+        width,
+        x_MK.stride(0),
+        QMAX=QMAX[dtype],
+        INT8=dtype is torch.int8,
+        BLOCK_K=triton.next_power_of_2(width),
+        num_warps=row_warps(width),
+        enable_fp_fusion=False,  # a product fused with the rounding would round once where PyTorch rounds twice
+    )
+    return q, scale
+
+
+def aot_cases(generation: int) -> list[Case]:
+    cases = []
+    for width in (5120, 13824):
+        for int8 in (True, False) if generation >= 89 else (True,):
+            types = {"x": "*bf16", "q": "*i8" if int8 else "*fp8e4nv", "scale": "*fp32", "K": "i32:16"}
+            constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "BLOCK_K": triton.next_power_of_2(width)}
+            name = f"quantize_rows {'int8' if int8 else 'fp8'} {width}"
+            cases.append(
+                Case(
+                    name=name,
+                    kernel=_quantize_rows_kernel,
+                    types=types | {"stride_xm": "i32:16"},
+                    constants=constants,
+                    num_warps=row_warps(width),
+                    fp_fusion=False,
+                )
+            )
+    return cases

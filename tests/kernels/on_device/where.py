@@ -1,0 +1,20 @@
+"""Where the checks of the Triton kernels run: on the CUDA device that is there, otherwise in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+DEVICE = torch.device(os.environ["LOWVRAM_CHECK_DEVICE"])
+FP8_UNITS = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+FP8 = [torch.float8_e4m3fn] if FP8_UNITS else []
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm; NaN where either has one, which no bound lets through."""
+    out, expected = out.double().cpu(), expected.double().cpu()
+    return ((out - expected).norm() / expected.norm()).item()

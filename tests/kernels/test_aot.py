@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles for every chip without a GPU: no spilled registers, shared memory that is there."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
+
+from lowvram_kernels.aot import Case, Usage, cases, compile_case
+from lowvram_kernels.chips import GENERATIONS
+
+
+@pytest.fixture(scope="module")
+def usages(tmp_path_factory):
+    """Compiles a chip's kernels once, whatever a cache of Triton's may hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+
+        @functools.cache
+        def of(generation: int) -> dict[str, Usage]:
+            return {case.name: compile_case(case, generation) for case in cases(generation)}
+
+        yield of
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_spills_and_shared_memory_within_the_limit(usages, generation):
+    found = usages(generation).values()
+    assert len(found) == len(cases(generation))
+    assert [usage for usage in found if not usage.fits()] == []
+    assert all(0 < usage.registers <= 255 for usage in found)
+
+
+@pytest.mark.parametrize(("generation", "prefix"), [(80, "mma"), (86, "mma"), (89, "mma"), (90, "wgmma"), (120, "mma")])
+def test_products_run_on_the_tensor_cores_in_eight_bits(usages, generation, prefix):
+    found = usages(generation)
+    assert found["linear int8"].matrix_instructions == (f"{prefix} s8 s8",)
+    assert set(found["ring_attention"].matrix_instructions) == {f"{prefix} s8 s8", f"{prefix} bf16 bf16"}
+    if generation >= 89:
+        assert found["linear fp8"].matrix_instructions == (f"{prefix} e4m3 e4m3",)
+    else:
+        assert not [name for name in found if "fp8" in name]
+
+
+def test_a_tile_too_large_is_seen(usages):
+    from lowvram_kernels.triton_linear import Tile, aot_case
+
+    usage = compile_case(aot_case("too large", "*i8", Tile(256, 256, 64, 8, 3)), 86)
+    assert usage.stack_bytes > 0
+    assert not usage.fits()
+
+
+def test_limits_count():
+    usage = Usage(
+        name="x", generation=86, registers=1, stack_bytes=0, shared_bytes=9, shared_limit=8, num_warps=1,
+        matrix_instructions=(),
+    )  # fmt: skip
+    assert not usage.fits()
+    assert Case(name="x", kernel=None, types={}, constants={}, num_warps=4).fp_fusion

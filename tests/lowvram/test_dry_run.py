@@ -1,0 +1,64 @@
+"""The runtime itself over the full 14B, without a GPU: its memory and its copies are those of the plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram.dry_run import dry_run
+from lowvram.planning import CARDS, Workload, plan
+from lowvram_quantize.format import Artifact
+from lowvram_quantize.phantom import write_phantom
+
+GIB = 1 << 30
+CASES = [
+    # precision, size, budget; the largest of each kind: whatever fits a card of 22.15 GiB fits a larger one
+    ("int8", "704*384", 22.15),
+    ("int8", "720*400", 22.15),
+    ("int8", "384*256", 12.0),
+    ("bf16", "704*384", 22.15),
+]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    return {name: Artifact.open(write_phantom(root / name, precision=name)) for name in ("int8", "bf16")}
+
+
+@pytest.mark.parametrize(("precision", "size", "budget_gib"), CASES)
+def test_the_full_model_fits_as_planned(phantoms, precision, size, budget_gib):
+    budget = int(budget_gib * GIB)
+    planned = plan(
+        phantoms[precision],
+        Workload.of_size(size),
+        vram_bytes=budget,
+        ram_bytes=64 * GIB,
+        card=CARDS["rtx4090"],
+    )
+    run = dry_run(phantoms[precision], planned, capacity=budget)
+    assert run.given_up == ()
+    assert run.peak_reserved <= budget
+    assert run.peak_allocated + planned.reserve_bytes == pytest.approx(planned.peak_vram_bytes, rel=0.03)
+    for stage in ("denoise", "decode"):
+        assert run.stages[stage] == pytest.approx(planned.stage_peaks[stage], rel=0.03), stage
+    for stage, peak in planned.stage_peaks.items():
+        # An upper bound for the others: they are planned for prompts and voices of any length.
+        assert run.stages[stage] <= peak + planned.reserve_bytes, stage
+    if planned.placement.wave == 1:
+        assert run.block_in == pytest.approx(planned.traffic.h2d, rel=0.03)
+        assert run.block_out == pytest.approx(planned.traffic.d2h, rel=0.03)
+
+
+def test_a_device_smaller_than_the_plan_is_met_by_giving_way(phantoms):
+    """Planned for 22.15 GiB, run on 20: the rest of the way is found while running."""
+    artifact = phantoms["int8"]
+    planned = plan(
+        artifact,
+        Workload.of_size("704*384", infer_frames=12),
+        vram_bytes=int(22.15 * GIB),
+        ram_bytes=64 * GIB,
+        card=CARDS["rtx4090"],
+    )
+    run = dry_run(artifact, planned, clips=1, capacity=19 * GIB)
+    assert run.given_up
+    assert run.peak_reserved <= 19 * GIB
