@@ -38,6 +38,10 @@ class HardwareError(LowvramError):
     exit_code = 2
 
 
+class DeviceError(LowvramError):
+    """The device failed while it worked: a copy or a kernel that did not come to its end."""
+
+
 class OutOfMemoryError(LowvramError):
     """Bytes needed and bytes there do not fit; the message has both."""
 

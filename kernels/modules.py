@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowvram_kernels.attention import attention
 from lowvram_kernels.linear import linear_q8, linear_w8a8
+from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rows import NAMES
 from lowvram_kernels.trace import record
 
@@ -46,6 +48,20 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
+
+
+class NormRope(nn.Module):
+    """RMSNorm over the width, the split in heads and, where a rope (with ``cos`` and ``sin``) is given, RoPE:
+    [..., L, D] -> [..., L, N, H]. Takes over the ``weight`` [D] of the norm that it replaces."""
+
+    def __init__(self, weight: nn.Parameter, num_heads: int, eps: float):
+        super().__init__()
+        self.weight, self.num_heads, self.eps = weight, num_heads, eps
+
+    def forward(self, x: Tensor, rope: Any = None) -> Tensor:
+        table = (None, None) if rope is None else (rope.cos, rope.sin)
+        out = norm_rope(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.num_heads, *table)
+        return out.view(*x.shape[:-1], *out.shape[1:])
 
 
 def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype) -> None:

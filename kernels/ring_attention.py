@@ -13,7 +13,8 @@ import torch
 
 from lowvram_kernels.attention import sdpa
 from lowvram_kernels.chips import triton_serves
-from lowvram_kernels.ring_codec import KVBlock, decode_block
+from lowvram_kernels.ring_codec import KVBlock, decode_block, decode_keys, rotate_block
+from lowvram_kernels.rope import rotate
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -41,10 +42,24 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
 
         record("ring_attention", "int8: triton")
         return ring_attention_triton(items, lists).view(q.shape)
-    record(
-        "ring_attention", f"int8 decoded to {str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention"
-    )
+    record("ring_attention", _decoded_name(q))
     return torch.stack([_decoded_attention(one, some) for one, some in zip(items, lists, strict=True)]).view(q.shape)
+
+
+def ring_and_sink_attention(
+    q_LNH: Tensor, blocks: Sequence[KVBlock], sink: KVBlock, cos_TP: Tensor, sin_TP: Tensor
+) -> Tensor:
+    """``ring_attention`` over a ring's blocks and a sink that is kept before RoPE: its keys are rotated by ``cos`` and
+    ``sin`` float32 [sink tokens, H / 2] now, because their time position changes from block to block.
+
+    The Triton kernel wants them in 8 bit again (``rotate_block``); PyTorch's path rotates what it decodes.
+    """
+    _check(q_LNH[None], [[*blocks, sink]])
+    if triton_serves(q_LNH.device):
+        return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP)])
+    record("ring_attention", _decoded_name(q_LNH))
+    keys = rotate(decode_keys(sink, torch.float32), cos_TP, sin_TP).to(q_LNH.dtype)
+    return _decoded_attention(q_LNH, [*blocks, sink], last_keys=keys)
 
 
 def reference_ring_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
@@ -55,7 +70,12 @@ def reference_ring_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor
     return torch.einsum("nls,snh->lnh", scores.softmax(dim=-1), v)
 
 
-def _decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
+def _decoded_name(q: Tensor) -> str:
+    return f"int8 decoded to {str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention"
+
+
+def _decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock], last_keys: Tensor | None = None) -> Tensor:
+    """``last_keys`` stand for those of the last block."""
     tokens = sum(block.tokens for block in blocks)
     k, v = (q_LNH.new_empty((tokens, *q_LNH.shape[1:])) for _ in range(2))
     start = 0
@@ -63,6 +83,8 @@ def _decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
         stop = start + block.tokens
         k[start:stop], v[start:stop] = decode_block(block, q_LNH.dtype)
         start = stop
+    if last_keys is not None:
+        k[-len(last_keys) :] = last_keys
     return sdpa(q_LNH, k, v)
 
 

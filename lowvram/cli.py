@@ -39,7 +39,9 @@ class ErrorsToExitCodes(click.Group):
         except LowvramError as error:
             fail(str(error), error.exit_code)
         except torch.cuda.OutOfMemoryError as error:
-            fail(f"the GPU's memory ran out: {error}; try --offload_model True --offload_kv_cache", 1)
+            fail(f"the GPU's memory ran out: {error}; give a smaller --vram-budget, which plans for less", 1)
+        except torch.AcceleratorError as error:
+            fail(f"the GPU failed: {error}; what was written before is kept, the card may have to be reset", 1)
 
 
 def fail(message: str, code: int) -> None:

@@ -6,12 +6,18 @@ host wait, except ``settle``. On the CPU, and on the simulated device, the same 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
+
+from lowvram.byte_sizes import gib
+from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -32,8 +38,19 @@ class Engine:
         self.bytes_in = self.bytes_out = 0
 
     def host_buffer(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of host memory, its values undefined."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        """uint8 [nbytes] of host memory, its values undefined.
+
+        Raises:
+            OutOfMemoryError: the host has too little.
+        """
+        try:
+            return self._host_buffer(nbytes)
+        except (MemoryError, OSError, RuntimeError) as error:
+            free = psutil.virtual_memory().available
+            raise OutOfMemoryError(
+                f"{gib(nbytes)} of host memory needed, {gib(free)} free ({error}); close other programs, or give the "
+                "run more --vram-budget or a smaller --size"
+            ) from error
 
     def keep_on_host(self, mapped: Tensor) -> Tensor:
         """The bytes of a mapped file, ready to be copied from again and again: as they are, where nothing is gained
@@ -43,12 +60,14 @@ class Engine:
     def copy_in(self, dst: Tensor, src: Tensor, *after: Moment) -> Moment:
         """Copy host to device, not before ``after``; returns the moment when it is done."""
         self.bytes_in += src.nbytes
-        return self._copy_in(dst, src, after)
+        with _failing("to", src.nbytes):
+            return self._copy_in(dst, src, after)
 
     def copy_out(self, dst: Tensor, src: Tensor, *after: Moment) -> Moment:
         """Copy device to host, not before ``after``; returns the moment when it is done."""
         self.bytes_out += src.nbytes
-        return self._copy_out(dst, src, after)
+        with _failing("from", src.nbytes):
+            return self._copy_out(dst, src, after)
 
     def now(self) -> Moment:
         """The moment when everything that was asked of the device so far is computed."""
@@ -59,6 +78,9 @@ class Engine:
 
     def settle(self) -> None:
         """Let the host wait until everything is copied and computed."""
+
+    def _host_buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def _copy_in(self, dst: Tensor, src: Tensor, after: tuple[Moment, ...]) -> Moment:
         dst.copy_(src)
@@ -83,7 +105,7 @@ class CudaEngine(Engine):
         self._inwards, self._outwards = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._can_pin = True
 
-    def host_buffer(self, nbytes: int) -> Tensor:
+    def _host_buffer(self, nbytes: int) -> Tensor:
         # An anonymous mapping of these bytes, registered: torch's own pinned allocator rounds up to a power of two,
         # which takes up to twice the memory of a slab.
         pages = mmap.mmap(-1, max(nbytes, 1))
@@ -131,6 +153,19 @@ class CudaEngine(Engine):
 
     def settle(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def _failing(way: str, nbytes: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DeviceError(
+            f"a copy of {nbytes} bytes {way} the device failed ({error}); the device may have to be reset, and what "
+            "was written before is kept"
+        ) from error
 
 
 def engine_for(device: torch.device) -> Engine:

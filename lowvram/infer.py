@@ -15,11 +15,12 @@ from typing import Any
 import psutil
 import torch
 
+from lowvram.fallback import smaller_request
 from lowvram.media.video import VideoWriter
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
-from lowvram_kernels.errors import InputError, OutputError
+from lowvram_kernels.errors import InputError, OutOfMemoryError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,38 @@ class Outputs:
 def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet: bool = False) -> dict[str, Any]:
     """Make the video and return the run's report, which is also written where ``outputs`` says.
 
+    Where memory runs out, nothing more can be moved, and the pipeline's options allow a loss of quality, the video is
+    begun again with less to compute.
+
     Raises:
         LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
     """
     outputs.check()
     begin = time.perf_counter()
+    lost: list[str] = []
+    while True:
+        try:
+            recorder, written = _make(pipeline, request, outputs, quiet)
+            break
+        except OutOfMemoryError as error:
+            rung = smaller_request(request.size, request.infer_frames, request.sample_steps)
+            if rung is None or not (pipeline.memory.allow_quality_loss and pipeline.memory.fallback):
+                raise
+            changes, words = rung
+            log.warning("%s: the video is begun again with %s", error, words)
+        lost.append(words)
+        request = dataclasses.replace(request, **changes)
+    if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
+        recorder.save(outputs.dump_tensors, {"base_seed": request.base_seed, "size": request.size})
+    report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
+    report |= {"frames_written": written, "quality_lost": lost}
+    if outputs.report:
+        write_json(outputs.report, report)
+    return report
+
+
+def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, int]:
+    """One attempt: the video written, and what was recorded on the way."""
     inputs = read_inputs(request)
     recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
     height, width = inputs.portrait.shape[1:]
@@ -62,13 +90,7 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
             with pipeline.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)
-    if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
-        recorder.save(outputs.dump_tensors, {"base_seed": request.base_seed, "size": request.size})
-    report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
-    report["frames_written"] = writer.frames_written
-    if outputs.report:
-        write_json(outputs.report, report)
-    return report
+    return recorder, writer.frames_written
 
 
 def make_report(

@@ -13,8 +13,9 @@ import torch
 
 from lowvram.conveyor import Conveyor, Fill
 from lowvram.engine import DONE, Engine, Moment
-from lowvram.kv_codec import KVCodec
+from lowvram.kv_format import Bytes, KVFormat
 from lowvram_kernels.attention import attention
+from lowvram_models.attention import Keys
 from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
@@ -27,26 +28,22 @@ Cell = tuple[int, int]
 class Sink:
     """Keys (normalised, before RoPE) and values of the condition tokens, a block for each layer, on the device."""
 
-    def __init__(self, codec: KVCodec, layers: int, tokens: int, heads: int, head_dim: int, device: torch.device):
-        self._codec, self.shape = codec, (tokens, heads, head_dim)
-        self._blocks = torch.empty(layers, _aligned(codec.nbytes(tokens)), dtype=torch.uint8, device=device)
+    def __init__(self, kind: KVFormat, layers: int, tokens: int, device: torch.device):
+        self._kind, self.tokens = kind, tokens
+        self._blocks = torch.empty(layers, _aligned(kind.nbytes(tokens)), dtype=torch.uint8, device=device)
 
-    @property
-    def tokens(self) -> int:
-        return self.shape[0]
+    def block(self, layer: int) -> Bytes:
+        return self._blocks[layer], self.tokens
 
     def recorder(self, layer: int) -> SinkRecorder:
         return SinkRecorder(self, layer)
 
     def write(self, layer: int, k_LNH: Tensor, v_LNH: Tensor) -> None:
-        self._codec.encode(self._blocks[layer], k_LNH, v_LNH)
+        self._kind.write(self._blocks[layer], k_LNH, v_LNH)
 
-    def read(self, layer: int, k_LNH: Tensor, v_LNH: Tensor) -> None:
-        """Fill ``k`` and ``v``."""
-        self._codec.decode(self._blocks[layer], k_LNH, v_LNH)
-
-    def nbytes(self) -> int:
-        return self._blocks.nbytes
+    def read(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A layer's keys (before RoPE) and values [tokens, N, H]."""
+        return self._kind.read(self._blocks[layer], self.tokens, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +53,10 @@ class SinkRecorder:
     sink: Sink
     layer: int
 
-    def attend(self, q_LNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, rope: Rope) -> Tensor:
+    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+        k_LNH = keys(None)
         self.sink.write(self.layer, k_LNH, v_LNH)
-        return attention(apply_rope(q_LNH, rope), apply_rope(k_LNH, rope), v_LNH)
+        return attention(q_LNH, apply_rope(k_LNH, rope), v_LNH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +72,12 @@ class RingShape:
     """A ring holds one clip, a slot for each of its blocks; ``slots`` are their tokens (the last may have fewer)."""
 
     slots: tuple[int, ...]
-    heads: int
-    head_dim: int
 
     @classmethod
-    def of(cls, frames_per_clip: int, frames_per_block: int, tokens_per_frame: int, **head: int) -> RingShape:
+    def of(cls, frames_per_clip: int, frames_per_block: int, tokens_per_frame: int) -> RingShape:
         starts = range(0, frames_per_clip, frames_per_block)
         frames = [min(frames_per_block, frames_per_clip - start) for start in starts]
-        return cls(slots=tuple(f * tokens_per_frame for f in frames), **head)
+        return cls(slots=tuple(f * tokens_per_frame for f in frames))
 
     @property
     def capacity(self) -> int:
@@ -99,9 +95,9 @@ class Rings:
     ahead of their use; only the block's own slot is copied out again.
     """
 
-    def __init__(self, shape: RingShape, codec: KVCodec, engine: Engine, steps: int, layers: int):
-        self.shape, self._codec, self._engine = shape, codec, engine
-        self._slot_nbytes = _aligned(codec.nbytes(max(shape.slots)))
+    def __init__(self, shape: RingShape, kind: KVFormat, engine: Engine, steps: int, layers: int):
+        self.shape, self.kind, self._engine = shape, kind, engine
+        self._slot_nbytes = _aligned(kind.nbytes(max(shape.slots)))
         self._all = [(step, layer) for step in range(steps) for layer in range(layers)]
         self._device: dict[Cell, Tensor] = {}
         self._host: dict[Cell, Tensor] = {}
@@ -137,42 +133,30 @@ class Rings:
         if self._host:
             self._conveyor.load(self._jobs(list(cells)))
 
-    def update(self, cell: Cell, window: Window, k_LNH: Tensor, v_LNH: Tensor, keys: Tensor, values: Tensor) -> int:
-        """Write a block's keys and values; read all that the block sees into ``keys`` and ``values``.
+    def open(self, cell: Cell) -> list[Bytes]:
+        """The cell's slots on the device; what is computed from here on waits for them."""
+        slab = self._conveyor.take(cell) if cell in self._host else self._device[cell]
+        return self._slots(slab)
 
-        Returns how many tokens that is.
-        """
-        staged = cell in self._host
-        slab = self._conveyor.take(cell) if staged else self._device[cell]
-        self._codec.encode(self._slot(slab, window.slot), k_LNH, v_LNH)
-        seen = self._read(slab, window.visible, keys, values)
-        if staged:
-            self._written[cell] = self._engine.copy_out(
-                self._slot(self._host[cell], window.slot), self._slot(slab, window.slot), self._engine.now()
-            )
-            self._conveyor.release(cell, self._written[cell])
-        return seen
+    def close(self, cell: Cell, window: Window, slots: list[Bytes]) -> None:
+        """The pass is done with the cell, and has written the window's slot of what ``open`` gave."""
+        if cell in self._host:
+            target = self._slots(self._host[cell])[window.slot][0]
+            moment = self._engine.copy_out(target, slots[window.slot][0], self._engine.now())
+            self._written[cell] = moment
+            self._conveyor.release(cell, moment)
 
     def snapshot(self, step: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A whole cell's keys and values [capacity, N, H] as attention sees them."""
         self._engine.settle()
         cell = (step, layer)
-        slab = self._host[cell] if cell in self._host else self._device[cell]
-        shape = (self.shape.capacity, self.shape.heads, self.shape.head_dim)
-        keys, values = (torch.empty(shape, dtype=dtype, device=slab.device) for _ in range(2))
-        self._read(slab, len(self.shape.slots), keys, values)
-        return keys, values
+        slots = self._slots(self._host[cell] if cell in self._host else self._device[cell])
+        parts = [self.kind.read(*slot, dtype) for slot in slots]
+        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
-    def _read(self, slab: Tensor, visible: int, keys: Tensor, values: Tensor) -> int:
-        begin = 0
-        for slot, tokens in enumerate(self.shape.slots[:visible]):
-            part = slice(begin, begin + tokens)
-            self._codec.decode(self._slot(slab, slot), keys[part], values[part])
-            begin += tokens
-        return begin
-
-    def _slot(self, slab: Tensor, slot: int) -> Tensor:
-        return slab[slot * self._slot_nbytes : (slot + 1) * self._slot_nbytes]
+    def _slots(self, slab: Tensor) -> list[Bytes]:
+        size = self._slot_nbytes
+        return [(slab[i * size : (i + 1) * size], tokens) for i, tokens in enumerate(self.shape.slots)]
 
     def _jobs(self, cells: list[tuple[Cell, Window]]) -> Iterator[tuple[Cell, Fill]]:
         for cell, window in cells:
@@ -193,36 +177,23 @@ class Rings:
         return fill
 
 
-class RingMemory:
-    """One layer's memory for one call of the DiT: the ring of the step, then the sink's keys rotated at reading.
-
-    ``keys`` and ``values`` [capacity + sink tokens, N, H] are room to lay them out in.
-    """
-
-    def __init__(self, rings: Rings, sink: Sink, cell: Cell, window: Window, sink_rope: Rope, room: Room):
-        self._rings, self._sink, self._cell, self._window = rings, sink, cell, window
-        self._sink_rope, self._room = sink_rope, room
-
-    def attend(self, q_LNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, rope: Rope) -> Tensor:
-        keys, values = self._room.keys, self._room.values
-        seen = self._rings.update(self._cell, self._window, apply_rope(k_LNH, rope), v_LNH, keys, values)
-        end = seen + self._sink.tokens
-        self._sink.read(self._cell[1], keys[seen:end], values[seen:end])
-        keys[seen:end] = apply_rope(keys[seen:end], self._sink_rope)
-        return attention(apply_rope(q_LNH, rope), keys[:end], values[:end])
-
-
 @dataclasses.dataclass(frozen=True)
-class Room:
-    """Where a layer's keys and values [tokens, N, H] are laid out for attention; the same for every layer."""
+class RingMemory:
+    """One layer's memory for one call of the DiT: the ring of the step, then the sink's keys rotated at reading."""
 
-    keys: Tensor
-    values: Tensor
+    rings: Rings
+    sink: Sink
+    cell: Cell
+    window: Window
+    sink_rope: Rope
 
-    @classmethod
-    def of(cls, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Room:
-        keys, values = (torch.empty(tokens, heads, head_dim, dtype=dtype, device=device) for _ in range(2))
-        return cls(keys, values)
+    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+        kind, window = self.rings.kind, self.window
+        slots = self.rings.open(self.cell)
+        kind.write(slots[window.slot][0], keys(rope), v_LNH)
+        out = kind.attend(q_LNH, slots[: window.visible], self.sink.block(self.cell[1]), self.sink_rope)
+        self.rings.close(self.cell, window, slots)
+        return out
 
 
 def _aligned(nbytes: int) -> int:

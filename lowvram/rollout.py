@@ -16,10 +16,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lowvram.engine import Engine
-from lowvram.kv_codec import kv_codec
+from lowvram.kv_format import kv_format
 from lowvram.placement import Placement
 from lowvram.residency import Layers
-from lowvram.rings import RingMemory, Rings, RingShape, Room, Sink, Window
+from lowvram.rings import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.dit import CausalDiT, LayerInputs
@@ -112,16 +112,13 @@ class Rollout:
         self._under_way: dict[int, _UnderWay] = {}
 
     def _remember(self, placement: Placement) -> None:
-        """Make room for sink, rings and what a layer attends to."""
-        config, rows_columns = self.dit.config, self.settings.grid
-        heads, width, layers = config.num_heads, config.head_dim, config.num_layers
-        codec = kv_codec(placement.kv, heads, width, self.dtype)
-        per_clip, per_block = self.settings.frames_per_clip, self.settings.frames_per_block
-        shape = RingShape.of(per_clip, per_block, math.prod(rows_columns), heads=heads, head_dim=width)
-        sink_tokens = len(condition_rope(*rows_columns, width).cos)
-        self.sink = Sink(codec, layers, sink_tokens, heads, width, self.device)
-        self.room = Room.of(shape.capacity + sink_tokens, heads, width, self.dtype, self.device)
-        self.rings = Rings(shape, codec, self.engine, self.settings.sample_steps, layers)
+        """Make room for sink and rings."""
+        config, grid = self.dit.config, self.settings.grid
+        kind = kv_format(placement.kv, config.num_heads, config.head_dim, self.dtype)
+        shape = RingShape.of(self.settings.frames_per_clip, self.settings.frames_per_block, math.prod(grid))
+        sink_tokens = len(condition_rope(*grid, config.head_dim).cos)
+        self.sink = Sink(kind, config.num_layers, sink_tokens, self.device)
+        self.rings = Rings(shape, kind, self.engine, self.settings.sample_steps, config.num_layers)
         self.place(placement)
 
     def place(self, placement: Placement) -> None:
@@ -177,7 +174,7 @@ class Rollout:
         for layer in layers:
             self.layers.enter(layer)
             for call in calls:
-                memory = RingMemory(self.rings, self.sink, (call.step, layer), call.window, call.sink_rope, self.room)
+                memory = RingMemory(self.rings, self.sink, (call.step, layer), call.window, call.sink_rope)
                 call.x_LD = self.dit.layer(layer, call.x_LD, call.inputs, memory)
             self.layers.leave(layer)
         latents = [self._stepped(call) for call in calls]

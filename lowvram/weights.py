@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowvram.fused_block import fuse
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, swap_conv, swap_linear
 from lowvram_models.attention import CrossAttention
@@ -35,6 +36,7 @@ def build_dit(component: Component) -> CausalDiT:
     for module in dit.modules():
         if isinstance(module, CrossAttention):
             module.attention = Attention()
+    fuse(dit)
     return dit.eval().requires_grad_(False)
 
 

@@ -6,22 +6,25 @@ so that rings, sinks, their precision, place and split over ranks stay out of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowvram_models.rope import Rope
+from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
+# A block's keys [L, N, H], rotated by the rope given; with None as they are before RoPE: so the sink keeps them.
+Keys = Callable[[Rope | None], Tensor]
 
 
 class AttentionMemory(Protocol):
     """What self-attention reads from and writes to."""
 
-    def attend(self, q_LNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, rope: Rope) -> Tensor:
-        """Take a block's queries, keys and values *before* RoPE; return the attended values [L, N, H]."""
+    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+        """Take a block's queries (rotated by ``rope``), keys and values; return the attended values [L, N, H]."""
         ...
 
 
@@ -33,18 +36,20 @@ class ScaledDotProduct(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width, computed in float32."""
+class HeadNorm(nn.Module):
+    """Root-mean-square norm over the whole width, in float32; splits in heads, and rotates where a rope is given."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.num_heads, self.eps = num_heads, eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        """[..., L, D] -> [..., L, N, H] in the same dtype; with a rope, which is for [L, D] only, rotated."""
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x32 * scale * self.weight.float()).to(x.dtype)
+        x = (x32 * scale * self.weight.float()).to(x.dtype).unflatten(-1, (self.num_heads, -1))
+        return x if rope is None else apply_rope(x, rope)
 
 
 class _Projections(nn.Module):
@@ -52,7 +57,7 @@ class _Projections(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.norm_q, self.norm_k = (HeadNorm(dim, num_heads, eps) for _ in range(2))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -60,11 +65,16 @@ class _Projections(nn.Module):
 
 class SelfAttention(_Projections):
     def forward(self, x_LD: Tensor, rope: Rope, memory: AttentionMemory) -> Tensor:
-        """[L, D] -> [L, D]; ``memory`` applies RoPE, keeps the new keys and values, and attends."""
-        q = self.split(self.norm_q(self.q(x_LD)))
-        k = self.split(self.norm_k(self.k(x_LD)))
-        v = self.split(self.v(x_LD))
-        return self.o(memory.attend(q, k, v, rope).flatten(-2))
+        """[L, D] -> [L, D]; ``memory`` keeps the new keys and values, and attends."""
+        return self.attend(self.q(x_LD), self.k(x_LD), self.v(x_LD), rope, memory)
+
+    def attend(self, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, rope: Rope, memory: AttentionMemory) -> Tensor:
+        """The same behind the three projections."""
+
+        def keys(rope: Rope | None) -> Tensor:
+            return self.norm_k(k_LD, rope)
+
+        return self.o(memory.attend(self.norm_q(q_LD, rope), keys, self.split(v_LD), rope).flatten(-2))
 
 
 class CrossAttention(_Projections):
@@ -74,7 +84,10 @@ class CrossAttention(_Projections):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[..., L, D] queries over [..., K, D] context -> [..., L, D]; leading dimensions are attended apart."""
-        q = self.split(self.norm_q(self.q(x)))
-        k = self.split(self.norm_k(self.k(context)))
+        return self.attend(self.q(x), context)
+
+    def attend(self, q: Tensor, context: Tensor) -> Tensor:
+        """The same behind the projection of the queries."""
+        k = self.norm_k(self.k(context))
         v = self.split(self.v(context))
-        return self.o(self.attention(q, k, v).flatten(-2))
+        return self.o(self.attention(self.norm_q(q), k, v).flatten(-2))

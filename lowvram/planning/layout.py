@@ -31,7 +31,6 @@ class DeviceParts:
     rings: int
     ring_slots: int
     sink: int
-    assembled_kv: int
     rollout_inputs: int
     vae: int
     decoder_cache: int
@@ -53,7 +52,6 @@ def device_parts(facts: ModelFacts, work: Workload, placement: Placement) -> Dev
         rings=(ring.cells - len(placement.host_rings)) * allocated(ring.cell),
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
-        assembled_kv=2 * allocated(workspace.assembled_kv(config, work)),
         rollout_inputs=workspace.rollout_inputs(config, work, placement.wave),
         vae=allocated(facts.vae_bytes),
         decoder_cache=workspace.decoder_cache(facts.vae_base_dim, work),
@@ -76,7 +74,8 @@ def stage_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_devi
     """Device bytes at the worst moment of each stage, without the reserve."""
     config, base_dim = facts.config, facts.vae_base_dim
     text = allocated(facts.text_bytes) + workspace.text_workspace(facts) if text_device == "cuda" else 0
-    block = workspace.layer_workspace(config, work.block_tokens, quantized=facts.quantized)
+    seen = work.ring_tokens + work.sink_tokens
+    block = workspace.layer_workspace(config, work.block_tokens, quantized=facts.quantized, seen_tokens=seen)
     sink = workspace.layer_workspace(config, work.sink_tokens, quantized=facts.quantized, audio=False)
     sink_residual = work.sink_tokens * config.dim * FLOAT32_BYTES
     return {
@@ -142,7 +141,8 @@ class ReferenceParts:
 def reference_parts(facts: ModelFacts, work: Workload) -> ReferenceParts:
     config, base_dim = facts.config, facts.vae_base_dim
     ring, sink = ring_costs(config, work, "plain"), kv_bytes(config, work.sink_tokens, "plain")
-    layer = workspace.layer_workspace(config, work.block_tokens, quantized=False)
+    seen = work.ring_tokens + work.sink_tokens
+    layer = workspace.layer_workspace(config, work.block_tokens, quantized=False, seen_tokens=seen)
     return ReferenceParts(
         dit=facts.parameters * COMPUTE_BYTES,
         kv_rings=ring.cells * ring.payload,
@@ -150,7 +150,5 @@ def reference_parts(facts: ModelFacts, work: Workload) -> ReferenceParts:
         text_encoder=facts.text_parameters * COMPUTE_BYTES,
         audio_encoder=facts.audio.parameters * FLOAT32_BYTES,
         vae=facts.vae_parameters * COMPUTE_BYTES,
-        workspace=workspace.decoder_cache(base_dim, work)
-        + 2 * workspace.assembled_kv(config, work)
-        + max(layer.peak, workspace.decode_workspace(base_dim, work)),
+        workspace=workspace.decoder_cache(base_dim, work) + max(layer.peak, workspace.decode_workspace(base_dim, work)),
     )

@@ -18,7 +18,6 @@ _PART_NAMES = {
     "rings": "resident KV rings",
     "ring_slots": "staging slots of KV rings",
     "sink": "attention sink",
-    "assembled_kv": "keys and values laid out for attention",
     "rollout_inputs": "blocks under way",
     "vae": "VAE",
     "decoder_cache": "VAE decoder's cache",

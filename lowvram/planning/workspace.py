@@ -39,10 +39,13 @@ class LayerWorkspace:
         return max(self.norms, self.attend, self.feed_forward, self.audio)
 
 
-def layer_workspace(config: DiTConfig, tokens: int, *, quantized: bool, audio: bool = True) -> LayerWorkspace:
+def layer_workspace(
+    config: DiTConfig, tokens: int, *, quantized: bool, seen_tokens: int = 0, audio: bool = True
+) -> LayerWorkspace:
     """What ``CausalDiT.layer`` and its attention memory allocate over ``tokens`` tokens in bfloat16.
 
-    ``quantized``: Linears take 8-bit activations. ``audio``: with injection (a block, not the sink pass).
+    ``quantized``: Linears take 8-bit activations. ``seen_tokens``: keys of ring and sink that are laid out for
+    attention (none in the sink pass). ``audio``: with injection (a block, not the sink pass).
     """
     half = tokens * config.dim * COMPUTE_BYTES  # [L, D] as activations
     full = tokens * config.dim * FLOAT32_BYTES  # [L, D] in float32
@@ -52,12 +55,14 @@ def layer_workspace(config: DiTConfig, tokens: int, *, quantized: bool, audio: b
     rms_norm = 2 * half + 3 * full
     # RoPE in float32: the copy, two rotated halves (as much again), the stacked result; or the codec's float32 copies.
     rotation = 3 * full
+    # Keys and values laid out, and the float32 copy of the block of them that is decoded.
+    laid_out = 2 * seen_tokens * config.dim * COMPUTE_BYTES + full + half
     # Plain: both sides of the GELU. 8-bit: the second Linear's input, its float32 copy, that scaled, its 8-bit values.
-    feed_forward = wide_half + 2 * wide_full + wide_byte if quantized else 2 * wide_half
+    feed_forward = wide_half + 2 * wide_full + wide_byte if quantized else half + 2 * wide_half
     return LayerWorkspace(
         norms=full + rms_norm,  # cross-attention's, with the new residual beside it
-        attend=4 * half + rotation,  # the layer's input, q, k, v
-        feed_forward=full + half + feed_forward,
+        attend=4 * half + max(rotation, laid_out),  # the layer's input, q, k, v
+        feed_forward=full + feed_forward,
         audio=2 * full + rms_norm if audio else 0,  # the new residual and what was heard
     )
 
@@ -70,11 +75,6 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int) -> int:
     text = config.text_len * config.dim * COMPUTE_BYTES
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
     return wave * (rope + residual + audio) + text + times
-
-
-def assembled_kv(config: DiTConfig, work: Workload) -> int:
-    """Keys, or values, of ring and sink laid out for attention: there are two of them."""
-    return (work.ring_tokens + work.sink_tokens) * config.dim * COMPUTE_BYTES
 
 
 def decoder_cache(base_dim: int, work: Workload) -> int:

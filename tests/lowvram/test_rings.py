@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from lowvram.engine import Engine
-from lowvram.kv_codec import PlainCodec
+from lowvram.kv_format import PlainFormat
 from lowvram.rings import Rings, RingShape, Window
 
 HEADS, WIDTH, STEPS, LAYERS = 2, 4, 2, 3
-SHAPE = RingShape.of(5, 2, 3, heads=HEADS, head_dim=WIDTH)
+SHAPE = RingShape.of(5, 2, 3)
 CELLS = [(step, layer) for step in range(STEPS) for layer in range(LAYERS)]
 
 
 def make_rings(on_host=(), staging=2) -> tuple[Rings, Engine]:
     engine = Engine(torch.device("cpu"))
-    rings = Rings(SHAPE, PlainCodec(HEADS, WIDTH, torch.float32), engine, STEPS, LAYERS)
+    rings = Rings(SHAPE, PlainFormat(HEADS, WIDTH, torch.float32), engine, STEPS, LAYERS)
     rings.place(on_host, staging)
     return rings, engine
 
@@ -20,12 +20,14 @@ def make_rings(on_host=(), staging=2) -> tuple[Rings, Engine]:
 def write(rings: Rings, clip: int, slot: int, value: float) -> torch.Tensor:
     """One pass over all cells; returns the keys that the last cell saw."""
     window = SHAPE.window(clip, slot)
-    room = torch.empty(SHAPE.capacity, HEADS, WIDTH)
     new = torch.full((SHAPE.slots[slot], HEADS, WIDTH), value)
     rings.expect((cell, window) for cell in CELLS)
     for cell in CELLS:
-        seen = rings.update(cell, window, new, -new, room, torch.empty_like(room))
-    return room[:seen, 0, 0]
+        slots = rings.open(cell)
+        rings.kind.write(slots[slot][0], new, -new)
+        seen = torch.cat([rings.kind.read(*s, torch.float32)[0] for s in slots[: window.visible]])
+        rings.close(cell, window, slots)
+    return seen[:, 0, 0]
 
 
 def test_a_ring_has_a_slot_for_each_block_of_a_clip():
@@ -75,6 +77,5 @@ def test_only_what_is_seen_comes_in_and_only_what_is_new_goes_out():
 def test_cells_out_of_order_are_refused():
     rings, _ = make_rings(CELLS)
     rings.expect([(CELLS[0], SHAPE.window(0, 0))])
-    new = torch.zeros(6, HEADS, WIDTH)
     with pytest.raises(RuntimeError, match="is on its way"):
-        rings.update(CELLS[1], SHAPE.window(0, 0), new, new, new.clone(), new.clone())
+        rings.open(CELLS[1])

@@ -1,11 +1,11 @@
-"""The table of memory and operations that was made by hand from the model's shapes, and the runtime's own codecs."""
+"""The table of memory and operations that was made by hand from the model's shapes, and the runtime's own formats."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lowvram.kv_codec import kv_codec
+from lowvram.kv_format import kv_format
 from lowvram.planning import Workload
 from lowvram.planning.costs import GIB, allocated, kv_bytes, ring_costs, sink_bytes, step_operations
 from lowvram.rings import RingShape
@@ -48,18 +48,18 @@ def test_weights_are_those_of_the_published_model(facts):
 
 @pytest.mark.parametrize("kv", ["plain", "int8"])
 @pytest.mark.parametrize("tokens", [3168, 960, 77])
-def test_a_block_has_the_bytes_that_the_codec_writes(facts, kv, tokens):
+def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens):
     config = facts("int8").config
-    codec = kv_codec(kv, config.num_heads, config.head_dim, torch.bfloat16)
+    kind = kv_format(kv, config.num_heads, config.head_dim, torch.bfloat16)
     costs = kv_bytes(config, tokens, kv)
-    assert costs.payload + costs.scales == codec.nbytes(tokens)
-    assert costs.block == -(-codec.nbytes(tokens) // 16) * 16
+    assert costs.payload + costs.scales == kind.nbytes(tokens)
+    assert costs.block == -(-kind.nbytes(tokens) // 16) * 16
 
 
 @pytest.mark.parametrize("frames", [48, 32, 12])
 def test_a_ring_has_the_slots_that_the_runtime_gives_it(facts, frames):
     work = Workload(latent_size=(48, 88), infer_frames=frames)
-    shape = RingShape.of(work.frames_per_clip, 3, work.tokens_per_frame, heads=40, head_dim=128)
+    shape = RingShape.of(work.frames_per_clip, 3, work.tokens_per_frame)
     assert len(shape.slots) == work.blocks_per_clip
     assert max(shape.slots) == work.block_tokens
     assert shape.capacity == work.ring_tokens

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from lowvram.fused_block import fuse
 from lowvram.planning import Workload, workspace
 from lowvram.planning.costs import decode_operations
 from lowvram.planning.facts import AudioFacts
 from lowvram_kernels.modules import swap_linear
-from lowvram_models.attention import CrossAttention
+from lowvram_models.attention import CrossAttention, Keys
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.audio_encoder import build_wav2vec2
 from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
-from lowvram_models.rope import Rope, apply_rope
+from lowvram_models.rope import Rope
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import StreamingVAE, build_vae
 from tests.lowvram.planning.live_bytes import LiveBytes, meta
@@ -37,10 +38,10 @@ class Memory:
     def __init__(self, tokens: int, heads: int, width: int):
         self.keys, self.values = (meta(tokens, heads, width) for _ in range(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        self.keys.copy_(apply_rope(k, rope))
+    def attend(self, q: Tensor, keys: Keys, v: Tensor, rope: Rope) -> Tensor:
+        self.keys.copy_(keys(rope))
         self.values.copy_(v)
-        return torch.empty_like(apply_rope(q, rope))
+        return torch.empty_like(q)
 
 
 def layer_peak(config, work: Workload, *, quantized: bool, audio: bool) -> int:
@@ -53,6 +54,7 @@ def layer_peak(config, work: Workload, *, quantized: bool, audio: bool) -> int:
             module.attention = Fused()
         if quantized and isinstance(module, nn.Linear) and name.startswith(("blocks.", "audio_injector.")):
             swap_linear(dit, name, torch.int8)
+    fuse(dit)
     x = meta(tokens, dim, dtype=torch.float32)
     rope = Rope(*(meta(tokens, config.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     memory = Memory(tokens, config.num_heads, config.head_dim)

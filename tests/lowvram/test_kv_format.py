@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowvram.kv_codec import Int8Codec, PlainCodec, kv_codec
+from lowvram.kv_format import Int8Format, PlainFormat, kv_format
 
 SHAPES = [(1, 1, 2), (7, 3, 16), (48, 4, 32)]
 
@@ -13,19 +13,17 @@ def keys_and_values(shape, dtype=torch.float32):
     return (k + 20 * torch.randn(shape[1:], generator=generator)).to(dtype), v.to(dtype)
 
 
-def there_and_back(codec, k, v):
-    block = torch.zeros(codec.nbytes(len(k)), dtype=torch.uint8)
-    codec.encode(block, k, v)
-    found = torch.empty_like(k), torch.empty_like(v)
-    codec.decode(block, *found)
-    return found
+def there_and_back(kind, k, v):
+    block = torch.zeros(kind.nbytes(len(k)), dtype=torch.uint8)
+    kind.write(block, k, v)
+    return kind.read(block, len(k), k.dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_comes_back_as_it_was(shape, dtype):
     k, v = keys_and_values(shape, dtype)
-    k2, v2 = there_and_back(PlainCodec(*shape[1:], dtype), k, v)
+    k2, v2 = there_and_back(PlainFormat(*shape[1:], dtype), k, v)
     assert torch.equal(k, k2)
     assert torch.equal(v, v2)
 
@@ -33,7 +31,7 @@ def test_plain_comes_back_as_it_was(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_within_half_a_step_of_each_token_and_head(shape):
     k, v = keys_and_values(shape)
-    k2, v2 = there_and_back(Int8Codec(*shape[1:]), k, v)
+    k2, v2 = there_and_back(Int8Format(*shape[1:]), k, v)
     mean = k.mean(dim=0).bfloat16().float()
     for got, want, spread in ((k2, k, k - mean), (v2, v, v)):
         step = spread.abs().amax(dim=-1, keepdim=True) / 127
@@ -42,7 +40,7 @@ def test_int8_is_within_half_a_step_of_each_token_and_head(shape):
 
 def test_taking_out_the_mean_pays():
     k, v = keys_and_values((256, 4, 32))
-    smoothed, _ = there_and_back(Int8Codec(4, 32), k, v)
+    smoothed, _ = there_and_back(Int8Format(4, 32), k, v)
     step = k.abs().amax(dim=-1, keepdim=True) / 127
     plain = (k / step).round() * step
     assert (smoothed - k).norm() < 0.5 * (plain - k).norm()
@@ -51,23 +49,23 @@ def test_taking_out_the_mean_pays():
 def test_what_is_encoded_is_not_touched():
     k, v = keys_and_values((16, 2, 8))
     before = k.clone(), v.clone()
-    there_and_back(Int8Codec(2, 8), k, v)
+    there_and_back(Int8Format(2, 8), k, v)
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
 
 
 def test_zeros_come_back_as_zeros():
     zeros = torch.zeros(5, 2, 8)
-    assert all(not t.any() for t in there_and_back(Int8Codec(2, 8), zeros, zeros))
+    assert all(not t.any() for t in there_and_back(Int8Format(2, 8), zeros, zeros))
 
 
 def test_bytes_of_a_block_of_the_14b_model():
     heads, width, tokens = 40, 128, 3168
-    assert PlainCodec(heads, width, torch.bfloat16).nbytes(tokens) == 2 * tokens * 5120 * 2
+    assert PlainFormat(heads, width, torch.bfloat16).nbytes(tokens) == 2 * tokens * 5120 * 2
     values, scales, mean = 2 * tokens * 5120, 2 * tokens * 40 * 2, 5120 * 2
-    assert Int8Codec(heads, width).nbytes(tokens) == values + scales + mean
+    assert Int8Format(heads, width).nbytes(tokens) == values + scales + mean
 
 
-def test_a_scheme_names_its_codec():
-    assert isinstance(kv_codec("int8", 2, 8, torch.float32), Int8Codec)
-    assert isinstance(kv_codec("plain", 2, 8, torch.float32), PlainCodec)
+def test_a_scheme_names_its_kind():
+    assert isinstance(kv_format("int8", 2, 8, torch.float32), Int8Format)
+    assert isinstance(kv_format("plain", 2, 8, torch.float32), PlainFormat)

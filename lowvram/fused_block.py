@@ -1,0 +1,89 @@
+"""A DiT block through the fused operations: each activation between two matrix products is read and written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowvram_kernels.chips import has_fp8_units
+from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
+from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
+from lowvram_models.attention import AttentionMemory, HeadNorm
+from lowvram_models.dit import Block, CausalDiT, LayerInputs
+
+Tensor = torch.Tensor
+Rows = Sequence[Tensor | None]
+"""Activations [L, D] in the dtype to compute in and None, or in 8 bit and their scale a row."""
+
+
+class FusedBlock(nn.Module):
+    """Computes what ``Block`` does, from the same parameters under the same names.
+
+    The input of the self-attention's three projections is normalised, modulated and quantized once for all of them;
+    residual, gate and the next norm go in one pass. Shapes as there.
+    """
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.dim, self.eps = block.dim, block.eps
+        self.modulation = block.modulation
+        self.self_attn, self.norm3, self.cross_attn, self.ffn = (
+            block.self_attn,
+            block.norm3,
+            block.cross_attn,
+            block.ffn,
+        )
+        fold_gelu(self.ffn)
+
+    def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
+        """[L, D] float32 -> [L, D] float32."""
+        dtype, eps = inputs.text.dtype, self.eps
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + inputs.time.blocks).unbind(0)
+        mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
+        # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
+        h = norm_rows(x_LD, 1 + scale1, shift1, eps=eps, dtype=_rows_dtype(mine.q, dtype))
+        q, k, v = (_linear(layer, h, dtype) for layer in (mine.q, mine.k, mine.v))
+        del h
+        y = mine.attend(q, k, v, inputs.rope, memory)
+        del q, k, v
+        gain, offset = self.norm3.weight.float(), self.norm3.bias.float()
+        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, dtype=_rows_dtype(text.q, dtype))
+        del y
+        q = _linear(text.q, h, dtype)
+        del h
+        y = text.attend(q, inputs.text)
+        del q
+        x, *h = add_gated_norm_rows(x, y, None, 1 + scale2, shift2, eps=eps, dtype=_rows_dtype(wide, dtype), out=x)
+        del y
+        hidden = self.ffn[1](_linear(wide, h, dtype))
+        del h
+        y = narrow(hidden)
+        del hidden
+        return add_gated(x, y, gate2, out=x)
+
+
+def _rows_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """What a layer wants its input in: 8 bit where it multiplies in 8 bit, else ``dtype``."""
+    if not isinstance(layer, QuantizedLinear):
+        return dtype
+    computes = layer.weight.dtype is torch.int8 or has_fp8_units(layer.weight.device)
+    return layer.weight.dtype if computes else dtype
+
+
+def _linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:
+    values, scale = rows
+    out: Tensor = layer(values) if scale is None else layer.forward_quantized(values, scale, dtype)
+    return out
+
+
+def fuse(dit: CausalDiT) -> None:
+    """Swap fused blocks, and the norm of queries and keys with RoPE in one pass, into a model; parameters stay."""
+    for parent in list(dit.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, HeadNorm):
+                setattr(parent, name, NormRope(child.weight, child.num_heads, child.eps))
+    for index, block in enumerate(dit.blocks):
+        dit.blocks[index] = FusedBlock(block)

@@ -1,0 +1,97 @@
+"""How keys and values of one block lie in memory, and how attention reads them: as they are, or in 8 bit.
+
+A block of n tokens is one stretch of bytes, so that it crosses PCIe in one copy. Shapes: L tokens, N heads,
+H head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lowvram_kernels.attention import attention
+from lowvram_kernels.ring_attention import ring_and_sink_attention
+from lowvram_kernels.ring_codec import SlotLayout, decode_block, encode_block
+from lowvram_models.rope import Rope, apply_rope
+
+Tensor = torch.Tensor
+Bytes = tuple[Tensor, int]
+"""A block's bytes, uint8, and its tokens."""
+
+
+class KVFormat(Protocol):
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of a block of that many tokens."""
+        ...
+
+    def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
+        """Write keys and values into ``block``, uint8 with at least ``nbytes(L)`` bytes."""
+        ...
+
+    def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, N, H] as attention sees them."""
+        ...
+
+    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
+        """Attention over the blocks of a ring and over the sink, whose keys are rotated now; [L, N, H]."""
+        ...
+
+
+class PlainFormat:
+    """Keys [n, N, H], then values [n, N, H], in ``dtype``. For attention they are laid out behind each other."""
+
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype):
+        self._shape, self._dtype = (heads, head_dim), dtype
+
+    def nbytes(self, tokens: int) -> int:
+        return 2 * tokens * math.prod(self._shape) * self._dtype.itemsize
+
+    def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
+        for part, values in zip(self._parts(block, len(k_LNH)), (k_LNH, v_LNH), strict=True):
+            part.copy_(values)
+
+    def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = self._parts(block, tokens)
+        return k.to(dtype), v.to(dtype)
+
+    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
+        parts = [self._parts(*block) for block in blocks]
+        sink_k, sink_v = self._parts(*sink)
+        keys = torch.cat([*(k for k, _ in parts), apply_rope(sink_k, sink_rope)])
+        values = torch.cat([*(v for _, v in parts), sink_v])
+        return attention(q_LNH, keys, values)
+
+    def _parts(self, block: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        k, v = block[: self.nbytes(tokens)].view(self._dtype).view(2, tokens, *self._shape)
+        return k, v
+
+
+class Int8Format:
+    """The kernels' own: see ``lowvram_kernels.ring_codec``."""
+
+    def __init__(self, heads: int, head_dim: int):
+        self._heads, self._head_dim = heads, head_dim
+
+    def nbytes(self, tokens: int) -> int:
+        return self._layout(tokens).nbytes
+
+    def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
+        encode_block(k_LNH, v_LNH, self._layout(len(k_LNH)).block(block))
+
+    def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return decode_block(self._layout(tokens).block(block), dtype)
+
+    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
+        encoded = [self._layout(tokens).block(block) for block, tokens in (*blocks, sink)]
+        return ring_and_sink_attention(q_LNH, encoded[:-1], encoded[-1], sink_rope.cos, sink_rope.sin)
+
+    def _layout(self, tokens: int) -> SlotLayout:
+        return SlotLayout(tokens=tokens, heads=self._heads, head_dim=self._head_dim)
+
+
+def kv_format(scheme: str, heads: int, head_dim: int, dtype: torch.dtype) -> KVFormat:
+    """``scheme`` "plain" or "int8"; ``dtype`` is what is computed in."""
+    return Int8Format(heads, head_dim) if scheme == "int8" else PlainFormat(heads, head_dim, dtype)

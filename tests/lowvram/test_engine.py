@@ -1,0 +1,136 @@
+"""What can go wrong between host and device. No GPU is needed: the parts that speak to one are replaced."""
+
+from __future__ import annotations
+
+import mmap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lowvram import engine as engine_module
+from lowvram.engine import CudaEngine, Engine
+from lowvram.infer import Outputs, infer
+from lowvram.pipeline import AvatarPipeline
+from lowvram.placement import MemoryOptions, Placement
+from lowvram_kernels.errors import DeviceError, OutOfMemoryError
+from lowvram_models.dit import CausalDiT
+
+CPU = torch.device("cpu")
+
+
+class Runtime:
+    """Stands for the CUDA runtime; registering fails with ``status``."""
+
+    def __init__(self, status: int):
+        self.status, self.registered, self.freed = status, [], []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.registered.append((address, nbytes, flags))
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.freed.append(address)
+
+
+def cuda_engine(monkeypatch, status: int) -> tuple[CudaEngine, Runtime]:
+    runtime = Runtime(status)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    engine = CudaEngine.__new__(CudaEngine)
+    Engine.__init__(engine, CPU)
+    engine._can_pin = True
+    return engine, runtime
+
+
+def test_host_buffers_are_pinned_at_their_own_size(monkeypatch):
+    engine, runtime = cuda_engine(monkeypatch, 0)
+    buffer = engine.host_buffer(5000)
+    assert buffer.shape == (5000,)
+    assert runtime.registered == [(buffer.data_ptr(), 5000, 0)]
+    assert buffer.data_ptr() % mmap.PAGESIZE == 0
+    address = buffer.data_ptr()
+    del buffer
+    assert runtime.freed == [address]
+
+
+def test_pinning_that_fails_is_said_once_and_memory_is_there_all_the_same(monkeypatch, caplog):
+    engine, runtime = cuda_engine(monkeypatch, 801)
+    buffers = [engine.host_buffer(4096) for _ in range(3)]
+    buffers[2].fill_(7)
+    assert buffers[2].sum() == 7 * 4096
+    assert len(runtime.registered) == 1
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "cannot be pinned" in messages[0]
+    assert "801" in messages[0]
+
+
+def test_weights_are_copied_to_where_copies_can_start_from(monkeypatch):
+    engine, _ = cuda_engine(monkeypatch, 0)
+    mapped = torch.arange(100, dtype=torch.uint8)
+    kept = engine.keep_on_host(mapped)
+    assert torch.equal(kept, mapped)
+    assert kept.data_ptr() != mapped.data_ptr()
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError("no"), RuntimeError("no")])
+def test_a_host_with_too_little_memory(monkeypatch, error):
+    def refuse(*_args) -> None:
+        raise error
+
+    engine, _ = cuda_engine(monkeypatch, 0)
+    monkeypatch.setattr(engine_module, "mmap", SimpleNamespace(mmap=refuse))
+    with pytest.raises(OutOfMemoryError, match=r"2\.00 GiB of host memory needed, .* GiB free .*--size"):
+        engine.host_buffer(2 << 30)
+
+
+def test_a_copy_that_fails_ends_the_run_with_the_blocks_that_were_made(tiny, tmp_path, monkeypatch, caplog):
+    """All layers and rings are copied; one copy in the second clip fails as a lost device does."""
+    real, count = torch.Tensor.copy_, iter(range(10**9))
+    layers, steps = 4, 2
+    cells = tuple((step, layer) for step in range(steps) for layer in range(layers))
+    placement = Placement(streamed_layers=tuple(range(layers)), host_rings=cells)
+    pipeline = AvatarPipeline.from_artifact(
+        tiny.artifact("fp32"), device="cpu", memory=MemoryOptions(placement=placement)
+    )
+
+    def copy_in(dst: torch.Tensor, src: torch.Tensor, after) -> object:
+        if next(count) == 60:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        real(dst, src)
+        return engine_module.DONE
+
+    monkeypatch.setattr(pipeline.engine, "_copy_in", copy_in)
+    out = tmp_path / "out.mp4"
+    with pytest.raises(DeviceError, match=r"a copy of .* bytes to the device failed .*launch failure.*is kept"):
+        infer(pipeline, tiny.request(), Outputs(video=out), quiet=True)
+    assert not out.exists()
+    assert out.with_name("out.partial.mp4").stat().st_size > 1000
+    assert any("unfinished video left" in record.getMessage() for record in caplog.records)
+
+
+def test_quality_goes_where_it_may(tiny, tmp_path, monkeypatch, caplog):
+    """Memory for clips of 12 frames only: the video is begun again, and says so."""
+    real = CausalDiT.embed_audio
+
+    def embed(self, audio):
+        if audio.shape[-1] == 4:  # the shorter block of a clip of 16 frames
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return real(self, audio)
+
+    monkeypatch.setattr(CausalDiT, "embed_audio", embed)
+    for allowed in (False, True):
+        memory = MemoryOptions(allow_quality_loss=allowed)
+        pipeline = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu", memory=memory)
+        out = Outputs(video=tmp_path / f"{allowed}.mp4", report=tmp_path / f"{allowed}.json")
+        if allowed:
+            report = infer(pipeline, tiny.request(), out, quiet=True)
+        else:
+            with pytest.raises(OutOfMemoryError, match="nothing is left"):
+                infer(pipeline, tiny.request(), out, quiet=True)
+    assert report["quality_lost"] == ["clips of 12 frames instead of 16"]
+    assert report["settings"]["infer_frames"] == 12
+    assert np.isfinite(report["frames_per_second"])
+    assert out.video.stat().st_size > 1000
+    assert any("begun again with clips of 12 frames" in record.getMessage() for record in caplog.records)
