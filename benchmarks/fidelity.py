@@ -21,19 +21,24 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way to convert, and the latent relative error against fp32 that it has to stay under."""
+    """A way to convert and to run, and the latent relative error against fp32 that it has to stay under."""
 
     title: str
     options: tuple[str, ...]
     limit: float
+    infer: tuple[str, ...] = ()
 
 
 BASELINE = ("--precision", "fp32")
 VARIANTS = {
     "int8-dit": Variant(title="DiT int8, others fp32", options=(*BASELINE, "--dit", "int8"), limit=0.01),
     "fp8-dit": Variant(title="DiT fp8, others fp32", options=(*BASELINE, "--dit", "fp8"), limit=0.04),
+    "int8-rings": Variant(title="all fp32, KV rings int8", options=BASELINE, limit=0.005, infer=("--kv", "int8")),
     "int8": Variant(title="every component int8", options=("--precision", "int8"), limit=0.03),
     "fp8": Variant(title="every component fp8", options=("--precision", "fp8"), limit=0.08),
+    "int8-all": Variant(
+        title="every component int8, KV rings int8", options=("--precision", "int8"), limit=0.03, infer=("--kv", "int8")
+    ),
 }
 
 
@@ -58,7 +63,7 @@ def measure(case: Path, folder: Path) -> dict[str, Any]:
 
     from lowvram.infer import machine
 
-    baseline = run(case, folder, "fp32", BASELINE)
+    baseline = run(case, folder, "fp32", Variant(title="fp32", options=BASELINE, limit=0))
     return {
         "question": "how far are the latents of int8 and fp8 artifacts from those of the fp32 one?",
         "command": " ".join(["python", *sys.argv]),
@@ -72,11 +77,11 @@ def measure(case: Path, folder: Path) -> dict[str, Any]:
 def score(case: Path, folder: Path, name: str, variant: Variant, baseline: Path) -> dict[str, Any]:
     from lowvram.compare import compare
 
-    result = compare(run(case, folder, name, variant.options), baseline)
+    result = compare(run(case, folder, name, variant), baseline)
     return {
         "name": name,
         "title": variant.title,
-        "options": " ".join(variant.options),
+        "options": " ".join((*variant.options, *variant.infer)),
         "limit": variant.limit,
         **result.to_json()["values"],
         "blocks": [block.relative_error for block in result.blocks],
@@ -84,13 +89,13 @@ def score(case: Path, folder: Path, name: str, variant: Variant, baseline: Path)
     }
 
 
-def run(case: Path, folder: Path, name: str, precision: tuple[str, ...]) -> Path:
+def run(case: Path, folder: Path, name: str, variant: Variant) -> Path:
     """Convert the case's checkpoint, infer with the case's settings; return the dumped tensors."""
     settings = json.loads((case / "case.json").read_text())
     artifact, dump = folder / f"{name}-artifact", folder / f"{name}.safetensors"
     lora = case / "ckpt" / "LiveAvatar" / "liveavatar.safetensors"
     lowvram(
-        "convert", *precision, "--ckpt-dir", case / "ckpt", "--out", artifact,
+        "convert", *variant.options, "--ckpt-dir", case / "ckpt", "--out", artifact,
         "--lora", lora, "--lora-alpha", settings["lora_alpha"],
     )  # fmt: skip
     names = ("size", "infer_frames", "num_clip", "sample_steps", "base_seed", "cond_rope_distance", "prompt")
@@ -98,7 +103,7 @@ def run(case: Path, folder: Path, name: str, precision: tuple[str, ...]) -> Path
     lowvram(
         "infer", "--quiet", "--device", "cpu", "--model", artifact, *same,
         "--image", case / "inputs" / "portrait.png", "--audio", case / "inputs" / "speech.wav",
-        "--out", folder / f"{name}.mp4", "--dump-tensors", dump,
+        "--out", folder / f"{name}.mp4", "--dump-tensors", dump, *variant.infer,
     )  # fmt: skip
     return dump
 

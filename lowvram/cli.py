@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -79,6 +80,7 @@ def main(verbose: bool) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("lowvram", "lowvram_quantize", "lowvram_kernels", "lowvram_models"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("lowvram.plan").setLevel(logging.INFO)  # what a run will take is said before it starts
 
 
 @main.command(context_settings=SETTINGS)
@@ -213,6 +215,7 @@ def make_request(options: dict[str, Any]) -> Any:
 @click.option("--image", type=FILE, help="Portrait, with --model.")
 @click.option("--audio", type=FILE, help="Voice, with --model.")
 @click.option("--prompt", help="What is to be seen, with --model.")
+@click.option("--baseline-kv", type=click.Choice(["auto", "int8", "bf16"]), help="Rings of the baseline, if not --kv.")
 @click.option("--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model.")
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
@@ -268,7 +271,8 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
             dump_tensors=folder / f"{name}.safetensors",
             report=folder / f"{name}.json",
         )
-        run(open_pipeline(options[name], options), request, outputs)
+        kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
+        run(open_pipeline(options[name], options | {"kv": kv}), request, outputs)
         reports.append(folder / f"{name}.json")
     return reports[0], reports[1]
 
@@ -291,12 +295,16 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
 @click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps.")
 @switch("--offload-model", False, "Keep all of the DiT's layers on the host.")
 @switch("--offload-kv-cache", False, "Keep all KV rings in host memory.")
+@click.option("--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit.")
-def plan(model: Path | None, preset: str | None, precision: str | None, as_json: bool, **options: Any) -> None:
+def plan(
+    model: Path | None, preset: str | None, precision: str | None, as_json: bool, dry: bool, **options: Any
+) -> None:
     """Print what would be where, how much memory it takes and how fast it would be. Nothing is loaded.
 
     Exits with 1 where it does not fit.
     """
+    from lowvram.dry_run import dry_run as run_dry
     from lowvram.planning.command import PlanOptions, plan_for
     from lowvram.planning.planner import DoesNotFit
     from lowvram.planning.table import print_plan, to_json
@@ -310,15 +318,17 @@ def plan(model: Path | None, preset: str | None, precision: str | None, as_json:
         path = model or write_phantom(Path(folder) / "preset", preset=preset or "14b", precision=precision or "int8")
         try:
             result = plan_for(path, PlanOptions(**options))
+            simulated = run_dry(path, result) if dry else None
         except DoesNotFit as refused:
             if not as_json:
                 raise
             click.echo(json.dumps(to_json(refused.plan) | {"refused": str(refused)}, indent=1))
             sys.exit(1)
     if as_json:
-        click.echo(json.dumps(to_json(result), indent=1))
+        extra = {"dry_run": dataclasses.asdict(simulated)} if simulated else {}
+        click.echo(json.dumps(to_json(result) | extra, indent=1))
     else:
-        print_plan(result, Console())
+        print_plan(result, Console(), simulated)
 
 
 @main.command(context_settings=SETTINGS)

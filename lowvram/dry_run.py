@@ -34,7 +34,7 @@ class DryRun:
 
 
 def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: int | None = None) -> DryRun:
-    """Run ``plan`` over ``clips`` clips on a simulated device of ``capacity`` bytes.
+    """Run ``plan`` over ``clips`` clips on a simulated device of ``capacity`` bytes (default: the plan's budget).
 
     Everything is computed but the values: the same code, layer by layer, with the same tensors for as long. Clips
     from the second on see full rings.
@@ -58,7 +58,7 @@ def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: 
         portrait=torch.zeros(3, *work.size_px),
         speech=np.ones(int(seconds * SAMPLES_PER_S), np.float32),
     )
-    with SimulatedDevice(capacity, expandable_segments=True):
+    with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True):
         pipeline = AvatarPipeline(opened, torch.device("meta"), memory=MemoryOptions(placement=plan.placement))
         crossed = [(0, 0)]
         for _ in pipeline.stream(inputs):

@@ -51,7 +51,7 @@ from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingD
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
-log = logging.getLogger(__name__)
+plan_log = logging.getLogger("lowvram.plan")
 
 FPS = 25
 LATENT_CHANNELS = 16
@@ -129,6 +129,8 @@ def choose_device(name: str) -> torch.device:
         raise HardwareError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise HardwareError(f"--device is {name!r}, but {torch.cuda.device_count()} CUDA devices are here; try cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -238,6 +240,8 @@ class AvatarPipeline:
             latent_size=inputs.latent_size, infer_frames=request.infer_frames, sample_steps=request.sample_steps
         )
         self.plan, placement = lay_out(self.artifact, work, self.device, self.memory, layers)
+        if self.plan is not None:
+            plan_log.info("%s", self.plan.summary())
         layout = Layout(placement=placement, online_decode=request.online_decode)
         return Relief(layout, layers=layers, steps=request.sample_steps, allowed=self.memory.fallback)
 

@@ -85,6 +85,16 @@ class Plan:
         """What takes longer, "arithmetic" or "pcie"."""
         return self.seconds.limited_by
 
+    def summary(self) -> str:
+        """The plan in a line."""
+        rings, streamed = self.layers * self.workload.sample_steps, len(self.placement.streamed_layers)
+        return (
+            f"plan: {streamed} of {self.layers} layers and {len(self.placement.host_rings)} of {rings} KV rings "
+            f"({self.placement.kv}) come from the host, {self.placement.wave} steps share a pass; predicted are "
+            f"{gib(self.peak_vram_bytes)} of {gib(self.vram_budget_bytes)} on the device, {gib(self.peak_host_bytes)} "
+            f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block"
+        )
+
 
 class DoesNotFit(OutOfMemoryError):
     """No placement fits; ``plan`` is the one that comes nearest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -82,9 +82,19 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+class Simulated(Protocol):
+    """What a dry run of a plan took, in bytes."""
+
+    @property
+    def stages(self) -> dict[str, int]: ...
+
+    @property
+    def peak_reserved(self) -> int: ...
+
+
+def print_plan(plan: Plan, console: Console, simulated: Simulated | None = None) -> None:
     """Print what is where, what it takes, how fast it will be, and what the published way would need."""
-    for table in (_placement(plan), _device(plan), _stages(plan), _speed(plan), _reference(plan)):
+    for table in (_placement(plan), _device(plan), _stages(plan, simulated), _speed(plan), _reference(plan)):
         console.print(table)
     for note in plan.notes:
         console.print(f"Note: {note}.")
@@ -122,13 +132,16 @@ def _device(plan: Plan) -> Table:
     return table
 
 
-def _stages(plan: Plan) -> Table:
-    table = _table("Predicted peaks", "", "bytes", "budget")
+def _stages(plan: Plan, simulated: Simulated | None) -> Table:
+    found = {name: gib(nbytes) for name, nbytes in simulated.stages.items()} if simulated else {}
+    table = _table("Peaks", "", "predicted", "simulated", "budget")
     for stage, nbytes in plan.stage_peaks.items():
-        table.add_row(stage, gib(nbytes), "")
-    table.add_row("reserve", gib(plan.reserve_bytes), "")
-    table.add_row("device, highest with reserve", gib(plan.peak_vram_bytes), gib(plan.vram_budget_bytes), style="bold")
-    table.add_row("host", gib(plan.peak_host_bytes), gib(plan.ram_budget_bytes), style="bold")
+        table.add_row(stage, gib(nbytes), found.get(stage, ""), "")
+    table.add_row("reserve", gib(plan.reserve_bytes), "", "")
+    peak, budget = gib(plan.peak_vram_bytes), gib(plan.vram_budget_bytes)
+    reserved = gib(simulated.peak_reserved) if simulated else ""
+    table.add_row("device, highest with reserve", peak, reserved, budget, style="bold")
+    table.add_row("host", gib(plan.peak_host_bytes), "", gib(plan.ram_budget_bytes), style="bold")
     return table
 
 

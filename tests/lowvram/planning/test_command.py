@@ -106,3 +106,13 @@ def test_a_card_at_hand_is_measured(published, monkeypatch):
     assert not any("no CUDA device" in note for note in result.notes)
     with pytest.raises(ConfigError):
         plan_for(published("int8"), PlanOptions(vram="lots"))
+
+
+def test_a_dry_run_stands_beside_the_plan():
+    result = run("plan", "--preset", "tiny", "--precision", "bf16", "--vram", "2GiB", "--size", "128*128", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "simulated" in result.stdout
+    told = run(*PLAN[:1], "--preset", "tiny", "--precision", "bf16", "--size", "128*128", "--dry-run", "--json")
+    simulated = json.loads(told.stdout)["dry_run"]
+    assert simulated["given_up"] == []
+    assert 0 < simulated["stages"]["denoise"] <= simulated["peak_reserved"]
