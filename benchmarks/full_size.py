@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import full_size_table as tables
+from full_size_artifacts import PRECISIONS, artifact_path, say
 
-PRECISIONS = ("int8", "bf16")
 KINDS = ("artifact", "run-capped", "run-uncapped", "layers", "diffusers")
 PARTS = [f"{kind}-{precision}" for precision in PRECISIONS for kind in KINDS]
 STAMP = ("preset", "gpu", "driver", "torch", "triton", "diffusers")
@@ -103,10 +102,6 @@ def artifact_for(part: str, options: argparse.Namespace, done: set[str]) -> str 
     return None if there or name in done else name
 
 
-def artifact_path(folder: Path, preset: str, precision: str) -> Path:
-    return folder / f"{preset}-{precision}"
-
-
 def earlier(path: Path | None, stamp: dict[str, Any]) -> dict[str, Any]:
     """What the file holds already, where machine and versions are the same; else a new result."""
     new = {
@@ -169,16 +164,6 @@ def write(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
-
-
-def say(text: str) -> None:
-    print(f"[full_size] {text}", file=sys.stderr, flush=True)
-
-
-def remove(path: Path) -> None:
-    """Remove an artifact that this script made, to make room for another."""
-    say(f"{path} is removed to make room; it can be made again")
-    shutil.rmtree(path)
 
 
 if __name__ == "__main__":

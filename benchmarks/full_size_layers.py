@@ -23,10 +23,12 @@ from full_size_parts import INFER_FRAMES, SIZES, STEPS, Skipped, opened
 from torch import nn
 
 from lowvram.byte_sizes import gib
+from lowvram.devices import choose_dtype
 from lowvram.engine import Engine, engine_for
-from lowvram.pipeline import LATENT_CHANNELS, PIXELS_PER_LATENT, choose_dtype
+from lowvram.pipeline import LATENT_CHANNELS
 from lowvram.placement import Placement
 from lowvram.planning.measure import rates_of
+from lowvram.request import PIXELS_PER_LATENT
 from lowvram.residency import Layers, layer_slab
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, blocks_of, latent_frames_per_clip

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import PRECISIONS, artifact_path, remove
+from full_size_artifacts import PRECISIONS, artifact_path, remove
 
 from lowvram.byte_sizes import gib, parse_bytes
 from lowvram.infer import Outputs, infer, machine

@@ -229,6 +229,7 @@ def compare(
     """
     from lowvram.compare import compare as run
     from lowvram.compare import parse_fail_under
+    from lowvram.compare_table import print_comparison
 
     bounds = parse_fail_under(fail_under)
     if options["model"] is not None or options["baseline"] is not None:
@@ -243,7 +244,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
     else:
-        result.to_table(Console())
+        print_comparison(result, Console())
     if missed := result.check(bounds):
         fail("; ".join(missed), 1)
 
@@ -337,11 +338,12 @@ def plan(
 def demo(out_dir: Path, device: str) -> None:
     """Run the whole job on a tiny random model: convert to int8 and bf16, infer both, compare."""
     from lowvram.compare import compare as compare_runs
+    from lowvram.compare_table import print_comparison
     from lowvram.demo import run_demo
 
     run_demo(out_dir, device=device)
     result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
-    result.to_table(Console())
+    print_comparison(result, Console())
     click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
     click.echo(out_dir / "int8.mp4")
 

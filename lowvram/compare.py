@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lowvram.metrics import FrameScore, TensorScore, TensorSums, mean_psnr, score_frame
 from lowvram.sources import Dump, Frames, Source, Stage, Video, open_source
 from lowvram_kernels.errors import ConfigError, InputError
@@ -118,12 +116,6 @@ class Comparison:
             "stages": [_stage_json(pair) for pair in self.stages],
         }
         return dict(_strict(value))
-
-    def to_table(self, console: Console) -> None:
-        """Print it for a person to read."""
-        from lowvram.compare_table import print_comparison
-
-        print_comparison(self, console)
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:

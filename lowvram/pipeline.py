@@ -18,23 +18,21 @@ import torch
 
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.decoder_backup import DecoderBackup
+from lowvram.devices import choose_device, choose_dtype
 from lowvram.encoders import load_vae
 from lowvram.engine import Engine, engine_for
 from lowvram.fallback import Layout
 from lowvram.laying_out import lay_out
-from lowvram.media.audio import check_duration, load_speech
-from lowvram.media.image import load_portrait, portrait_tensor
-from lowvram.media.sizes import output_size
 from lowvram.placement import MemoryOptions, Placement
 from lowvram.planning.planner import Plan
 from lowvram.planning.table import to_json as plan_json
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
 from lowvram.relief import Relief, free_cached
+from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.residency import Layers
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import (
-    FRAMES_PER_BLOCK,
     VIDEO_FRAMES_PER_LATENT,
     Block,
     Tick,
@@ -45,7 +43,6 @@ from lowvram.schedule import (
 )
 from lowvram.stages import StageLog
 from lowvram.weights import build_dit, check_complete, load_shared
-from lowvram_kernels.errors import ConfigError, HardwareError
 from lowvram_kernels.trace import trace_kernels
 from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder
 from lowvram_quantize.format import Artifact
@@ -53,95 +50,7 @@ from lowvram_quantize.format import Artifact
 Tensor = torch.Tensor
 plan_log = logging.getLogger("lowvram.plan")
 
-FPS = 25
 LATENT_CHANNELS = 16
-PIXELS_PER_LATENT = 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to make. ``size`` names an area "A*B"; the portrait decides the shape. Validated at construction.
-
-    ``num_clip`` None means as many clips of ``infer_frames`` video frames as the audio fills.
-    ``online_decode`` False decodes a clip at a time instead of a block at a time.
-    """
-
-    image: Path
-    audio: Path
-    prompt: str
-    size: str = "704*384"
-    infer_frames: int = 48
-    num_clip: int | None = None
-    sample_steps: int = 4
-    base_seed: int = 420
-    cond_rope_distance: int | str = 30
-    online_decode: bool = True
-
-    def __post_init__(self) -> None:
-        latent_frames_per_clip(self.infer_frames)
-        if self.num_clip is not None and self.num_clip < 1:
-            raise ConfigError(f"--num_clip is {self.num_clip}; expected 1 or more, or none for the whole audio")
-        if not 1 <= self.sample_steps <= 1000:
-            raise ConfigError(f"--sample_steps is {self.sample_steps}; expected 1 to 1000, 4 is what the model is for")
-        if not 0 <= self.base_seed < 2**63 - 2**32:
-            raise ConfigError(f"--base_seed is {self.base_seed}; expected a whole number from 0 to about 9e18")
-        distance = self.cond_rope_distance
-        if distance != "random" and not (isinstance(distance, int) and 0 <= distance <= 30):
-            raise ConfigError(f"--cond-rope-distance is {distance!r}; expected 0 to 30, or random")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """A request's files, read: portrait [3, H, W] in [-1, 1] and speech, mono float32 at 16 kHz."""
-
-    request: Request
-    portrait: Tensor
-    speech: np.ndarray
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        height, width = self.portrait.shape[1:]
-        return height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
-
-
-def read_inputs(request: Request) -> Inputs:
-    """Read and check portrait and voice; cheap, so that bad input is told before any model loads.
-
-    Raises:
-        InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
-    """
-    speech = load_speech(request.audio)
-    check_duration(speech, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
-    image = load_portrait(request.image)
-    height, width = output_size(request.size, image.height, image.width)
-    return Inputs(request=request, portrait=portrait_tensor(image, height, width), speech=speech)
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises: HardwareError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise HardwareError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise HardwareError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HardwareError(f"--device is {name!r}, but {torch.cuda.device_count()} CUDA devices are here; try cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of everything that is not 8-bit: bfloat16 on GPUs; float32 on CPUs, most of which compute bf16 slower."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise ConfigError(f"--dtype is {name!r}; expected auto, float32 or bfloat16")
-    return known[name]
 
 
 class AvatarPipeline:
@@ -413,4 +322,4 @@ def to_pixels(frames_CFHW: Tensor) -> np.ndarray:
     return pixels
 
 
-__all__ = ["AvatarPipeline", "Inputs", "Request", "read_inputs"]
+__all__ = ["FPS", "AvatarPipeline", "Inputs", "Request", "read_inputs"]

@@ -6,8 +6,11 @@ The planner decides it, the runtime obeys it. Nothing here changes what is compu
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from lowvram_kernels.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 KV_SCHEMES = ("plain", "int8")
 
@@ -74,11 +77,20 @@ class MemoryOptions:
 
 
 def placement_on_cpu(options: MemoryOptions, layers: int, steps: int) -> Placement:
-    """On a CPU host and device are the same memory: nothing is to be planned, but every option still does its part."""
+    """On a CPU host and device are the same memory: nothing is to be planned, and layers and rings that are to be
+    offloaded are copied all the same.
+
+    Raises:
+        ConfigError: more steps in a pass than there are.
+    """
+    if options.vram_budget or options.ram_budget:
+        log.warning("--vram-budget and --ram-budget have no effect on a CPU: there is one memory, and it is the host's")
+    if isinstance(options.wave, int) and options.wave > steps:
+        raise ConfigError(f"--wave is {options.wave}; expected auto, or 1 to the number of steps, {steps}")
     cells = tuple((step, layer) for step in range(steps) for layer in range(layers))
     return Placement(
         streamed_layers=tuple(range(layers)) if options.offload_model else (),
         host_rings=cells if options.offload_kv_cache else (),
         kv="int8" if options.kv == "int8" else "plain",
-        wave=1 if isinstance(options.wave, str) else min(options.wave, steps),
+        wave=1 if isinstance(options.wave, str) else options.wave,
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from lowvram.compare import Comparison, compare, parse_fail_under
+from lowvram.compare_table import print_comparison
 from lowvram.media.video import VideoWriter
 from lowvram_kernels.errors import ConfigError, InputError
 
@@ -54,7 +55,7 @@ def strict(comparison: Comparison) -> dict:
 
 def table(comparison: Comparison) -> str:
     console = Console(file=io.StringIO(), width=120)
-    comparison.to_table(console)
+    print_comparison(comparison, console)
     return console.file.getvalue()
 
 
