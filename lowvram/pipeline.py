@@ -42,7 +42,7 @@ from lowvram.schedule import (
     ticks,
 )
 from lowvram.stages import StageLog
-from lowvram.weights import build_dit, check_complete, load_shared
+from lowvram.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram_kernels.trace import trace_kernels
 from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder
 from lowvram_quantize.format import Artifact
@@ -204,9 +204,11 @@ class AvatarPipeline:
             cond_rope_distance=request.cond_rope_distance,
         )
         layers = Layers(dit, component, self.engine, self.dtype)
-        return Rollout(
+        rollout = Rollout(
             dit, layers, conditions.context, settings, dtype=self.dtype, engine=self.engine, placement=placement
         )
+        drop_start(dit, component)
+        return rollout
 
     def _fill_sink(self, rollout: Rollout, reference: Tensor, motion: Tensor) -> None:
         def fill() -> None:

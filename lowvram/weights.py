@@ -15,6 +15,7 @@ from lowvram_kernels.modules import Attention, swap_conv, swap_linear
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
+from lowvram_models.names import SHARED, START
 from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
@@ -110,4 +111,10 @@ def check_complete(model: nn.Module, component: Component) -> None:
 
 def load_shared(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
     """Load what belongs to no single layer: embeddings, head, audio encoder."""
-    bind(model, component.views("shared", component.read_slab("shared").to(device)), dtype)
+    for slab in (START, SHARED):
+        bind(model, component.views(slab, component.read_slab(slab).to(device)), dtype)
+
+
+def drop_start(model: nn.Module, component: Component) -> None:
+    """Let go of what a rollout needs only to be set up: the embeddings of timesteps and text, 0.46 GB of the 14B."""
+    unbind(model, [spec.name for spec in component.slab_specs(START)])

@@ -27,6 +27,8 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _INJECTOR = re.compile(r"audio_injector\.(?:injector|injector_adain_layers)\.(\d+)\.")
 
 SHARED = "shared"
+START = "start"
+_AT_START = re.compile(r"(time_embedding|time_projection|text_embedding)\.")
 
 
 def umt5_name(published: str) -> str | None:
@@ -49,13 +51,14 @@ def vae_names(published: Iterable[str]) -> dict[str, str]:
 
 
 def dit_slab(name: str, audio_inject_layers: Sequence[int]) -> str:
-    """``layer.{i}`` for what layer i alone needs, its audio injection included; ``shared`` for everything else."""
+    """``layer.{i}`` for what layer i alone needs, its audio injection included; ``start`` for what is needed once a
+    video, to set it up; ``shared`` for everything else."""
     if match := _BLOCK.match(name):
         return f"layer.{match[1]}"
     match = _INJECTOR.match(name)
     if match and int(match[1]) < len(audio_inject_layers):
         return f"layer.{audio_inject_layers[int(match[1])]}"
-    return SHARED
+    return START if _AT_START.match(name) else SHARED
 
 
 def umt5_slab(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
-from lowvram_models.names import SHARED, dit_slab, umt5_name, umt5_slab, vae_names
+from lowvram_models.names import SHARED, START, dit_slab, umt5_name, umt5_slab, vae_names
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
 from lowvram_quantize.lora import Lora, open_lora
@@ -81,12 +81,12 @@ def dit_shapes(config: DiTConfig) -> Shapes:
 
 
 def dit_items(config: DiTConfig, sources: TensorTable, precision: str) -> list[Item]:
-    """The DiT's tensors slab by slab: shared ones, then layer after layer."""
+    """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer."""
     items = [
         Item(name, sources[name], dit_scheme(name, precision), dit_slab(name, config.audio_inject_layers))
         for name in dit_shapes(config)
     ]
-    order = {SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
+    order = {START: -2, SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
     return sorted(items, key=lambda item: order[item.slab])
 
 

@@ -30,13 +30,14 @@ class AudioFacts:
 class ModelFacts:
     """Sizes in bytes, as the artifact's slabs have them; ``parameters`` are counts.
 
-    ``layer_bytes`` has each layer's slab. ``precision`` is the DiT's.
+    ``layer_bytes`` has each layer's slab; ``start_bytes`` go before the first block. ``precision`` is the DiT's.
     """
 
     config: DiTConfig
     precision: str
     layer_bytes: tuple[int, ...]
     shared_bytes: int
+    start_bytes: int
     parameters: int
     text_bytes: int
     text_parameters: int
@@ -51,7 +52,7 @@ class ModelFacts:
     @property
     def weight_bytes(self) -> int:
         """The DiT's, wherever they lie."""
-        return self.shared_bytes + sum(self.layer_bytes)
+        return self.start_bytes + self.shared_bytes + sum(self.layer_bytes)
 
     @property
     def quantized(self) -> bool:
@@ -74,6 +75,7 @@ def facts_of(artifact: Artifact) -> ModelFacts:
         precision=dit.precision,
         layer_bytes=tuple(dit.slab_nbytes(f"layer.{index}") for index in range(config.num_layers)),
         shared_bytes=dit.slab_nbytes("shared"),
+        start_bytes=dit.slab_nbytes("start"),
         parameters=_parameters(dit),
         text_bytes=sum(text.slab_nbytes(slab) for slab in text.slab_names),
         text_parameters=_parameters(text),

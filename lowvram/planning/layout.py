@@ -82,7 +82,7 @@ def stage_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_devi
         "encode_text": text,
         "encode_audio": facts.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(facts.audio),
         "encode_image": parts.vae + workspace.encode_workspace(base_dim, work),
-        "load_dit": parts.total - parts.decoder_cache,
+        "load_dit": parts.total - parts.decoder_cache + allocated(bound_bytes(facts, facts.start_bytes)),
         "prefill_sink": parts.total + sink_residual + sink.peak,
         "denoise": parts.total + block.peak,
         "decode": parts.total + workspace.decode_workspace(base_dim, work),

@@ -11,7 +11,7 @@ import torch
 
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
-from lowvram_models.names import SHARED, dit_slab, umt5_name, umt5_slab, vae_names
+from lowvram_models.names import SHARED, START, dit_slab, umt5_name, umt5_slab, vae_names
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
 
@@ -73,14 +73,14 @@ def test_unknown_names_of_the_vae_come_through():
 def test_every_layer_of_the_dit_is_a_slab_with_its_injection(dit_config):
     injected = dit_config.audio_inject_layers
     slabs = {name: dit_slab(name, injected) for name in manifest("dit_14b")}
-    assert set(slabs.values()) == {SHARED} | {f"layer.{i}" for i in range(dit_config.num_layers)}
+    assert set(slabs.values()) == {START, SHARED} | {f"layer.{i}" for i in range(dit_config.num_layers)}
     for name, slab in slabs.items():
         if name.startswith("blocks."):
             assert slab == f"layer.{name.split('.')[1]}"
         elif name.startswith("audio_injector."):
             assert slab == f"layer.{injected[int(name.split('.')[2])]}"
         else:
-            assert slab == SHARED
+            assert slab == (START if name.startswith(("time_", "text_")) else SHARED)
     # All layers are alike but for the injection, so there are two sizes of slab.
     sizes = Counter(slabs.values())
     assert {sizes[f"layer.{i}"] for i in injected}.isdisjoint(

@@ -47,7 +47,7 @@ def load_pth(base: Path, name: str) -> dict[str, torch.Tensor]:
 def test_the_dits_slabs_follow_the_order_of_use(base):
     plan = plan_dit(base, "int8", None, 64.0)
     slabs = list(dict.fromkeys(item.slab for item in plan.items))
-    assert slabs == ["shared", *(f"layer.{i}" for i in range(plan.config["num_layers"]))]
+    assert slabs == ["start", "shared", *(f"layer.{i}" for i in range(plan.config["num_layers"]))]
     # Each slab's items come in one run, and every tensor comes once.
     runs = [slab for i, slab in enumerate(i.slab for i in plan.items) if not i or plan.items[i - 1].slab != slab]
     assert runs == slabs

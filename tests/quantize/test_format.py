@@ -107,7 +107,7 @@ def test_the_tensors_of_a_slab_tile_one_stretch(artifacts, name):
 def test_a_layers_slab_holds_that_layer_alone(artifacts):
     component = Artifact.open(artifacts("int8")).component("dit")
     layers = component.config["num_layers"]
-    assert component.slab_names == ["shared", *(f"layer.{i}" for i in range(layers))]
+    assert component.slab_names == ["start", "shared", *(f"layer.{i}" for i in range(layers))]
     for i in range(layers):
         names = [spec.name for spec in component.slab_specs(f"layer.{i}")]
         prefixes = [f"blocks.{i}."]

@@ -70,8 +70,8 @@ def test_a_slabs_facts(path):
     component = describe(path)["components"]["dit"]
     with safe_open(path / "dit.safetensors", "pt") as file:
         names = set(file.keys())
-    assert [s["name"] for s in component["slabs"]] == ["shared", "layer.0", "layer.1", "layer.2", "layer.3"]
-    for slab in component["slabs"][1:]:
+    assert [s["name"] for s in component["slabs"]] == ["start", "shared", "layer.0", "layer.1", "layer.2", "layer.3"]
+    for slab in component["slabs"][2:]:
         own = {
             n: e
             for n, e in component["relative_errors"].items()

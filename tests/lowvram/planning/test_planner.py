@@ -75,7 +75,7 @@ def test_waves_are_taken_where_weights_stream_and_not_where_they_do_not(facts):
 
 
 def test_a_wave_saves_traffic(facts):
-    alone, together = (planned(facts("bf16"), 16, ram_gib=80, wave=wave) for wave in (1, 4))
+    alone, together = (planned(facts("bf16"), 12, ram_gib=80, wave=wave) for wave in (1, 4))
     assert together.traffic.h2d < 0.6 * alone.traffic.h2d
     assert together.seconds_per_block < alone.seconds_per_block
     assert (alone.limited_by, together.limited_by) == ("pcie", "arithmetic")
