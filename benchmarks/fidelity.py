@@ -124,7 +124,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         psnr = row["psnr"] if isinstance(row["psnr"], str) else f"{row['psnr']:.1f} dB"
         lines.append(
             f"| {row['title']} | {row['latent_error']:.2%} | {row['latent_error_max']:.2%} | "
-            f"{row['limit']:.0%} | {psnr} |"
+            f"{row['limit'] * 100:g}% | {psnr} |"
         )
     return "\n".join(lines)
 
