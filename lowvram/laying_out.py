@@ -23,9 +23,10 @@ def lay_out(
         OutOfMemoryError: nothing fits; with bytes needed and there.
         ConfigError: an option that does not fit the run.
     """
-    if options.vram_budget and device.type == "cuda":
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram_budget / total), device)
+        # Also where there is no budget: an earlier run of this process may have set one.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (options.vram_budget or total) / total), device)
     if options.placement is not None:
         return None, options.placement
     if device.type == "cpu":
