@@ -348,5 +348,44 @@ def demo(out_dir: Path, device: str) -> None:
     click.echo(out_dir / "int8.mp4")
 
 
+@main.command(context_settings=SETTINGS)
+@click.option("--gpus", type=int, help="Ranks to check for, one a GPU; default: all GPUs that are here.")
+@click.option("--port", type=int, default=29500, help="Where several ranks meet.")
+@click.option("--model", type=FILE, help="Artifact to judge memory by; default: the published 14B in int8.")
+@click.option("--no-measure", is_flag=True, help="Do not copy to and from the GPUs to measure PCIe.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def doctor(gpus: int | None, port: int, model: Path | None, no_measure: bool, as_json: bool) -> None:
+    """Check this machine: what is here, what a run expects, what to set and why.
+
+    Exits with 1 where a run would fail; a machine without a GPU is only warned about.
+    """
+    from lowvram.doctor.examine import Options, examine
+    from lowvram.doctor.findings import to_json
+    from lowvram.doctor.machine import this_machine
+
+    options = Options(
+        facts=lambda: sizes_of(model), converted=model is not None, gpus=gpus, port=port, measure=not no_measure
+    )
+    findings = examine(this_machine(), options)
+    if as_json:
+        click.echo(json.dumps(to_json(findings), indent=1))
+    else:
+        colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+        for finding in findings:
+            click.echo(f"{click.style(f'{finding.status:8}', fg=colours[finding.status])} {finding.text()}")
+    if any(finding.status == "problem" for finding in findings):
+        sys.exit(1)
+
+
+def sizes_of(model: Path | None) -> Any:
+    """Sizes of an artifact's parts, or those of the published shapes in int8."""
+    from lowvram.planning.facts import facts_of
+    from lowvram_quantize.format import Artifact
+    from lowvram_quantize.phantom import write_phantom
+
+    with tempfile.TemporaryDirectory(prefix="lowvram-doctor-") as folder:
+        return facts_of(Artifact.open(model or write_phantom(Path(folder) / "preset")))
+
+
 if __name__ == "__main__":
     main()

@@ -1,0 +1,204 @@
+"""The machine at hand, asked."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import mmap
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lowvram.doctor.probes import Driver, Gpu, Names, Probes, Torch
+from lowvram.doctor.smi import card_states
+from lowvram.planning.measure import COPY_BYTES, REPEATS, CudaRunner, Runner
+from lowvram_kernels import chips
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def this_machine() -> Probes:
+    return Probes(
+        python=lambda: sys.version_info[:3],
+        torch=_torch,
+        triton=_triton,
+        driver=_driver,
+        gpus=_gpus,
+        card_states=card_states,
+        pcie=lambda index: pcie_rates(CudaRunner(torch.device("cuda", index))),
+        peers=torch.cuda.can_device_access_peer,
+        ram=_ram,
+        memlock=_memlock,
+        pin=_pin,
+        kernel=_kernel,
+        disk_free=lambda folder: shutil.disk_usage(folder).free,
+        shared_memory=lambda: shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
+        encoders=_encoders,
+        nccl=_nccl,
+        gloo=lambda: torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+        bind=bind,
+        free_port=free_port,
+        names=_names,
+        cores=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        environ=lambda: os.environ,
+    )
+
+
+def _torch() -> Torch:
+    return Torch(version=torch.__version__, cuda=torch.version.cuda, architectures=tuple(torch.cuda.get_arch_list()))
+
+
+def _triton() -> str | None:
+    if not chips.has_triton():
+        return None
+    # Its distribution has other names on Windows and in nightly builds: the module itself says what it is.
+    return str(importlib.import_module("triton").__version__)
+
+
+def _driver() -> Driver | None:
+    """Asked of the driver itself: a PyTorch without CUDA does not know of it."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library: Any = ctypes.CDLL(name)
+        except OSError:
+            continue
+        number = ctypes.c_int()
+        if status := library.cuDriverGetVersion(ctypes.byref(number)):
+            raise RuntimeError(f"cuDriverGetVersion returned {status}")
+        return Driver(cuda=(number.value // 1000, number.value % 1000 // 10), version=_driver_version())
+    return None
+
+
+def _driver_version() -> str:
+    try:
+        return _DRIVER_FILE.read_text(encoding="utf-8").split("Kernel Module")[1].split()[0]
+    except (OSError, IndexError):  # Windows and WSL have no such file
+        return ""
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+
+
+def _gpu(index: int) -> Gpu:
+    device = torch.device("cuda", index)
+    free, total = torch.cuda.mem_get_info(device)
+    return Gpu(
+        index=index,
+        name=torch.cuda.get_device_name(device),
+        generation=chips.generation(device),
+        fp8=chips.has_fp8_units(device),
+        triton=chips.triton_serves(device),
+        free_bytes=free,
+        total_bytes=total,
+    )
+
+
+def pcie_rates(runner: Runner) -> tuple[float, float]:
+    """Bytes a second (in, out) of pinned copies: the best of the warm ones.
+
+    Measured anew each time and card by card: kept rates are those of the first card of a name, whatever its slot.
+    """
+    best = [min([runner.seconds(way) for _ in range(REPEATS + 1)][1:]) for way in ("h2d", "d2h")]
+    return COPY_BYTES / best[0], COPY_BYTES / best[1]
+
+
+def _ram() -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _memlock() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _pin(nbytes: int) -> int:
+    runtime: Any = torch.cuda.cudart()
+    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    status = int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
+    if status == 0:
+        runtime.cudaHostUnregister(buffer.data_ptr())
+    return status
+
+
+def _kernel() -> str:
+    try:
+        return Path("/proc/version").read_text(encoding="utf-8")
+    except FileNotFoundError:  # not Linux
+        return sys.platform
+
+
+def _encoders() -> frozenset[str]:
+    from av.codec import Codec
+    from av.codec.codec import UnknownCodecError
+
+    found = set()
+    for name in ("libx264", "aac"):
+        try:
+            Codec(name, "w")
+        except UnknownCodecError:
+            continue
+        found.add(name)
+    return frozenset(found)
+
+
+def _nccl() -> str | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
+        return None
+    version: Any = torch.cuda.nccl.version()
+    return ".".join(str(part) for part in version)
+
+
+def bind(port: int) -> str:
+    """Listen for a moment where the ranks' meeting point will; the system's error, "" without one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        # As PyTorch's store does: a port that was just left is free, one that somebody listens at is not.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("", port))
+            listening.listen(1)
+        except OSError as error:
+            return "taken by another program" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+    return ""
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.bind(("", 0))
+        return int(listening.getsockname()[1])
+
+
+def _names() -> Names:
+    host = socket.gethostname()
+    try:
+        found = socket.getaddrinfo(host, None)
+    except socket.gaierror:
+        found = []
+    return Names(
+        host=host, addresses=tuple(dict.fromkeys(str(entry[4][0]) for entry in found)), interfaces=_interfaces()
+    )
+
+
+def _interfaces() -> Mapping[str, tuple[str, ...]]:
+    """Addresses of those that are up and have any."""
+    stats = psutil.net_if_stats()
+    up = {name: addresses for name, addresses in psutil.net_if_addrs().items() if name in stats and stats[name].isup}
+    internet = (socket.AF_INET, socket.AF_INET6)
+    kept = {name: tuple(a.address for a in addresses if a.family in internet) for name, addresses in up.items()}
+    return {name: addresses for name, addresses in kept.items() if addresses}
