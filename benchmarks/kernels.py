@@ -2,7 +2,7 @@
 
 python benchmarks/kernels.py                 on a CUDA machine: writes benchmarks/results/kernels_<gpu>.json
 python benchmarks/kernels.py --tune          there too: every tile of the product and of attention that fits
-python benchmarks/kernels.py --cpu [--out F] int8 against float32 on one thread
+python benchmarks/kernels.py --cpu [--out F] int8 against float32 on one thread, and a small whole block
 python benchmarks/kernels.py --aot [--out F] registers and shared memory on every chip, compiled without a GPU
 
 Times are medians of single calls between CUDA events, the L2 cache overwritten before each; inputs are random.
@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_block import PUBLISHED, SMALL, block_row
 from kernel_rivals import linear_rivals
+from kernel_tiles import tuned
 from torch.nn import functional as F
 
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.ring_attention import reference_ring_attention, ring_attention
-from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, rotate_block
+from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, encode_projected, rotate_block
 from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels
@@ -58,7 +60,7 @@ def main() -> None:
     elif not torch.cuda.is_available():
         sys.exit("no CUDA device here; --cpu and --aot run without one")
     elif options.tune:
-        write(tuned(), options.out)
+        write(tile_table(), options.out)
     else:
         gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
         write(cuda_table(), options.out or RESULTS / f"kernels_{gpu}.json")
@@ -79,9 +81,9 @@ def aot_table() -> dict[str, Any]:
         sys.exit("triton is not installed; `pip install triton` brings the compiler")
     import triton
 
-    from lowvram_kernels.aot import cases, compile_case
+    from lowvram_kernels.aot import compile_all
 
-    rows = [compile_case(case, chip) for chip in GENERATIONS for case in cases(chip)]
+    rows = compile_all(GENERATIONS)
     kernels = [dataclasses.asdict(row) | {"fits": row.fits()} for row in rows]
     return {"triton": triton.__version__, "all_fit": all(row.fits() for row in rows), "kernels": kernels}
 
@@ -101,7 +103,19 @@ def cpu_table() -> dict[str, Any]:
         with torch.inference_mode():
             times = {name: cpu_median_ms(call, 30 if depth > 1000 else 500) for name, call in calls.items()}
         table.append({"M": rows, "K": depth, "N": columns, "ms": times, "speedup": times["float32"] / times["int8"]})
-    return {"processor": processor(), "torch": torch.__version__, "threads": 1, "linear": table}
+    result = {"processor": processor(), "torch": torch.__version__, "threads": 1, "linear": table}
+    return result | {"block": cpu_block(), "date": time.strftime("%Y-%m-%d")}
+
+
+@torch.inference_mode()
+def cpu_block() -> dict[str, Any]:
+    """The whole block at small sizes, against rates of products of 512 x 2048 x 2048."""
+    a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
+    a8, b8 = (torch.randint(-127, 128, t.shape, dtype=torch.int8) for t in (a, b))
+    calls = {"wide": lambda: a @ b.t(), "int8": lambda: torch._int_mm(a8, b8.t())}
+    rates = {name: 2 * 512 * 2048**2 / cpu_median_ms(call, 20) * 1e3 for name, call in calls.items()}
+    row = block_row(lambda call: cpu_median_ms(call, 10), SMALL, rates, torch.float32, torch.device("cpu"))
+    return row | {"operations_per_second": rates}
 
 
 def cpu_median_ms(call: Call, repeats: int) -> float:
@@ -158,6 +172,7 @@ def cuda_table() -> dict[str, Any]:
             "linear": [linear_row(watch, rows, *layer) for rows in ROWS for layer in LAYERS],
             "attention": attention_row(watch),
             "passes": passes(watch, ceilings["copy_bytes_per_second"]),
+            "block": cuda_block(watch, ceilings),
         }
     return result | {"kernels": sorted({f"{operation}: {kernel}" for operation, kernel in kernels})}
 
@@ -194,6 +209,11 @@ def linear_row(watch: Stopwatch, rows: int, depth: int, columns: int) -> dict[st
     times = {name: watch(call) for name, call in calls.items()}
     speedup = {name: times["cublas bf16"] / ms for name, ms in times.items()}
     return {"M": rows, "K": depth, "N": columns, "ms": times, "speedup": speedup, "error": errors, "absent": absent}
+
+
+def cuda_block(watch: Stopwatch, ceilings: dict[str, float]) -> dict[str, Any]:
+    rates = {"int8": ceilings["int8_op_per_second"], "wide": ceilings["bf16_flop_per_second"]}
+    return block_row(watch, PUBLISHED, rates, torch.bfloat16, torch.device("cuda"))
 
 
 def random_block(tokens: int) -> KVBlock:
@@ -249,6 +269,10 @@ def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any
         "add_gated_norm_rows": (11 * count, lambda: add_gated_norm_rows(x, y, gate, gain, offset, **norm)),
         "norm_rope": (4 * count + cos.nbytes + sin.nbytes, lambda: norm_rope(y, gain, 1e-6, HEADS, cos, sin)),
         "encode_block": (6 * count, lambda: encode_block(heads, heads, block)),
+        "encode_projected": (
+            8 * count + cos.nbytes + sin.nbytes,  # the keys' projection is read twice: their mean comes first
+            lambda: encode_projected(y, heads, gain, 1e-6, cos, sin, block),
+        ),
         "rotate_block": (2 * count, lambda: rotate_block(block, cos, sin)),
     }
     rows = []
@@ -260,54 +284,10 @@ def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any
 
 
 @torch.inference_mode()
-def tuned() -> dict[str, Any]:
-    """Times of the alternatives to the tiles in ``TILES``; those that do not fit the chip say so."""
-    from lowvram_kernels import triton_attention, triton_linear
-
-    watch = Stopwatch(10)
-    x = torch.randn(ROWS[0], 5120, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(13824, 5120, device="cuda", dtype=torch.bfloat16)
-    (q, scale), (q_weight, weight_scale) = quantize_rows(x, torch.int8), quantize_rows(weight, torch.int8)
-    operands = (q, scale, q_weight, weight_scale[:, 0].contiguous(), None)
+def tile_table() -> dict[str, Any]:
     blocks = [random_block(tokens) for tokens in (*RING_TOKENS, SINK_TOKENS)]
     queries = torch.randn(1, QUERIES, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-
-    def product(tile: Any) -> Any:
-        return triton_linear.linear_triton(*operands, gelu=False, dtype=torch.bfloat16, tile=tile)
-
-    products = [
-        triton_linear.Tile(m, n, k, warps, stages, parts)
-        for m, n in ((128, 128), (128, 256), (256, 128), (64, 256))
-        for k in (64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-        for parts in (1, 2)
-    ]
-    attentions = [
-        triton_attention.Tile(m, n, warps, stages)
-        for m in (64, 128)
-        for n in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-    ]
-    return {
-        "linear int8": timed(watch, products, product),
-        "ring_attention": timed(
-            watch, attentions, lambda tile: triton_attention.ring_attention_triton(queries, [blocks], tile)
-        ),
-    }
-
-
-def timed(watch: Stopwatch, tiles: list[Any], call: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    from triton.runtime.errors import OutOfResources
-
-    rows = []
-    for tile in tiles:
-        try:
-            rows.append({"tile": str(tile), "ms": watch(lambda tile=tile: call(tile))})
-        except OutOfResources as error:
-            rows.append({"tile": str(tile), "ms": None, "error": str(error).splitlines()[0]})
-    return sorted(rows, key=lambda row: math.inf if row["ms"] is None else row["ms"])
+    return tuned(Stopwatch(10), ROWS[0], queries, blocks)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lowvram_kernels.chips import SHARED_BYTES
@@ -52,10 +53,25 @@ class Usage:
 
 def cases(generation: int) -> list[Case]:
     """Every launch of every Triton kernel on a chip of this generation."""
-    from lowvram_kernels import triton_attention, triton_linear, triton_norm, triton_prepare, triton_rope, triton_rows
+    from lowvram_kernels import (
+        triton_attention,
+        triton_keys,
+        triton_linear,
+        triton_norm,
+        triton_prepare,
+        triton_rope,
+        triton_rows,
+    )
 
-    modules = (triton_rows, triton_linear, triton_norm, triton_rope, triton_prepare, triton_attention)
+    modules = (triton_rows, triton_linear, triton_norm, triton_rope, triton_keys, triton_prepare, triton_attention)
     return [case for module in modules for case in module.aot_cases(generation)]
+
+
+def compile_all(generations: Iterable[int]) -> list[Usage]:
+    """Every case of every generation, in this order. The compiler lets several threads work at a time."""
+    jobs = [(case, generation) for generation in generations for case in cases(generation)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda job: compile_case(*job), jobs))
 
 
 def compile_case(case: Case, generation: int) -> Usage:

@@ -23,6 +23,18 @@ def norm_rope(
     Raises:
         ValueError: shapes do not fit.
     """
+    check_norm_rope(x_TD, weight_D, heads, cos_TP, sin_TP)
+    if x_TD.is_cuda and len(x_TD) and triton_serves(x_TD.device):
+        from lowvram_kernels.triton_rope import norm_rope_triton
+
+        record("norm_rope", "triton")
+        return norm_rope_triton(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
+    record("norm_rope", "torch")
+    return reference_norm_rope(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
+
+
+def check_norm_rope(x_TD: Tensor, weight_D: Tensor, heads: int, cos_TP: Tensor | None, sin_TP: Tensor | None) -> None:
+    """Raises: ValueError where the shapes do not fit."""
     if x_TD.ndim != 2 or weight_D.shape != x_TD.shape[1:] or x_TD.shape[1] % (2 * heads):
         raise ValueError(
             f"x {tuple(x_TD.shape)}, weight {tuple(weight_D.shape)}, {heads} heads: expected [T, D], [D] and an even "
@@ -31,13 +43,6 @@ def norm_rope(
     table = (len(x_TD), x_TD.shape[1] // heads // 2)
     if (cos_TP is None) != (sin_TP is None) or any(t is not None and t.shape != table for t in (cos_TP, sin_TP)):
         raise ValueError(f"cos and sin have to be both {table}, a rotation for each token and pair, or both None")
-    if x_TD.is_cuda and len(x_TD) and triton_serves(x_TD.device):
-        from lowvram_kernels.triton_rope import norm_rope_triton
-
-        record("norm_rope", "triton")
-        return norm_rope_triton(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
-    record("norm_rope", "torch")
-    return reference_norm_rope(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
 
 
 def reference_norm_rope(

@@ -16,7 +16,7 @@ SCALE_STEP = tl.constexpr(STEP)
 
 
 @triton.jit
-def _pair_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
+def pair_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
     """Offsets of a token's channels as [heads, pairs, 2]."""
     heads = tl.arange(0, HEADS_P2)[:, None, None]
     pairs = tl.arange(0, PAIRS_P2)[None, :, None]
@@ -24,7 +24,7 @@ def _pair_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.c
 
 
 @triton.jit
-def _pair_mask(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
+def pair_mask(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
     heads = tl.arange(0, HEADS_P2)[:, None, None]
     pairs = tl.arange(0, PAIRS_P2)[None, :, None]
     return (heads < HEADS) & (pairs * 2 + tl.arange(0, 2)[None, None, :] < HEAD_DIM)
@@ -39,6 +39,50 @@ def _rotated(x, cos, sin, token, HEAD_DIM: tl.constexpr, PAIRS_P2: tl.constexpr)
     s = tl.load(sin + at, mask=pairs < HEAD_DIM // 2, other=0.0)[None, :]
     even, odd = tl.split(x)
     return tl.join(even * c - odd * s, even * s + odd * c)
+
+
+@triton.jit
+def normed_rope(
+    row,
+    weight,
+    cos,
+    sin,
+    token,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """A token's channels at ``row``, normed over all of them and rotated: float32 [heads, pairs, 2]."""
+    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    value = tl.load(row + at, mask=there, other=0.0).to(tl.float32)
+    squares = tl.sum(tl.sum(tl.sum(value * value, 2), 1), 0)
+    value *= 1.0 / tl.sqrt_rn(squares / (HEADS * HEAD_DIM) + eps)
+    value *= tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    if ROPE:
+        value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    return value
+
+
+@triton.jit
+def encoded(value):
+    """[heads, pairs, 2] float32 -> int8 and the scale of each head, bfloat16 [heads]."""
+    bits = tl.maximum(tl.max(tl.max(magnitude_bits(value), 2), 1), FLOOR_BITS)
+    step, inverse = bfloat16_steps(bits)
+    return to_8bit(value * inverse[:, None, None], True), step
+
+
+@triton.jit
+def bfloat16_steps(amax_bits):
+    """Largest magnitudes, as float32 bits -> (scale in bfloat16, 1 / scale in float32)."""
+    step = amax_bits.to(tl.float32, bitcast=True) * SCALE_STEP
+    # Rounded to the 8 bits of a bfloat16 by splitting (Veltkamp): exact in the conversion below wherever this runs.
+    high = step * 65537.0
+    step = high - (high - step)
+    return step.to(tl.bfloat16), tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
 
 
 @triton.jit
@@ -57,14 +101,9 @@ def _norm_rope_kernel(
     ROPE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    at = _pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = _pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    value = tl.load(x + token * stride_x + at, mask=there, other=0.0).to(tl.float32)
-    squares = tl.sum(tl.sum(tl.sum(value * value, 2), 1), 0)
-    value *= 1.0 / tl.sqrt_rn(squares / (HEADS * HEAD_DIM) + eps)
-    value *= tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    if ROPE:
-        value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    value = normed_rope(x + token * stride_x, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, ROPE)
     tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
 
 
@@ -82,8 +121,8 @@ def _rotated_keys_kernel(
     PAIRS_P2: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    at = _pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = _pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     heads = tl.arange(0, HEADS_P2)
     scale = tl.load(k_scale + token * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
     value = tl.load(k + token * (HEADS * HEAD_DIM) + at, mask=there, other=0).to(tl.float32)
@@ -114,17 +153,12 @@ def _encode_kernel(
     value = value.to(tl.float32)
     if HAS_MEAN:
         value -= tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
-    bits = tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS)
-    step = bits.to(tl.float32, bitcast=True) * SCALE_STEP
-    # Rounded to the 8 bits of a bfloat16 by splitting (Veltkamp): exact in the conversion below wherever this runs.
-    high = step * 65537.0
-    step = high - (high - step)
-    value *= tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, None]
-    tl.store(q + token * (HEADS * HEAD_DIM) + at, to_8bit(value, True), mask=there)
-    tl.store(scale + token * HEADS + heads, step.to(tl.bfloat16), mask=heads < HEADS)
+    step, inverse = bfloat16_steps(tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS))
+    tl.store(q + token * (HEADS * HEAD_DIM) + at, to_8bit(value * inverse[:, None], True), mask=there)
+    tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
 
 
-def _shape(heads: int, head_dim: int) -> dict[str, int]:
+def block_shape(heads: int, head_dim: int) -> dict[str, int]:
     p2 = triton.next_power_of_2
     return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": p2(heads), "PAIRS_P2": p2(head_dim // 2)}
 
@@ -149,7 +183,7 @@ def norm_rope_triton(
         x_TD.stride(0),
         eps,
         ROPE=cos_TP is not None,
-        **_shape(heads, width // heads),
+        **block_shape(heads, width // heads),
         num_warps=row_warps(width),
         enable_fp_fusion=True,
     )
@@ -166,7 +200,7 @@ def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tenso
         cos_TP.contiguous(),
         sin_TP.contiguous(),
         out,
-        **_shape(heads, head_dim),
+        **block_shape(heads, head_dim),
         num_warps=row_warps(heads * head_dim),
         enable_fp_fusion=True,
     )
@@ -194,7 +228,7 @@ def aot_cases(generation: int) -> list[Case]:
     heads, head_dim = 40, 128
     warps = row_warps(heads * head_dim)
     tables = {"cos": "*fp32", "sin": "*fp32", "out": "*bf16"}
-    shape = _shape(heads, head_dim)
+    shape = block_shape(heads, head_dim)
     return [
         Case(
             name="norm_rope",

@@ -11,8 +11,10 @@ from torch import nn
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
+from lowvram_kernels.ring_codec import KVBlock
 from lowvram_models.attention import AttentionMemory, HeadNorm
 from lowvram_models.dit import Block, CausalDiT, LayerInputs
+from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
 Rows = Sequence[Tensor | None]
@@ -47,8 +49,9 @@ class FusedBlock(nn.Module):
         h = norm_rows(x_LD, 1 + scale1, shift1, eps=eps, dtype=_rows_dtype(mine.q, dtype))
         q, k, v = (_linear(layer, h, dtype) for layer in (mine.q, mine.k, mine.v))
         del h
-        y = mine.attend(q, k, v, inputs.rope, memory)
-        del q, k, v
+        keys = ProjectedKeys(mine.norm_k, k)
+        y = mine.o(memory.attend(mine.norm_q(q, inputs.rope), keys, mine.split(v), inputs.rope).flatten(-2))
+        del q, k, v, keys
         gain, offset = self.norm3.weight.float(), self.norm3.bias.float()
         x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, dtype=_rows_dtype(text.q, dtype))
         del y
@@ -63,6 +66,21 @@ class FusedBlock(nn.Module):
         y = narrow(hidden)
         del hidden
         return add_gated(x, y, gate2, out=x)
+
+
+class ProjectedKeys:
+    """A block's keys before their norm. Called as ``lowvram_models.attention.Keys`` are, or put straight into a block
+    of an 8-bit ring together with the values, so that they stand nowhere else."""
+
+    def __init__(self, norm: Any, k_LD: Tensor):
+        self._norm, self._k_LD = norm, k_LD
+
+    def __call__(self, rope: Rope | None) -> Tensor:
+        keys: Tensor = self._norm(self._k_LD, rope)
+        return keys
+
+    def encode(self, rope: Rope | None, v_LNH: Tensor, out: KVBlock) -> None:
+        self._norm.encode(self._k_LD, rope, v_LNH, out)
 
 
 def _rows_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:

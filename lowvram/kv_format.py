@@ -12,9 +12,11 @@ from typing import Protocol
 
 import torch
 
+from lowvram.fused_block import ProjectedKeys
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_attention import ring_and_sink_attention
 from lowvram_kernels.ring_codec import SlotLayout, decode_block, encode_block
+from lowvram_models.attention import Keys
 from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
@@ -29,6 +31,10 @@ class KVFormat(Protocol):
 
     def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
         """Write keys and values into ``block``, uint8 with at least ``nbytes(L)`` bytes."""
+        ...
+
+    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
+        """The same for keys that are to be rotated by ``rope``, without a copy of them where there is a way."""
         ...
 
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,6 +58,9 @@ class PlainFormat:
     def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
         for part, values in zip(self._parts(block, len(k_LNH)), (k_LNH, v_LNH), strict=True):
             part.copy_(values)
+
+    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
+        self.write(block, keys(rope), v_LNH)
 
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         k, v = self._parts(block, tokens)
@@ -80,6 +89,12 @@ class Int8Format:
 
     def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
         encode_block(k_LNH, v_LNH, self._layout(len(k_LNH)).block(block))
+
+    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
+        if isinstance(keys, ProjectedKeys):
+            keys.encode(rope, v_LNH, self._layout(len(v_LNH)).block(block))
+        else:
+            self.write(block, keys(rope), v_LNH)
 
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return decode_block(self._layout(tokens).block(block), dtype)

@@ -190,7 +190,7 @@ class RingMemory:
     def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
         kind, window = self.rings.kind, self.window
         slots = self.rings.open(self.cell)
-        kind.write(slots[window.slot][0], keys(rope), v_LNH)
+        kind.write_keys(slots[window.slot][0], keys, rope, v_LNH)
         out = kind.attend(q_LNH, slots[: window.visible], self.sink.block(self.cell[1]), self.sink_rope)
         self.rings.close(self.cell, window, slots)
         return out

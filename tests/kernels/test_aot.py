@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
 
-from lowvram_kernels.aot import Case, Usage, cases, compile_case
+from lowvram_kernels.aot import Case, Usage, cases, compile_all, compile_case
 from lowvram_kernels.chips import GENERATIONS
 
 
-@pytest.fixture(scope="module")
-def usages(tmp_path_factory):
-    """Compiles a chip's kernels once, whatever a cache of Triton's may hold."""
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    """Even where Triton's kernels are interpreted. Its cache may serve: keys hold source, options and compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
 
-        @functools.cache
-        def of(generation: int) -> dict[str, Usage]:
-            return {case.name: compile_case(case, generation) for case in cases(generation)}
 
-        yield of
+@pytest.fixture(scope="module")
+def usages() -> dict[int, dict[str, Usage]]:
+    found = compile_all(GENERATIONS)
+    return {chip: {usage.name: usage for usage in found if usage.generation == chip} for chip in GENERATIONS}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_no_spills_and_shared_memory_within_the_limit(usages, generation):
-    found = usages(generation).values()
+    found = usages[generation].values()
     assert len(found) == len(cases(generation))
     assert [usage for usage in found if not usage.fits()] == []
     assert all(0 < usage.registers <= 255 for usage in found)
@@ -36,7 +34,7 @@ def test_no_spills_and_shared_memory_within_the_limit(usages, generation):
 
 @pytest.mark.parametrize(("generation", "prefix"), [(80, "mma"), (86, "mma"), (89, "mma"), (90, "wgmma"), (120, "mma")])
 def test_products_run_on_the_tensor_cores_in_eight_bits(usages, generation, prefix):
-    found = usages(generation)
+    found = usages[generation]
     assert found["linear int8"].matrix_instructions == (f"{prefix} s8 s8",)
     assert set(found["ring_attention"].matrix_instructions) == {f"{prefix} s8 s8", f"{prefix} bf16 bf16"}
     if generation >= 89:

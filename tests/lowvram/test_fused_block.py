@@ -1,0 +1,297 @@
+"""The fused blocks against the models' own, from the same parameters; and that 8-bit layers stay in 8 bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowvram import fused_block
+from lowvram.engine import Engine
+from lowvram.fused_block import FusedBlock, ProjectedKeys, fuse
+from lowvram.kv_format import kv_format
+from lowvram.pipeline import AvatarPipeline
+from lowvram.rings import RingMemory, Rings, RingShape, Sink
+from lowvram_kernels.modules import Attention, NormRope, QuantizedLinear, swap_linear
+from lowvram_kernels.ring_attention import reference_ring_attention, ring_and_sink_attention, ring_attention
+from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, rotate_block
+from lowvram_kernels.rope import rotate
+from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.trace import trace_kernels
+from lowvram_models.attention import CrossAttention, HeadNorm
+from lowvram_models.config import DiTConfig
+from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.rope import Rope, apply_rope
+
+HEADS, HEAD_DIM, TOKENS, SINK_TOKENS = 4, 12, 18, 7
+CONFIG = DiTConfig(
+    dim=HEADS * HEAD_DIM, ffn_dim=80, num_heads=HEADS, num_layers=1, freq_dim=8, text_len=5, audio_dim=8,
+    audio_inject_layers=(), text_dim=8,
+)  # fmt: skip
+DTYPES = [torch.int8, torch.float8_e4m3fn]
+
+
+def relative_error(out, expected) -> float:
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def random_rope(tokens: int, seed: int = 1) -> Rope:
+    angle = torch.rand(tokens, HEAD_DIM // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    return Rope(angle.cos(), angle.sin())
+
+
+def model(dtype: torch.dtype = torch.float32) -> CausalDiT:
+    """One layer with random parameters everywhere, its Linears in 8 bit where ``dtype`` is."""
+    torch.manual_seed(0)
+    dit = CausalDiT(CONFIG).eval().requires_grad_(False)
+    for name, parameter in dit.named_parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5))
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+    if dtype in DTYPES:
+        quantize(dit.blocks[0], dtype)
+    for module in dit.modules():
+        if isinstance(module, CrossAttention):
+            module.attention = Attention()
+    return dit
+
+
+def quantize(block: torch.nn.Module, dtype: torch.dtype) -> None:
+    linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linears:
+        plain = block.get_submodule(name)
+        q, scale = quantize_rows(plain.weight, dtype)
+        swap_linear(block, name, dtype)
+        new = block.get_submodule(name)
+        new.weight.data, new.weight_scale.data, new.bias.data = q, scale[:, 0].contiguous(), plain.bias.data
+
+
+def inputs(dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> LayerInputs:
+    generator = torch.Generator().manual_seed(3)
+    time = TimeEmbedding(torch.zeros(CONFIG.dim), 0.5 * torch.randn(6, CONFIG.dim, generator=generator))
+    text = torch.randn(CONFIG.text_len, CONFIG.dim, generator=generator).to(dtype)
+    return LayerInputs(time=time, text=text, rope=random_rope(tokens), frames=1)
+
+
+def residual(tokens: int = TOKENS) -> torch.Tensor:
+    return 2 * torch.randn(tokens, CONFIG.dim, generator=torch.Generator().manual_seed(4)) + 1
+
+
+class Memory:
+    """Rings of two slots, of which the first is written already, and a sink; ``attend`` as in the second block."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32):
+        self.kind = kv_format(kind, HEADS, HEAD_DIM, dtype)
+        self.sink = Sink(self.kind, 1, SINK_TOKENS, torch.device("cpu"))
+        shape = RingShape(slots=(TOKENS, TOKENS))
+        self.rings = Rings(shape, self.kind, Engine(torch.device("cpu")), steps=1, layers=1)
+        self.rings.place((), 0)
+        generator = torch.Generator().manual_seed(5)
+        first, sink = (torch.randn(2, n, HEADS, HEAD_DIM, generator=generator) for n in (TOKENS, SINK_TOKENS))
+        self.kind.write(self.rings.open((0, 0))[0][0], *first.to(dtype))
+        self.sink.write(0, *sink.to(dtype))
+
+    def second(self) -> RingMemory:
+        window = self.rings.shape.window(0, 1)
+        return RingMemory(self.rings, self.sink, (0, 0), window, random_rope(SINK_TOKENS, seed=2))
+
+
+def both(dit: CausalDiT) -> tuple[torch.nn.Module, torch.nn.Module]:
+    fused = copy.deepcopy(dit)
+    fuse(fused)
+    assert isinstance(fused.blocks[0], FusedBlock)
+    return dit.blocks[0], fused.blocks[0]
+
+
+def run(block: torch.nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Memory]:
+    memory = Memory(kind, dtype)
+    with torch.inference_mode():
+        return block(residual(), inputs(dtype), memory.second()), memory
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+def test_float32_meets_the_models_own_block(kind):
+    plain, fused = both(model())
+    expected, expected_memory = run(plain, kind)
+    out, memory = run(fused, kind)
+    assert out.dtype is torch.float32
+    assert relative_error(out, expected) < 1e-6
+    for ours, theirs in zip(
+        memory.rings.snapshot(0, 0, torch.float32), expected_memory.rings.snapshot(0, 0, torch.float32), strict=True
+    ):
+        assert relative_error(ours[TOKENS:], theirs[TOKENS:]) < (1e-6 if kind == "plain" else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_equal_the_path_that_is_not_fused(dtype):
+    """The float32 rows that are quantized differ in their last bits: a value here and there falls a step apart."""
+    plain, fused = both(model(dtype))
+    assert isinstance(fused.ffn[0], QuantizedLinear)
+    expected, out = run(plain, "plain")[0], run(fused, "plain")[0]
+    assert relative_error(out - residual(), expected - residual()) < 2e-3
+    exact = run(model().blocks[0], "plain")[0]
+    assert 1e-3 < relative_error(out - residual(), exact - residual()) < 0.08
+
+
+def test_bfloat16_rounds_where_the_models_own_block_does():
+    plain, fused = both(model().bfloat16())
+    out, expected = (run(block, "plain", torch.bfloat16)[0] for block in (fused, plain))
+    assert out.dtype is torch.float32
+    assert relative_error(out - residual(), expected - residual()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_parameters_keep_names_values_and_storage(dtype):
+    dit = model(dtype)
+    before = {name: parameter.data_ptr() for name, parameter in dit.named_parameters()}
+    fuse(dit)
+    assert {name: parameter.data_ptr() for name, parameter in dit.named_parameters()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_neither_the_residual_nor_the_text_is_written_to(dtype):
+    _, fused = both(model(dtype))
+    x, given = residual(), inputs()
+    with torch.inference_mode():
+        out = fused(x, given, Memory("plain").second())
+    assert torch.equal(x, residual())
+    assert torch.equal(given.text, inputs().text)
+    assert out.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+def test_the_sink_keeps_keys_before_rope(kind):
+    plain, fused = both(model())
+    kept = []
+    for block in (plain, fused):
+        sink = Sink(kv_format(kind, HEADS, HEAD_DIM, torch.float32), 1, SINK_TOKENS, torch.device("cpu"))
+        with torch.inference_mode():
+            out = block(residual(SINK_TOKENS), inputs(tokens=SINK_TOKENS), sink.recorder(0))
+        kept.append((out, *sink.read(0, torch.float32)))
+    for ours, theirs in zip(kept[1], kept[0], strict=True):
+        assert relative_error(ours, theirs) < (1e-6 if kind == "plain" else 1e-3)
+
+
+@pytest.mark.parametrize("rope", [None, random_rope(TOKENS)])
+def test_keys_go_into_a_ring_as_they_are_where_they_are_asked_for(rope):
+    torch.manual_seed(0)
+    norm = NormRope(torch.nn.Parameter(torch.randn(CONFIG.dim), requires_grad=False), HEADS, 1e-6)
+    keys, v = ProjectedKeys(norm, torch.randn(TOKENS, CONFIG.dim)), torch.randn(TOKENS, HEADS, HEAD_DIM)
+    layout = SlotLayout(tokens=TOKENS, heads=HEADS, head_dim=HEAD_DIM)
+    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(2)]
+    keys.encode(rope, v, layout.block(slots[0]))
+    encode_block(keys(rope), v, layout.block(slots[1]))
+    assert slots[0].any()
+    assert torch.equal(*slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(TOKENS,), (3, 5)])
+def test_norm_of_heads(shape, dtype):
+    torch.manual_seed(0)
+    norm = HeadNorm(CONFIG.dim, HEADS, 1e-6)
+    norm.weight.data.normal_()
+    fused = NormRope(norm.weight, HEADS, 1e-6)
+    x = 3 * torch.randn(*shape, CONFIG.dim).to(dtype)
+    with torch.inference_mode():
+        out, expected = fused(x), norm(x)
+        assert out.shape == (*shape, HEADS, HEAD_DIM)
+        assert out.dtype is dtype
+        bound = 1e-6 if dtype is torch.float32 else 4e-3
+        assert relative_error(out, expected) < bound
+        if len(shape) == 1:
+            # One rounding instead of two.
+            exact = apply_rope(norm(x.double().float()), random_rope(TOKENS))
+            assert relative_error(fused(x, random_rope(TOKENS)), exact) < bound
+
+
+def random_block(tokens: int) -> KVBlock:
+    layout = SlotLayout(tokens=tokens, heads=HEADS, head_dim=16)
+    block = layout.block(torch.zeros(layout.nbytes, dtype=torch.uint8))
+    k = torch.randn(tokens, HEADS, 16) + 2 * torch.randn(HEADS, 16)
+    encode_block(k, torch.randn(tokens, HEADS, 16), block)
+    return block
+
+
+def test_ring_with_a_rotated_sink_against_float64():
+    torch.manual_seed(0)
+    ring, sink, q = [random_block(40), random_block(24)], random_block(17), torch.randn(30, HEADS, 16)
+    angle = torch.rand(17, 8, dtype=torch.float64) * 6
+    k, v = (list(part) for part in zip(*(decode_block(b, torch.float64) for b in (*ring, sink)), strict=True))
+    k[-1] = rotate(k[-1], angle.cos(), angle.sin())
+    scores = torch.einsum("lnh,snh->nls", q.double(), torch.cat(k)) / 4
+    exact = torch.einsum("nls,snh->lnh", scores.softmax(-1), torch.cat(v))
+    table = angle.cos().float(), angle.sin().float()
+    assert relative_error(ring_and_sink_attention(q, ring, sink, *table), exact) < 1e-6
+    # As the Triton kernel has it: the sink's rotated keys in 8 bit once more.
+    turned = rotate_block(sink, *table)
+    assert 1e-6 < relative_error(ring_attention(q, [*ring, turned]), exact) < 0.01
+    assert relative_error(reference_ring_attention(q, [*ring, turned]), exact) < 0.01
+    assert relative_error(ring_attention(q, [*ring, sink]), exact) > 0.1
+
+
+class NoFloatProducts(TorchDispatchMode):
+    """Raises at a matrix product of floats; attention, which has operations of its own, may compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_8_bit = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "linear", "matmul", "addmv", "mv"):
+            operands = [(t.dtype, tuple(t.shape)) for t in args if isinstance(t, torch.Tensor)]
+            raise AssertionError(f"a product in floating point ran: {name} of {operands}")
+        self.in_8_bit += name in ("_int_mm", "_scaled_mm")
+        return func(*args, **(kwargs or {}))
+
+
+def layers_without_float_products(monkeypatch, artifact, request) -> tuple[int, int]:
+    """Run every layer of the DiT under ``NoFloatProducts``; (8-bit products that ran, those that the trace told)."""
+    seen = [0]
+    layer = CausalDiT.layer
+
+    def watched(self, *args):
+        assert all(
+            module.weight.dtype in DTYPES for module in self.blocks.modules() if isinstance(module, QuantizedLinear)
+        )
+        with NoFloatProducts() as mode:
+            out = layer(self, *args)
+        seen[0] += mode.in_8_bit
+        return out
+
+    monkeypatch.setattr(CausalDiT, "layer", watched)
+    pipeline = AvatarPipeline.from_artifact(artifact, device="cpu")
+    with trace_kernels() as outside:
+        for _ in pipeline.stream(request):
+            pass
+    told = [*pipeline.kernels.items(), *outside.items()]
+    return seen[0], sum(calls for (operation, _), calls in told if operation == "linear_w8a8")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_no_layer_of_an_8_bit_artifact_multiplies_in_floating_point(tiny, monkeypatch, precision):
+    ran, told = layers_without_float_products(monkeypatch, tiny.artifact(precision), tiny.request(num_clip=1))
+    # 4 layers with 10 products each, 2 of them with 5 more of the audio: in 2 blocks of 2 steps and, but for the
+    # audio's, once for the sink.
+    assert ran == (4 * 10 + 2 * 5) * 2 * 2 + 4 * 10
+    assert ran == told
+
+
+def test_a_product_in_floating_point_would_be_seen(tiny, monkeypatch):
+    with pytest.raises(AssertionError, match="a product in floating point ran"):
+        layers_without_float_products(monkeypatch, tiny.artifact("bf16"), tiny.request(num_clip=1))
+
+
+def test_a_layer_that_dequantizes_would_be_seen(monkeypatch):
+    _, fused = both(model(torch.int8))
+    with NoFloatProducts() as mode:
+        run(fused, "plain")
+    assert mode.in_8_bit == 10
+    monkeypatch.setattr(
+        fused_block, "_linear", lambda layer, rows, dtype: rows[0].to(dtype) @ layer.weight.t().to(dtype)
+    )
+    with pytest.raises(AssertionError, match="a product in floating point ran"), NoFloatProducts():
+        run(fused, "plain")
