@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -240,6 +241,7 @@ def compare(
     elif a is None or b is None:
         raise click.UsageError("give two files to compare, or --model and --baseline to run both")
     else:
+        refuse_run_options()
         result = run(a, b)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
@@ -247,6 +249,15 @@ def compare(
         print_comparison(result, Console())
     if missed := result.check(bounds):
         fail("; ".join(missed), 1)
+
+
+def refuse_run_options() -> None:
+    """Two files are compared as they are: an option that says how to run would do nothing."""
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if beyond := sorted(set(given) - {"a", "b", "as_json", "fail_under"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in beyond)
+        raise click.UsageError(f"{names} have an effect with --model and --baseline only; leave them out")
 
 
 def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
             break
         except OutOfMemoryError as error:
             rung = smaller_request(request.size, request.infer_frames, request.sample_steps)
-            if rung is None or not (pipeline.memory.allow_quality_loss and pipeline.memory.fallback):
+            if rung is None or not pipeline.memory.allow_quality_loss:
                 raise
             changes, words = rung
             log.warning("%s: the video is begun again with %s", error, words)

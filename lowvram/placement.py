@@ -70,6 +70,10 @@ class MemoryOptions:
             raise ConfigError(f"--kv is {self.kv!r}; expected auto, int8 or bf16")
         if self.wave != "auto" and not (isinstance(self.wave, int) and self.wave >= 1):
             raise ConfigError(f"--wave is {self.wave!r}; expected auto, or 1 up to the number of steps")
+        if self.allow_quality_loss and not self.fallback:
+            raise ConfigError(
+                "--allow-quality-loss and --no-fallback contradict each other; expected one of them at most"
+            )
         for name in ("vram_budget", "ram_budget"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -163,4 +163,7 @@ def test_compare_runs_both_itself(tiny, tmp_path):
 
 def test_compare_wants_two_files_or_two_models(tiny):
     assert run("compare", "a.json").exit_code == 2
+    refused = run("compare", "a.json", "b.json", "--kv", "int8", "--baseline_kv", "bf16")
+    assert refused.exit_code == 2
+    assert "--baseline-kv, --kv have an effect with --model" in refused.output
     assert run("compare", "--model", tiny.artifact("int8")).exit_code == 2

@@ -87,7 +87,17 @@ def test_placements_that_make_no_sense(fields):
         Placement(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"kv": "fp4"}, {"wave": 0}, {"wave": "2"}, {"vram_budget": 0}, {"ram_budget": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv": "fp4"},
+        {"wave": 0},
+        {"wave": "2"},
+        {"vram_budget": 0},
+        {"ram_budget": -1},
+        {"allow_quality_loss": True, "fallback": False},
+    ],
+)
 def test_options_that_make_no_sense(fields):
     with pytest.raises(ConfigError, match="expected"):
         MemoryOptions(**fields)
