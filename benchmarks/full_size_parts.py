@@ -128,12 +128,12 @@ class Clocked(AvatarPipeline):
             yield frames
 
     def _mark(self) -> dict[str, Any]:
-        mark = {"s": time.perf_counter(), "in": self.engine.bytes_in, "out": self.engine.bytes_out}
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
+        mark = {"s": time.perf_counter(), "in": self.runtime.engine.bytes_in, "out": self.runtime.engine.bytes_out}
+        if self.runtime.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.runtime.device)
             mark |= {
-                "allocated": torch.cuda.max_memory_allocated(self.device),
-                "reserved": torch.cuda.max_memory_reserved(self.device),
+                "allocated": torch.cuda.max_memory_allocated(self.runtime.device),
+                "reserved": torch.cuda.max_memory_reserved(self.runtime.device),
                 "used": total - free,
             }
         return mark
@@ -176,7 +176,7 @@ def sample_request(options: argparse.Namespace) -> Request:
 def summary(pipeline: Clocked, report: dict[str, Any], budget: int | None) -> dict[str, Any]:
     """All figures of a run. ``steady_*`` and ``*_per_block`` are medians over ``steady_groups``, from one delivery to
     the next: with decoding and writing, without a wave that fills or drains."""
-    layout, plan, marks = report["memory"]["layout"], pipeline.plan, pipeline.marks
+    layout, plan, marks = report["memory"]["layout"], pipeline.laid_out.plan, pipeline.marks
     placement = layout["placement"]
     steps = [
         {key: after[key] - before[key] for key in ("s", "in", "out")} for before, after in itertools.pairwise(marks)
@@ -185,7 +185,7 @@ def summary(pipeline: Clocked, report: dict[str, Any], budget: int | None) -> di
     steady = {key: per_block([[steps[i - 1][key] for i in group] for group in groups]) for key in ("s", "in", "out")}
     seconds = steady["s"]
     frames = statistics.median(block["frames"] for block in report["blocks"][1:])
-    on_gpu = pipeline.device.type == "cuda"
+    on_gpu = pipeline.runtime.device.type == "cuda"
     stages = {stage["name"]: stage for stage in report["stages"]}
     return {
         "vram_budget_bytes": budget,

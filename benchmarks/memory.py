@@ -85,7 +85,7 @@ with VideoWriter(folder / "out.mp4", height=128, width=128, fps=25, audio_path=r
     for block in pipeline.stream(request):
         writer.write(block)
         frames += len(block)
-        peak = max(peak, peak_rss_bytes(), *(s.peak_rss_bytes for s in pipeline.stages.stages.values()))
+        peak = max(peak, peak_rss_bytes(), *(s.peak_rss_bytes for s in pipeline.runtime.stages.stages.values()))
         rss = psutil.Process().memory_info().rss
         if mark is None and frames >= 250:
             mark = {"peak_rss_10s_bytes": peak, "rss_10s_bytes": rss}

@@ -62,15 +62,15 @@ def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: 
         pipeline = AvatarPipeline(opened, torch.device("meta"), memory=MemoryOptions(placement=plan.placement))
         crossed = [(0, 0)]
         for _ in pipeline.stream(inputs):
-            crossed.append((pipeline.engine.bytes_in, pipeline.engine.bytes_out))
+            crossed.append((pipeline.runtime.engine.bytes_in, pipeline.runtime.engine.bytes_out))
     blocks = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(crossed)]
     last = blocks[-work.blocks_per_clip :]
-    stages = {stage.name: stage for stage in pipeline.stages.stages.values()}
+    stages = {stage.name: stage for stage in pipeline.runtime.stages.stages.values()}
     return DryRun(
         stages={name: stage.peak_vram_allocated_bytes for name, stage in stages.items()},
         peak_allocated=max(stage.peak_vram_allocated_bytes for stage in stages.values()),
         peak_reserved=max(stage.peak_vram_reserved_bytes for stage in stages.values()),
         block_in=sum(inward for inward, _ in last) // len(last),
         block_out=sum(outward for _, outward in last) // len(last),
-        given_up=tuple(pipeline.relief.events),
+        given_up=tuple(pipeline.runtime.relief.events),
     )

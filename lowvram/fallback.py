@@ -32,18 +32,18 @@ class Layout:
     vae_tiles: int = 1
 
 
-def next_rung(layout: Layout, layers: int, steps: int) -> tuple[Layout, str] | None:
+def next_rung(layout: Layout, layers: int, steps: range) -> tuple[Layout, str] | None:
     """The next slower layout and what it gives up, in words; None where nothing is left."""
     return next(_rungs(layout, layers, steps), None)
 
 
-def _rungs(layout: Layout, layers: int, steps: int) -> Iterator[tuple[Layout, str]]:
+def _rungs(layout: Layout, layers: int, steps: range) -> Iterator[tuple[Layout, str]]:
     placement = layout.placement
     resident = [layer for layer in range(layers) if layer not in placement.streamed_layers]
     if resident:
         streamed = tuple(sorted((*placement.streamed_layers, *_some(resident, layers))))
         yield _moved(layout, streamed_layers=streamed), f"{len(streamed)} of {layers} layers are streamed now"
-    cells = [(step, layer) for layer in range(layers) for step in range(steps)]
+    cells = [(step, layer) for layer in range(layers) for step in steps]
     on_device = [cell for cell in cells if cell not in placement.host_rings]
     if on_device:
         hosted = tuple(sorted((*placement.host_rings, *_some(on_device, len(cells)))))

@@ -47,12 +47,16 @@ class Outputs:
 def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet: bool = False) -> dict[str, Any]:
     """Make the video and return the run's report, which is also written where ``outputs`` says.
 
+    Of several ranks the media rank does so; the others do their part of the work and return their part of the report.
+
     Where memory runs out, nothing more can be moved, and the pipeline's options allow a loss of quality, the video is
     begun again with less to compute.
 
     Raises:
         LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
     """
+    if not pipeline.team.role.media:
+        return _serve(pipeline, request)
     outputs.check()
     begin = time.perf_counter()
     lost: list[str] = []
@@ -62,7 +66,7 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
             break
         except OutOfMemoryError as error:
             rung = smaller_request(request.size, request.infer_frames, request.sample_steps)
-            if rung is None or not pipeline.memory.allow_quality_loss:
+            if rung is None or not pipeline.runtime.memory.allow_quality_loss:
                 raise
             changes, words = rung
             log.warning("%s: the video is begun again with %s", error, words)
@@ -72,8 +76,19 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
         recorder.save(outputs.dump_tensors, {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
     report |= {"frames_written": written, "quality_lost": lost}
+    if pipeline.team.layout.world_size > 1:
+        layout = dataclasses.asdict(pipeline.team.layout)
+        report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
     if outputs.report:
         write_json(outputs.report, report)
+    return report
+
+
+def _serve(pipeline: AvatarPipeline, request: Request) -> dict[str, Any]:
+    for _ in pipeline.serve(request):
+        pass
+    report = rank_report(pipeline)
+    pipeline.team.share("reports", report)
     return report
 
 
@@ -87,7 +102,7 @@ def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: b
         RunProgress(enabled=not quiet) as progress,
     ):
         for frames in pipeline.stream(inputs, recorder=recorder):
-            with pipeline.stages.stage("write_video"):
+            with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)
     return recorder, writer.frames_written
@@ -101,25 +116,43 @@ def make_report(
     settings = dataclasses.asdict(request) | {"image": str(request.image), "audio": str(request.audio)}
     return {
         "lowvram": version("lowvram"),
-        "artifact": str(pipeline.artifact.path),
-        "precision": pipeline.artifact.precisions(),
+        "artifact": str(pipeline.runtime.artifact.path),
+        "precision": pipeline.runtime.artifact.precisions(),
         "settings": settings,
-        "device": str(pipeline.device),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": str(pipeline.runtime.device),
+        "dtype": str(pipeline.runtime.dtype).removeprefix("torch."),
         "memory": pipeline.memory_report(),
-        "machine": machine(pipeline.device),
+        "machine": machine(pipeline.runtime.device),
         "video": str(outputs.video.absolute()),
         "dump_tensors": str(outputs.dump_tensors.absolute()) if outputs.dump_tensors else None,
         "seconds": seconds,
         "frames": frames,
         "frames_per_second": frames / working if working else None,
-        "stages": pipeline.stages.to_json(),
+        "stages": pipeline.runtime.stages.to_json(),
         "blocks": [dataclasses.asdict(block) for block in recorder.blocks],
-        "kernels": [
-            {"operation": operation, "kernel": kernel, "calls": calls}
-            for (operation, kernel), calls in sorted(pipeline.kernels.items())
-        ],
+        "kernels": kernels_of(pipeline),
     }
+
+
+def rank_report(pipeline: AvatarPipeline) -> dict[str, Any]:
+    """What one rank of several has to say of its part."""
+    return {
+        "rank": pipeline.team.role.rank,
+        "role": pipeline.team.role.name,
+        "device": str(pipeline.runtime.device),
+        "machine": machine(pipeline.runtime.device),
+        "memory": pipeline.memory_report(),
+        "stages": pipeline.runtime.stages.to_json(),
+        "kernels": kernels_of(pipeline),
+        "sent_bytes": pipeline.team.sent_bytes(),
+    }
+
+
+def kernels_of(pipeline: AvatarPipeline) -> list[dict[str, Any]]:
+    return [
+        {"operation": operation, "kernel": kernel, "calls": calls}
+        for (operation, kernel), calls in sorted(pipeline.runtime.kernels.items())
+    ]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import psutil
 import torch
 
 from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.planner import Plan, plan
+from lowvram.planning.table import to_json
 from lowvram.planning.workload import Workload
+from lowvram.team import Team
 from lowvram_quantize.format import Artifact
 
 
-def lay_out(
-    artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, layers: int
-) -> tuple[Plan | None, Placement]:
-    """The placement of a run, and the plan that it comes from where one was made.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaidOut:
+    """A rank's placement, and the plan that it comes from where one was made."""
+
+    placement: Placement
+    plan: Plan | None = None
+
+    def to_json(self) -> dict[str, Any] | None:
+        return to_json(self.plan) if self.plan else None
+
+
+def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, team: Team) -> LaidOut:
+    """The placement of this rank's part of a run.
 
     On a GPU, ``options.vram_budget`` caps the process: what goes beyond it fails as on a card of that size.
 
@@ -23,14 +37,18 @@ def lay_out(
         OutOfMemoryError: nothing fits; with bytes needed and there.
         ConfigError: an option that does not fit the run.
     """
+    config = artifact.component("dit").config
+    team.layout.check(sample_steps=work.sample_steps, heads=config["num_heads"], tokens_per_frame=work.tokens_per_frame)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         # Also where there is no budget: an earlier run of this process may have set one.
         torch.cuda.set_per_process_memory_fraction(min(1.0, (options.vram_budget or total) / total), device)
     if options.placement is not None:
-        return None, options.placement
+        return LaidOut(placement=options.placement)
     if device.type == "cpu":
-        return None, placement_on_cpu(options, layers, work.sample_steps)
+        stage = team.role.stage
+        steps = range(0) if stage is None else team.layout.steps(stage, work.sample_steps)
+        return LaidOut(placement=placement_on_cpu(options, config["num_layers"], steps, work.sample_steps))
     card = card_at_hand(device)
     found = plan(
         artifact,
@@ -43,4 +61,4 @@ def lay_out(
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
     )
-    return found, found.placement
+    return LaidOut(placement=found.placement, plan=found)

@@ -80,21 +80,21 @@ class MemoryOptions:
                 raise ConfigError(f"--{name} is {value} bytes; expected more than 0")
 
 
-def placement_on_cpu(options: MemoryOptions, layers: int, steps: int) -> Placement:
+def placement_on_cpu(options: MemoryOptions, layers: int, steps: range, sample_steps: int) -> Placement:
     """On a CPU host and device are the same memory: nothing is to be planned, and layers and rings that are to be
-    offloaded are copied all the same.
+    offloaded are copied all the same. ``steps`` are those of ``sample_steps`` that run here.
 
     Raises:
         ConfigError: more steps in a pass than there are.
     """
     if options.vram_budget or options.ram_budget:
         log.warning("--vram-budget and --ram-budget have no effect on a CPU: there is one memory, and it is the host's")
-    if isinstance(options.wave, int) and options.wave > steps:
-        raise ConfigError(f"--wave is {options.wave}; expected auto, or 1 to the number of steps, {steps}")
-    cells = tuple((step, layer) for step in range(steps) for layer in range(layers))
+    if isinstance(options.wave, int) and options.wave > sample_steps:
+        raise ConfigError(f"--wave is {options.wave}; expected auto, or 1 to the number of steps, {sample_steps}")
+    cells = tuple((step, layer) for step in steps for layer in range(layers))
     return Placement(
         streamed_layers=tuple(range(layers)) if options.offload_model else (),
         host_rings=cells if options.offload_kv_cache else (),
         kv="int8" if options.kv == "int8" else "plain",
-        wave=1 if isinstance(options.wave, str) else options.wave,
+        wave=1 if isinstance(options.wave, str) else max(1, min(options.wave, len(steps))),
     )

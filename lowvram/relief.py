@@ -27,7 +27,7 @@ class Relief:
     ``events`` lists what was given up, for the run's report.
     """
 
-    def __init__(self, layout: Layout, *, layers: int, steps: int, allowed: bool):
+    def __init__(self, layout: Layout, *, layers: int, steps: range, allowed: bool):
         self.layout, self.events = layout, list[str]()
         self._layers, self._steps, self._allowed = layers, steps, allowed
 

@@ -7,7 +7,7 @@ Source: model-spec section 3 (rings, sink) and 5 (RoPE of the condition keys at 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -92,13 +92,13 @@ class Rings:
     """The rings of all steps and layers: some on the device, the others on the host with a staged copy while in use.
 
     A cell lies in one stretch of bytes, slot behind slot. From the host, the slots that a block sees are copied in
-    ahead of their use; only the block's own slot is copied out again.
+    ahead of their use; only the block's own slot is copied out again. ``steps`` are those that run here.
     """
 
-    def __init__(self, shape: RingShape, kind: KVFormat, engine: Engine, steps: int, layers: int):
+    def __init__(self, shape: RingShape, kind: KVFormat, engine: Engine, steps: Sequence[int], layers: int):
         self.shape, self.kind, self._engine = shape, kind, engine
         self._slot_nbytes = _aligned(kind.nbytes(max(shape.slots)))
-        self._all = [(step, layer) for step in range(steps) for layer in range(layers)]
+        self._all = [(step, layer) for step in steps for layer in range(layers)]
         self._device: dict[Cell, Tensor] = {}
         self._host: dict[Cell, Tensor] = {}
         self._written: dict[Cell, Moment] = {}

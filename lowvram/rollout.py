@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lowvram.placement import Placement
 from lowvram.residency import Layers
 from lowvram.rings import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
+from lowvram.sequence import Sequence, Whole, own_rope
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.dit import CausalDiT, LayerInputs
 from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
@@ -59,12 +60,13 @@ class RolloutSettings:
 
 @dataclasses.dataclass
 class _UnderWay:
-    """A block between its first and its last step."""
+    """A block between its first and its last step. ``rope`` is that of all its tokens, ``own_rope`` of this rank's."""
 
     block: Block
     latent: Tensor
     audio: AudioTokens
     rope: Rope
+    own_rope: Rope
     pose: Tensor | None
     masks: Tensor | None
 
@@ -77,6 +79,7 @@ class _Call:
     step: int
     x_LD: Tensor
     inputs: LayerInputs
+    rope: Rope
     window: Window
     sink_rope: Rope
 
@@ -84,7 +87,8 @@ class _Call:
 class Rollout:
     """Holds what lives from block to block: schedule, sink, rings, and the blocks that are under way.
 
-    ``layers`` makes a layer's weights present while it runs; ``dtype`` is that of the matrix products.
+    ``layers`` makes a layer's weights present while it runs; ``dtype`` is that of the matrix products. ``sequence``
+    says which tokens and heads are this rank's, ``steps`` which denoising steps run here (None: all of them).
     ``on_prediction(block, step, velocity)`` sees every output of the DiT.
     """
 
@@ -98,10 +102,14 @@ class Rollout:
         dtype: torch.dtype,
         engine: Engine,
         placement: Placement,
+        sequence: Sequence | None = None,
+        steps: range | None = None,
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
     ):
         self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
         self.engine, self.device, self.on_prediction = engine, engine.device, on_prediction
+        self.sequence: Sequence = sequence or Whole()
+        self.steps = range(settings.sample_steps) if steps is None else steps
         scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
         self.scheduler = scheduler
         self.scheduler.set_timesteps(settings.sample_steps)
@@ -114,11 +122,11 @@ class Rollout:
     def _remember(self, placement: Placement) -> None:
         """Make room for sink and rings."""
         config, grid = self.dit.config, self.settings.grid
-        kind = kv_format(placement.kv, config.num_heads, config.head_dim, self.dtype)
+        kind = kv_format(placement.kv, self.sequence.heads(config.num_heads), config.head_dim, self.dtype)
         shape = RingShape.of(self.settings.frames_per_clip, self.settings.frames_per_block, math.prod(grid))
         sink_tokens = len(condition_rope(*grid, config.head_dim).cos)
         self.sink = Sink(kind, config.num_layers, sink_tokens, self.device)
-        self.rings = Rings(shape, kind, self.engine, self.settings.sample_steps, config.num_layers)
+        self.rings = Rings(shape, kind, self.engine, self.steps, config.num_layers)
         self.place(placement)
 
     def place(self, placement: Placement) -> None:
@@ -130,12 +138,13 @@ class Rollout:
     def prefill(self, reference_C1hw: Tensor, motion_CFhw: Tensor) -> None:
         """Fill the sink from reference [C, 1, h, w] and motion latents [C, 19, h, w]; replaces what it held."""
         reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
-        x = self.dit.embed_conditions(reference, motion)
+        x = self.sequence.own(self.dit.embed_conditions(reference, motion), 1)
         rope = condition_rope(*self.settings.grid, self.dit.config.head_dim).to(self.device)
-        inputs = LayerInputs(time=self.zero_time, text=self.text, rope=rope, frames=1)
+        inputs = LayerInputs(time=self.zero_time, text=self.text, rope=own_rope(self.sequence, rope, 1), frames=1)
         for layer in range(self.layers.count):
             self.layers.enter(layer)
-            x = self.dit.layer(layer, x, inputs, self.sink.recorder(layer))
+            memory = self.sequence.around(self.sink.recorder(layer), rope, 1)
+            x = self.dit.layer(layer, x, inputs, memory)
             self.layers.leave(layer)
 
     @torch.inference_mode()
@@ -148,20 +157,22 @@ class Rollout:
         pose_CFhw: Tensor | None = None,
         actor_masks: Tensor | None = None,
     ) -> None:
-        """Take a block under way: its noise [C, F, h, w], and of its audio [A, 25, audio_dim, 4 F] the part that is
-        this block's; ``actor_masks`` [A, F, T, 1]."""
+        """Take a block under way: its noise [C, F, h, w], or what the steps before have made of it; of its audio
+        [A, 25, audio_dim, 4 F] the part that is this block's; ``actor_masks`` [A, F, T, 1]."""
         rope = block_rope(block.first_frame, block.frames, *self.settings.grid, self.dit.config.head_dim)
+        rope = rope.to(self.device)
         self._under_way[block.index] = _UnderWay(
             block=block,
             latent=noise_CFhw.to(self.device, torch.float32),
             audio=self.dit.embed_audio(audio_ASCT.to(self.device, self.dtype)),
-            rope=rope.to(self.device),
+            rope=rope,
+            own_rope=own_rope(self.sequence, rope, block.frames),
             pose=None if pose_CFhw is None else pose_CFhw.to(self.device, self.dtype),
-            masks=None if actor_masks is None else actor_masks.to(self.device),
+            masks=None if actor_masks is None else self._own_masks(actor_masks.to(self.device)),
         )
 
     @torch.inference_mode()
-    def advance(self, items: Sequence[tuple[Block, int]]) -> None:
+    def advance(self, items: Iterable[tuple[Block, int]]) -> None:
         """Take one Euler step of each (block, step): all of them go through a layer before the next layer comes.
 
         A step of a block has to come after the block's step before it, and after the same step of the block before
@@ -175,40 +186,48 @@ class Rollout:
             self.layers.enter(layer)
             for call in calls:
                 memory = RingMemory(self.rings, self.sink, (call.step, layer), call.window, call.sink_rope)
-                call.x_LD = self.dit.layer(layer, call.x_LD, call.inputs, memory)
+                shared = self.sequence.around(memory, call.rope, call.block.frames)
+                call.x_LD = self.dit.layer(layer, call.x_LD, call.inputs, shared)
             self.layers.leave(layer)
         latents = [self._stepped(call) for call in calls]
         for call, latent in zip(calls, latents, strict=True):
             self._under_way[call.block.index].latent = latent
 
     def finish(self, block: Block) -> Tensor:
-        """The latent [C, F, h, w], float32, of a block that has taken its last step."""
+        """The latent [C, F, h, w], float32, of a block that has taken its last step here."""
         return self._under_way.pop(block.index).latent
 
     def denoise(self, block: Block, noise_CFhw: Tensor, audio_ASCT: Tensor, **conditions: Tensor | None) -> Tensor:
-        """A block from noise to latent, alone: ``start``, all steps, ``finish``."""
+        """A block alone: ``start``, all steps that run here, ``finish``."""
         self.start(block, noise_CFhw, audio_ASCT, **conditions)
-        for step in range(self.settings.sample_steps):
+        for step in self.steps:
             self.advance([(block, step)])
         return self.finish(block)
 
     def _call(self, flight: _UnderWay, step: int) -> _Call:
         block = flight.block
+        x_LD = self.dit.embed_latent(flight.latent.to(self.dtype), flight.pose)
         return _Call(
             block=block,
             step=step,
-            x_LD=self.dit.embed_latent(flight.latent.to(self.dtype), flight.pose),
+            x_LD=self.sequence.own(x_LD, block.frames),
             inputs=LayerInputs(
                 time=self.times[step],
                 text=self.text,
-                rope=flight.rope,
+                rope=flight.own_rope,
                 frames=block.frames,
                 audio=flight.audio,
                 actor_masks=flight.masks,
             ),
+            rope=flight.rope,
             window=self.rings.shape.window(block.clip, block.slot),
             sink_rope=self._sink_rope(block, step),
         )
+
+    def _own_masks(self, masks_AFT1: Tensor) -> Tensor:
+        frames = masks_AFT1.shape[1]
+        own = [self.sequence.own(actor.flatten(0, 1), frames).unflatten(0, (frames, -1)) for actor in masks_AFT1]
+        return torch.stack(own)
 
     def _sink_rope(self, block: Block, step: int) -> Rope:
         distance = cond_rope_distance(self.settings.cond_rope_distance, self.settings.base_seed, block.index, step)
@@ -217,7 +236,8 @@ class Rollout:
 
     def _stepped(self, call: _Call) -> Tensor:
         grid = (call.block.frames, *self.settings.grid)
-        velocity = self.dit.predict(call.x_LD, call.inputs.time, grid, self.dtype)
+        patches = self.dit.head(call.x_LD, call.inputs.time, self.dtype)
+        velocity = self.dit.unpatchify(self.sequence.whole(patches, math.prod(grid), call.block.frames), grid)
         if self.on_prediction is not None:
             self.on_prediction(call.block, call.step, velocity)
         self.scheduler._step_index = call.step

@@ -82,6 +82,7 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.out_dim * 4)
 
     def forward(self, x_LD: Tensor, time: TimeEmbedding, dtype: torch.dtype) -> Tensor:
+        """[L, D] -> the values of each token's patch, [L, 4 C] float32."""
         shift, scale = (self.modulation[0].float() + time.head).unbind(0)
         x = F.layer_norm(x_LD, (self.dim,), eps=self.eps) * (1 + scale) + shift
         return self.head(x.to(dtype)).float()
@@ -172,11 +173,10 @@ class CausalDiT(nn.Module):
         heard = self.audio_injector(x_FTD, inputs.audio, inputs.actor_masks, which)
         return (x_FTD + heard.float()).flatten(0, 1)
 
-    def predict(self, x_LD: Tensor, time: TimeEmbedding, grid: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """Tokens of ``grid`` = (frames, rows, columns) -> velocity [C, F, h, w] float32."""
+    def unpatchify(self, x_LP: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """What the head gives for the tokens of ``grid`` = (frames, rows, columns) -> velocity [C, F, h, w]."""
         frames, rows, columns = grid
-        x = self.head(x_LD, time, dtype)
-        x = x.view(frames, rows, columns, 1, 2, 2, self.config.out_dim)
+        x = x_LP.view(frames, rows, columns, 1, 2, 2, self.config.out_dim)
         x = x.permute(6, 0, 3, 1, 4, 2, 5)
         return x.reshape(self.config.out_dim, frames, rows * 2, columns * 2)
 

@@ -101,7 +101,7 @@ def test_a_copy_that_fails_ends_the_run_with_the_blocks_that_were_made(tiny, tmp
         real(dst, src)
         return engine_module.DONE
 
-    monkeypatch.setattr(pipeline.engine, "_copy_in", copy_in)
+    monkeypatch.setattr(pipeline.runtime.engine, "_copy_in", copy_in)
     out = tmp_path / "out.mp4"
     with pytest.raises(DeviceError, match=r"a copy of .* bytes to the device failed .*launch failure.*is kept"):
         infer(pipeline, tiny.request(), Outputs(video=out), quiet=True)

@@ -66,7 +66,7 @@ def test_the_second_clip_follows_what_the_first_one_made(tiny, plain):
     """The sink is refilled before clip 1: its blocks change when the reference frame's distance does, once it moves."""
     one_clip = run(tiny.artifact("fp32"), tiny.request(num_clip=1))[1]
     assert torch.equal(one_clip["latents.block0"], plain[1]["latents.block0"])
-    stages = plain[2].stages.stages
+    stages = plain[2].runtime.stages.stages
     assert stages["prefill_sink"].calls == 2
     assert stages["denoise"].calls == 4 * 2
 
@@ -74,7 +74,9 @@ def test_the_second_clip_follows_what_the_first_one_made(tiny, plain):
 @pytest.mark.parametrize(("precision", "kernel"), [("int8", "int8: torch._int_mm"), ("fp8", "fp8: torch._scaled_mm")])
 def test_quantized_artifacts_compute_in_8_bit_and_say_so(tiny, precision, kernel):
     *_, pipeline = run(tiny.artifact(precision), tiny.request(num_clip=1))
-    linears = {name: calls for (operation, name), calls in pipeline.kernels.items() if operation == "linear_w8a8"}
+    linears = {
+        name: calls for (operation, name), calls in pipeline.runtime.kernels.items() if operation == "linear_w8a8"
+    }
     # 4 layers: 10 products a block and 4 + 1 an injection in 2 of them; 2 blocks, 2 steps
     assert linears == {kernel: (4 * 10 + 2 * 5) * 2 * 2}
 
@@ -106,7 +108,7 @@ def test_bad_files_are_told_before_anything_loads(tiny, tmp_path):
     pipeline = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu")
     with pytest.raises(InputError, match="missing\\.wav"):
         next(pipeline.stream(tiny.request().__class__(image=tiny.portrait, audio=tmp_path / "missing.wav", prompt="")))
-    assert not pipeline.stages.stages
+    assert not pipeline.runtime.stages.stages
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "nonsense"])

@@ -104,13 +104,15 @@ def test_options_that_make_no_sense(fields):
 
 
 def test_options_do_their_part_on_a_cpu():
-    every = placement_on_cpu(MemoryOptions(offload_model=True, offload_kv_cache=True, kv="int8", wave=3), LAYERS, STEPS)
+    every = placement_on_cpu(
+        MemoryOptions(offload_model=True, offload_kv_cache=True, kv="int8", wave=3), LAYERS, range(STEPS), STEPS
+    )
     assert every == Placement(streamed_layers=(0, 1, 2, 3), host_rings=CELLS, kv="int8", wave=STEPS)
-    assert placement_on_cpu(MemoryOptions(), LAYERS, STEPS) == Placement()
+    assert placement_on_cpu(MemoryOptions(), LAYERS, range(STEPS), STEPS) == Placement()
     with pytest.raises(ConfigError, match="--wave is 4"):
-        placement_on_cpu(MemoryOptions(wave=4), LAYERS, STEPS)
+        placement_on_cpu(MemoryOptions(wave=4), LAYERS, range(STEPS), STEPS)
 
 
 def test_budgets_on_a_cpu_are_said_to_do_nothing(caplog):
-    placement_on_cpu(MemoryOptions(vram_budget=1 << 30), LAYERS, STEPS)
+    placement_on_cpu(MemoryOptions(vram_budget=1 << 30), LAYERS, range(STEPS), STEPS)
     assert "no effect on a CPU" in caplog.text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram import denoiser as denoiser_module
 from lowvram import pipeline as pipeline_module
 from lowvram import rollout as rollout_module
 from lowvram.fallback import MOST_TILES, Layout, next_rung, smaller_request
@@ -53,7 +54,7 @@ def plain(tiny) -> np.ndarray:
         (pipeline_module, "encode_text", (0,), ["encode_text: it runs on the host"]),
         (pipeline_module, "encode_audio", (0,), ["encode_audio: it runs on the host"]),
         (pipeline_module, "encode_image", (0,), ["encode_image: it runs on the host"]),
-        (pipeline_module, "load_shared", (0,), ["load_dit: 1 of 4 layers"]),
+        (denoiser_module, "load_shared", (0,), ["load_dit: 1 of 4 layers"]),
         (rollout_module.Rollout, "prefill", (0, 1), ["prefill_sink: 1 of 4", "prefill_sink: 2 of 4"]),
         (CausalDiT, "layer", (2,), ["prefill_sink: 1 of 4 layers"]),
         # Four layers fill the sink; the second step of the first block stops in the middle, and so does a place of
@@ -68,10 +69,10 @@ def test_memory_that_runs_out_once_changes_nothing_but_the_speed(
     fail_at(monkeypatch, owner, name, *calls)
     frames, pipeline = frames_of(tiny)
     assert np.array_equal(frames, plain)
-    assert [event.startswith(start) for event, start in zip(pipeline.relief.events, said, strict=True)]
+    assert [event.startswith(start) for event, start in zip(pipeline.runtime.relief.events, said, strict=True)]
     assert all(SAYS.rstrip(".") in record.getMessage() for record in caplog.records if "ran out" in record.message)
     assert sum("ran out" in record.getMessage() for record in caplog.records) == len(said)
-    assert pipeline.memory_report()["given_up"] == pipeline.relief.events
+    assert pipeline.memory_report()["given_up"] == pipeline.runtime.relief.events
 
 
 @pytest.mark.parametrize("wave", [1, 2])
@@ -79,7 +80,7 @@ def test_a_pass_that_fails_over_and_over_moves_everything_to_the_host(tiny, plai
     # Each repetition gets as far as its first layer; two steps and four layers make 2 * 4 rings.
     fail_at(monkeypatch, CausalDiT, "layer", *range(20, 28))
     frames, pipeline = frames_of(tiny, wave=wave)
-    placement = pipeline.relief.layout.placement
+    placement = pipeline.runtime.relief.layout.placement
     assert placement.streamed_layers == (0, 1, 2, 3)
     assert len(placement.host_rings) == 8
     assert np.array_equal(frames, plain)
@@ -88,7 +89,7 @@ def test_a_pass_that_fails_over_and_over_moves_everything_to_the_host(tiny, plai
 def test_a_decoder_without_room_works_in_strips_at_last(tiny, plain, monkeypatch):
     fail_at(monkeypatch, StreamingDecoder, "decode", *range(1, 10))
     frames, pipeline = frames_of(tiny)
-    assert pipeline.relief.layout.vae_tiles == 2
+    assert pipeline.runtime.relief.layout.vae_tiles == 2
     # At 16 latents a side the margins reach nearly across.
     assert np.abs(frames.astype(int) - plain).mean() < 1
 
@@ -115,7 +116,7 @@ def test_blocks_that_were_made_have_come_before_the_error(tiny, plain, monkeypat
 
 def test_rungs_come_in_order_and_end():
     layout, words = Layout(placement=Placement(wave=2), online_decode=False), []
-    while rung := next_rung(layout, 8, 2):
+    while rung := next_rung(layout, 8, range(2)):
         layout, said = rung
         words.append(said)
     kinds = [next(k for k in ("layers", "KV rings", "each block", "tiles") if k in said) for said in words]
@@ -138,7 +139,7 @@ def test_quality_goes_clips_first_steps_last():
 
 def test_a_layout_that_does_not_fit_itself_is_the_next_to_go():
     layout = Layout(placement=Placement(), online_decode=True)
-    relief = Relief(layout, layers=4, steps=1, allowed=True)
+    relief = Relief(layout, layers=4, steps=range(1), allowed=True)
     tried: list[Layout] = []
 
     def give_way(layout: Layout) -> None:

@@ -12,7 +12,7 @@ CELLS = [(step, layer) for step in range(STEPS) for layer in range(LAYERS)]
 
 def make_rings(on_host=(), staging=2) -> tuple[Rings, Engine]:
     engine = Engine(torch.device("cpu"))
-    rings = Rings(SHAPE, PlainFormat(HEADS, WIDTH, torch.float32), engine, STEPS, LAYERS)
+    rings = Rings(SHAPE, PlainFormat(HEADS, WIDTH, torch.float32), engine, range(STEPS), LAYERS)
     rings.place(on_host, staging)
     return rings, engine
 

@@ -354,7 +354,7 @@ def test_the_tiny_model_runs_from_end_to_end(tiny, precision):
     artifact = Artifact.open(path)
     layers = [f"layer.{i}" for i in range(4)]
     weights = sum(artifact.component("dit").slab_nbytes(slab) for slab in ["start", "shared", *layers])
-    peaks = {stage.name: stage.peak_vram_allocated_bytes for stage in pipeline.stages.stages.values()}
+    peaks = {stage.name: stage.peak_vram_allocated_bytes for stage in pipeline.runtime.stages.stages.values()}
     assert min(peaks["denoise"], peaks["decode"]) > weights
     assert gpu.h2d_bytes > weights
     assert gpu.d2h_bytes >= sum(int(np.prod(shape)) for shape in shapes)
@@ -365,7 +365,7 @@ def test_streaming_trades_memory_for_traffic(tiny):
     for name, streamed in (("resident", ()), ("streamed", (0, 1, 2, 3))):
         with SimulatedDevice() as gpu:
             _, pipeline = simulated_run(path, tiny.request(), Placement(streamed_layers=streamed))
-        figures[name] = pipeline.stages.stages["denoise"].peak_vram_allocated_bytes, gpu.h2d_bytes
+        figures[name] = pipeline.runtime.stages.stages["denoise"].peak_vram_allocated_bytes, gpu.h2d_bytes
     assert figures["streamed"][0] < figures["resident"][0]
     assert figures["streamed"][1] > figures["resident"][1]
 
@@ -375,7 +375,7 @@ def test_the_same_run_has_the_same_peaks(tiny):
     for _ in range(2):
         with SimulatedDevice() as gpu:
             _, pipeline = simulated_run(path, tiny.request(num_clip=1), Placement())
-        stages = {s.name: (s.peak_vram_allocated_bytes, s.calls) for s in pipeline.stages.stages.values()}
+        stages = {s.name: (s.peak_vram_allocated_bytes, s.calls) for s in pipeline.runtime.stages.stages.values()}
         seen.append((stages["denoise"], stages["decode"], gpu.h2d_bytes, gpu.d2h_bytes, gpu.kernel_count))
     assert seen[0] == seen[1]
 
@@ -392,12 +392,12 @@ def test_the_full_model_runs_in_seconds(tmp_path):
     begin = time.perf_counter()
     with SimulatedDevice() as gpu:
         shapes, pipeline = simulated_run(artifact, request, Placement(host_rings=rings, kv="int8"))
-    for stage in pipeline.stages.to_json():
+    for stage in pipeline.runtime.stages.to_json():
         allocated, reserved = stage["peak_vram_allocated_bytes"] / GIB, stage["peak_vram_reserved_bytes"] / GIB
         print(f"{stage['name']:14}{stage['seconds']:6.1f} s  {allocated:7.3f} GiB allocated {reserved:7.3f} reserved")
     print(f"{time.perf_counter() - begin:.1f} s for {len(shapes)} blocks, {gpu.kernel_count} kernels")
     assert sum(shape[0] for shape in shapes) == 45
-    peaks = {s["name"]: s["peak_vram_allocated_bytes"] / GIB for s in pipeline.stages.to_json()}
+    peaks = {s["name"]: s["peak_vram_allocated_bytes"] / GIB for s in pipeline.runtime.stages.to_json()}
     assert 6.2 < peaks["encode_text"] < 6.8
     assert 15.5 < peaks["load_dit"] < peaks["denoise"] < 24
     # In the first clip a block sees the ones before it, so that 0 + 1 + 2 + 3 of 4 slots are read; each is written.

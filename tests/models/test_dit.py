@@ -16,11 +16,10 @@ def test_text_longer_than_the_model_takes_is_refused():
         CausalDiT(CONFIG).embed_text(torch.zeros(7, 12))
 
 
-def test_predict_is_the_inverse_order_of_patches():
+def test_patches_come_back_in_the_order_of_their_tokens():
     dit = CausalDiT(CONFIG)
-    dit.head.forward = lambda x, time, dtype: x  # tokens straight to pixels
     tokens = torch.arange(2 * 3 * 4 * 64, dtype=torch.float32).view(24, 64)
-    out = dit.predict(tokens, None, (2, 3, 4), torch.float32)
+    out = dit.unpatchify(tokens, (2, 3, 4))
     assert out.shape == (16, 2, 6, 8)
     # token (frame 1, row 2, column 3), patch position (1, 0), channel 5
     assert out[5, 1, 5, 6] == tokens[12 + 2 * 4 + 3, 2 * 16 + 5]

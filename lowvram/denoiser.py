@@ -1,0 +1,127 @@
+"""The DiT's part of a run: loaded, its sink filled, and block after block denoised, with relief where memory runs out.
+
+Shapes: C latent channels, F latent frames, h x w latent size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lowvram.chain import LATENT_CHANNELS, Chain
+from lowvram.conditions import Conditions
+from lowvram.fallback import Layout
+from lowvram.request import Request
+from lowvram.residency import Layers
+from lowvram.rollout import Rollout, RolloutSettings
+from lowvram.runtime import Runtime
+from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Tick, clip_noise, latent_frames_per_clip, ticks
+from lowvram.team import Team
+from lowvram.weights import build_dit, check_complete, drop_start, load_shared
+
+Tensor = torch.Tensor
+
+
+class Denoiser:
+    """Runs ``steps`` of every block, for this rank's part of tokens and heads."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        request: Request,
+        latent_size: tuple[int, int],
+        conditions: Conditions,
+        team: Team,
+        steps: range,
+    ):
+        self._runtime, self._conditions, self._team, self.steps = runtime, conditions, team, steps
+        self.settings = RolloutSettings(
+            frames_per_clip=latent_frames_per_clip(request.infer_frames),
+            latent_size=latent_size,
+            sample_steps=request.sample_steps,
+            base_seed=request.base_seed,
+            cond_rope_distance=request.cond_rope_distance,
+        )
+        self.seconds: dict[int, float] = {}
+        """Spent on a block so far, by its index; whoever finishes a block takes its seconds out."""
+        self.rollout = runtime.relief.attempt("load_dit", self._load, _nothing_yet)
+        self.fill_sink(conditions.reference)
+
+    def _load(self) -> Rollout:
+        runtime = self._runtime
+        with runtime.stages.stage("load_dit"), self._team.doing("loading the DiT", "load"):
+            component = runtime.artifact.component("dit")
+            dit = build_dit(component)
+            check_complete(dit, component)
+            load_shared(dit, component, runtime.device, runtime.dtype)
+            rollout = Rollout(
+                dit,
+                Layers(dit, component, runtime.engine, runtime.dtype),
+                self._conditions.context,
+                self.settings,
+                dtype=runtime.dtype,
+                engine=runtime.engine,
+                placement=runtime.layout.placement,
+                sequence=self._team.sequence,
+                steps=self.steps,
+            )
+            drop_start(dit, component)
+            return rollout
+
+    def fill_sink(self, reference: Tensor) -> None:
+        """Fill the sink from the reference [C, 1, h, w] and the conditions' motion latents."""
+
+        def fill() -> None:
+            with self._runtime.stages.stage("prefill_sink"), self._team.doing("filling the sink", "prefill"):
+                self.rollout.prefill(reference, self._conditions.motion)
+
+        self._team.meet()
+        self._runtime.relief.attempt("prefill_sink", fill, self.give_way)
+
+    def give_way(self, layout: Layout) -> None:
+        self.rollout.place(layout.placement)
+
+    def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[tuple[Block, Tensor]]:
+        """Yield each block and its latent [C, F, h, w], float32, when it has taken its last step here."""
+        for tick in ticks(blocks, len(self.steps), self._runtime.layout.placement.wave):
+            if tick.refresh:
+                # From the second clip on, the first frame that was generated stands for the portrait.
+                self.fill_sink(chain.reference())
+            latent = chain.take(tick.starts) if tick.starts is not None else None
+            self._advance(tick, latent)
+            block = tick.finished(len(self.steps))
+            if block is not None:
+                latent = self.rollout.finish(block)
+                chain.pass_on(block, latent)
+                yield block, latent
+
+    def _advance(self, tick: Tick, latent: Tensor | None) -> None:
+        self._team.meet()
+        begin, where = time.perf_counter(), ", ".join(f"block {block.index}" for block, _ in tick.items)
+
+        def advance() -> None:
+            with self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
+                if (block := tick.starts) is not None:
+                    noise = self._noise(block) if latent is None else latent
+                    self.rollout.start(block, noise, self._audio(block))
+                self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
+
+        self._runtime.relief.attempt("denoise", advance, self.give_way)
+        share = (time.perf_counter() - begin) / len(tick.items)
+        for block, _ in tick.items:
+            self.seconds[block.index] = self.seconds.get(block.index, 0.0) + share
+
+    def _noise(self, block: Block) -> Tensor:
+        shape = (LATENT_CHANNELS, self.settings.frames_per_clip, *self.settings.latent_size)
+        noise = clip_noise(self.settings.base_seed, block.clip, shape)
+        return noise[:, block.offset : block.offset + block.frames]
+
+    def _audio(self, block: Block) -> Tensor:
+        first = block.first_frame * VIDEO_FRAMES_PER_LATENT
+        return self._conditions.audio[..., first : first + block.frames * VIDEO_FRAMES_PER_LATENT]
+
+
+def _nothing_yet(layout: Layout) -> None:
+    """What failed is built anew from the layout: nothing has to move."""

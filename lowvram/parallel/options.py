@@ -1,0 +1,71 @@
+"""What a user says of several GPUs, checked before any rank starts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from lowvram.parallel.layout import ParallelLayout, chosen_layout
+from lowvram.parallel.seat import Seat
+from lowvram.placement import MemoryOptions
+from lowvram_kernels.errors import ConfigError
+from lowvram_quantize.format import Artifact
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """As they come from the command line; None leaves the choice to ``chosen_layout``."""
+
+    gpus: int | None = None
+    num_gpus_dit: int | None = None
+    ulysses_size: int | None = None
+    enable_vae_parallel: bool | None = None
+    port: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "num_gpus_dit", "ulysses_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; expected 1 or more")
+        if self.port is not None and (self.gpus or 1) < 2:
+            raise ConfigError("--port has an effect with --gpus 2 or more only; torchrun has --master-port")
+
+    def layout(self, seat: Seat | None, artifact: Artifact, sample_steps: int) -> ParallelLayout:
+        """The layout of the ranks that were started, or are to be.
+
+        Raises:
+            ConfigError: the options do not fit them.
+        """
+        if seat is not None and self.gpus not in (None, seat.world_size):
+            raise ConfigError(f"--gpus is {self.gpus}, but {seat.world_size} ranks were started; leave --gpus out")
+        world = seat.world_size if seat else self.gpus or 1
+        if seat is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
+            wanted = (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel)
+            vae = " and one for the VAE" if self.enable_vae_parallel else ""
+            raise ConfigError(
+                f"--num_gpus_dit {self.num_gpus_dit or 1}{vae} needs {wanted} ranks, and one was started; add --gpus "
+                f"{wanted}, or start them with torchrun --nproc_per_node={wanted} -m lowvram infer ..."
+            )
+        return chosen_layout(
+            world,
+            sample_steps=sample_steps,
+            heads=artifact.component("dit").config["num_heads"],
+            num_gpus_dit=self.num_gpus_dit,
+            ulysses_size=self.ulysses_size,
+            vae_rank=self.enable_vae_parallel,
+        )
+
+
+def check_for_ranks(layout: ParallelLayout, memory: MemoryOptions) -> None:
+    """Raises: ConfigError for an option that means nothing to several ranks."""
+    if layout.world_size > 1 and memory.allow_quality_loss:
+        raise ConfigError("--allow-quality-loss begins a video again, which several ranks cannot; leave it out")
+
+
+def check_gpus(device: str, ranks: int) -> None:
+    """Raises: ConfigError where fewer GPUs are here than ranks are to be started."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return
+    if (count := torch.cuda.device_count()) < ranks:
+        raise ConfigError(f"--gpus is {ranks}, but {count} GPUs are here; give --gpus {max(count, 1)} or --device cpu")

@@ -1,0 +1,68 @@
+"""The life of one rank: it joins the others, agrees with them, and ends with them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.seat import Seat, rank_device
+from lowvram.parallel.team import RankTeam
+from lowvram.placement import MemoryOptions
+from lowvram.request import Request
+from lowvram_kernels.errors import DistributedError
+from lowvram_quantize.format import Artifact
+
+
+@contextlib.contextmanager
+def joined(seat: Seat, layout: ParallelLayout, device: str) -> Iterator[tuple[RankTeam, str]]:
+    """Be one of the ranks: gives the team and the rank's device. Of a failure all ranks are told, and where another
+    rank is at fault, that is what is raised.
+
+    Raises:
+        DistributedError: another rank failed, died or hung; or the ranks did not meet.
+    """
+    where = rank_device(device, seat)
+    signal.signal(signal.SIGTERM, _terminated)
+    team = RankTeam(seat, layout, torch.device(where))
+    try:
+        yield team, where
+        team.leave()
+    except BaseException as error:
+        if (found := team.explain(error)) is not None:
+            raise found from error
+        raise
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that what was written so far is closed in order.
+    raise DistributedError("the run was ended from outside (SIGTERM); what was written so far is kept")
+
+
+def facts_to_agree_on(
+    artifact: Artifact, request: Request, memory: MemoryOptions, layout: ParallelLayout, device: str, dtype: str
+) -> dict[str, Any]:
+    """What has to be the same on all ranks. Budgets may differ, as cards do; one rank reads portrait and voice."""
+    manifest = json.dumps(artifact.manifest, sort_keys=True).encode()
+    settings = dataclasses.asdict(request)
+    for name in ("image", "audio"):
+        del settings[name]
+    for name in ("kv", "wave", "offload_model", "offload_kv_cache", "fallback"):
+        settings[name] = getattr(memory, name)
+    facts = {
+        "lowvram": version("lowvram"),
+        "artifact": hashlib.sha256(manifest).hexdigest()[:16],
+        "layout": dataclasses.asdict(layout),
+        "device": device.partition(":")[0],
+        "dtype": dtype,
+    }
+    return facts | settings

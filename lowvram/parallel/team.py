@@ -1,0 +1,172 @@
+"""One of several ranks among the others: how they meet, agree, share what they know, and part."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lowvram.chain import Chain
+from lowvram.conditions import Conditions
+from lowvram.parallel.chain import StageChain, arriving
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.meeting import MEETING_S, Meeting
+from lowvram.parallel.seat import Seat
+from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.watch import Person, Watch
+from lowvram.parallel.wire import Mail, Sent, StageExchange
+from lowvram.schedule import Block
+from lowvram.sequence import Sequence, Whole
+from lowvram.team import LatentSize
+from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
+
+Tensor = torch.Tensor
+
+# Exchanges wait for as long as the slowest rank takes; the watch ends what waits in vain.
+_PATIENCE = datetime.timedelta(days=7)
+_HANDSHAKE_S = 25.0
+_CAUSE_S = 14.0
+
+
+class RankTeam:
+    """This process among the ranks of ``layout``; see ``lowvram.team.Team``."""
+
+    def __init__(self, seat: Seat, layout: ParallelLayout, device: torch.device):
+        self.seat, self.layout, self.role = seat, layout, layout.role(seat.rank)
+        self.sent = Sent()
+        self._meeting = Meeting(seat)
+        me = dataclasses.asdict(Person.me(self.role.name))
+        self.people = [Person(**person) for person in self._meeting.tell("people", me, within_s=MEETING_S)]
+        self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
+        self._watch.begin()
+        self._mail, self._stage_group, self.sequence = self._groups(device)
+
+    def _groups(self, device: torch.device) -> tuple[Mail, Any, Sequence]:
+        """Make the groups, which every rank does for all of them in the same order; and try them."""
+        seat, layout = self.seat, self.layout
+        with self._watch.doing("meeting the other ranks", "meet", limit_s=MEETING_S):
+            store = dist.distributed_c10d.PrefixStore("groups", self._meeting.store)
+            dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.world_size, timeout=_PATIENCE)
+        mail = Mail(_group(range(seat.world_size), "gloo"), self.sent)
+        mine: Any = None
+        meeting: Any = None
+        if layout.ulysses_size > 1:
+            for stage in range(layout.stages):
+                members = layout.members(stage)
+                exchange = _group(members, "nccl" if device.type == "cuda" else "gloo")
+                control = _group(members, "gloo")
+                if stage == self.role.stage:
+                    mine, meeting = exchange, control
+        if mine is None or self.role.index is None:
+            return mail, None, Whole()
+        sequence = Ulysses(self.role.index, layout.ulysses_size, StageExchange(mine, self.role.index, self.sent))
+        with self._watch.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S):
+            _try_exchange(sequence, device)
+        return mail, meeting, sequence
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        """Every rank tells ``value``; all ranks' values.
+
+        Raises:
+            DistributedError: a rank is gone.
+        """
+        with self._watch.waiting(f"the others' {what.replace('_', ' ')}"):
+            return self._meeting.tell(what, value, cause=lambda: self._watch.cause)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Let no rank go on with another artifact, other settings or another version than the rest.
+
+        Raises:
+            ConfigError: what differs, where, and its values.
+        """
+        told = self.share("settings", dict(facts))
+        for rank, other in enumerate(told):
+            if differing := [name for name in facts if other.get(name) != told[0].get(name)]:
+                name = differing[0]
+                raise ConfigError(
+                    f"{self.people[rank].words} has {name} {other.get(name)!r}, rank 0 has {told[0].get(name)!r}; "
+                    "expected the same on all ranks: start them with one command, and with copies of one artifact"
+                )
+
+    def share_conditions(self, conditions: Conditions | None) -> Conditions:
+        names = [field.name for field in dataclasses.fields(Conditions)]
+        own = {name: getattr(conditions, name).cpu() for name in names} if conditions else None
+        shapes = (
+            {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()} if own else None
+        )
+        told = self.share("conditions", shapes)[self.layout.media_rank]
+        with self._watch.waiting("the conditions"):
+            tensors = own or {
+                name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in told.items()
+            }
+            for name in names:
+                tensors[name] = tensors[name].contiguous()
+                self._mail.broadcast(tensors[name], self.layout.media_rank)
+        return conditions or Conditions(**tensors)
+
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        return StageChain(self._mail, self.layout, self.role, blocks, latent_size, clips=clips)
+
+    def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
+        return arriving(self._mail, self.layout, blocks, latent_size)
+
+    def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
+        """Say what this rank does, for the others and for those who look for what went wrong."""
+        return self._watch.doing(what, kind)
+
+    def sent_bytes(self) -> dict[str, int]:
+        return dataclasses.asdict(self.sent)
+
+    def meet(self) -> None:
+        """Wait for the ranks of this stage: work they do together is not held up by what one did before it."""
+        if self._stage_group is not None:
+            with self._watch.waiting("the other ranks of its stage"):
+                dist.barrier(group=self._stage_group)
+
+    def leave(self) -> None:
+        """Wait until all that was sent is received and all ranks are done; no rank is missed from here on."""
+        with self._watch.waiting("the others to finish"):
+            self._mail.settle()
+            self._meeting.tell("leave", True, cause=lambda: self._watch.cause)
+        self._watch.done()
+        dist.destroy_process_group()
+
+    def explain(self, error: BaseException) -> LowvramError | None:
+        """Which rank is at fault: another one, whose failure comes back, or this one, and all are told."""
+        if isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
+            self._watch.wait_for_cause(_CAUSE_S)
+        if (cause := self._watch.cause) is not None:
+            return DistributedError(f"the run ended: {cause}")
+        self._watch.failed(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        return None
+
+
+def _own(error: RuntimeError) -> bool:
+    """Whether an error cannot come from an exchange that broke off."""
+    return isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _group(ranks: Iterable[int], backend: str) -> Any:
+    return dist.new_group(list(ranks), backend=backend, timeout=_PATIENCE)
+
+
+def _try_exchange(sequence: Ulysses, device: torch.device) -> None:
+    """Cards without peer access that claim it hang here, where somebody watches, or deliver wrong bytes.
+
+    Raises:
+        DistributedError: what arrived is not what was sent.
+    """
+    size, width = sequence.size, 1 << 16
+    x = torch.arange(size * size * width, dtype=torch.float32, device=device).remainder(8191).view(size, size, width)
+    mine = x[sequence.index].view(1, size, width)
+    seen = sequence.begin_to_heads(mine, [1] * size).wait()
+    if not torch.equal(seen[:, 0], x[:, sequence.index]):
+        raise DistributedError(
+            "ranks received other bytes than were sent; export NCCL_P2P_DISABLE=1 and try again (`lowvram doctor` "
+            "says more)"
+        )

@@ -1,0 +1,128 @@
+"""Sequence parallelism: tokens are shared among ranks, and around self-attention they are exchanged for heads.
+
+Every rank computes norms, Linears and cross-attention for its tokens with whole weights; in self-attention it has all
+tokens of its heads, and so its part of rings and sink. Nothing is padded: shares of tokens and heads may be uneven.
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Shapes as in ``lowvram.sequence``: L tokens of a call, l this rank's;
+N heads, n this rank's; H head_dim; p a rank's place in its group.
+
+A rank has a share of *each* group of tokens (latent frame): so audio, which speaks to latent frames, still finds them
+as equal groups. Behind the exchange tokens stand rank by rank, each rank's in its order. Attention does not mind: to
+it keys have no order, and the rows of queries go back the way they came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from lowvram.parallel.layout import shares, span
+from lowvram_models.attention import AttentionMemory, Keys
+from lowvram_models.rope import Rope
+
+Tensor = torch.Tensor
+
+
+class Pending(Protocol):
+    def wait(self) -> Tensor:
+        """What has been received; what is computed from here on sees it."""
+        ...
+
+
+class AllToAll(Protocol):
+    """The exchange that a group's ranks do together, in the same order."""
+
+    def begin(self, flat: Tensor, sent: list[int], received: list[int]) -> Pending:
+        """Send ``flat``, [values] in a stretch for each rank of the group in turn, each so many values long, and
+        receive a stretch of each, so many values long."""
+        ...
+
+
+class Ulysses:
+    """The ``index``-th of ``size`` ranks that share tokens and heads."""
+
+    def __init__(self, index: int, size: int, all_to_all: AllToAll):
+        self.index, self.size, self._all_to_all = index, size, all_to_all
+
+    def heads(self, count: int) -> int:
+        return shares(count, self.size)[self.index]
+
+    def own(self, x: Tensor, groups: int) -> Tensor:
+        of_group = x.unflatten(0, (groups, -1))
+        mine = span(of_group.shape[1], self.size, self.index)
+        # A copy: a part of a larger tensor would keep all of it in memory.
+        return of_group[:, mine.start : mine.stop].flatten(0, 1).clone()
+
+    def whole(self, own: Tensor, total: int, groups: int) -> Tensor:
+        counts = self.tokens(total, groups)
+        width = own.shape[1:].numel()
+        flat = own.reshape(-1).repeat(self.size)
+        stretches = [count * width for count in counts]
+        received = self._all_to_all.begin(flat, [own.numel()] * self.size, stretches).wait()
+        parts = [part.view(groups, -1, *own.shape[1:]) for part in received.split(stretches)]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def around(self, memory: AttentionMemory, rope: Rope, groups: int) -> AttentionMemory:
+        return UlyssesMemory(self, memory, rope, len(rope.cos), groups)
+
+    def begin_to_heads(self, x_lNH: Tensor, tokens: list[int]) -> Exchange:
+        """Own tokens and all heads [l, N, H] -> all tokens and own heads [L, n, H]; ``tokens`` are each rank's."""
+        own, count, width = x_lNH.shape
+        heads = shares(count, self.size)
+        # Cut by heads, each rank's stretch has to lie in one piece: this is the one copy on the way.
+        flat = torch.cat([part.reshape(-1) for part in x_lNH.split(heads, dim=1)])
+        mine = heads[self.index]
+        pending = self._all_to_all.begin(
+            flat, [own * each * width for each in heads], [each * mine * width for each in tokens]
+        )
+        return Exchange(pending, (sum(tokens), mine, width))
+
+    def to_tokens(self, x_LnH: Tensor, tokens: list[int], heads: int) -> Tensor:
+        """All tokens and own heads [L, n, H] -> own tokens and all heads [l, N, H]."""
+        mine, width, own = x_LnH.shape[1], x_LnH.shape[2], tokens[self.index]
+        each = shares(heads, self.size)
+        received = self._all_to_all.begin(
+            x_LnH.reshape(-1), [count * mine * width for count in tokens], [own * count * width for count in each]
+        ).wait()
+        parts = received.split([own * count * width for count in each])
+        return torch.cat([part.view(own, -1, width) for part in parts], dim=1)
+
+    def tokens(self, total: int, groups: int) -> list[int]:
+        """Each rank's tokens of ``total`` in ``groups`` equal groups."""
+        return [groups * share for share in shares(total // groups, self.size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One exchange under way."""
+
+    pending: Pending
+    shape: tuple[int, int, int]
+
+    def wait(self) -> Tensor:
+        return self.pending.wait().view(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class UlyssesMemory:
+    """Gives ``memory`` all tokens of this rank's heads, and its caller what was attended for this rank's tokens."""
+
+    ulysses: Ulysses
+    memory: AttentionMemory
+    rope: Rope
+    total: int
+    groups: int
+
+    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+        """Of this rank's tokens; ``rope`` is theirs."""
+        ulysses, heads = self.ulysses, q_LNH.shape[1]
+        tokens = ulysses.tokens(self.total, self.groups)
+        # Queries and values are on their way while the keys are normalised.
+        queries, values = (ulysses.begin_to_heads(x, tokens) for x in (q_LNH, v_LNH))
+
+        def all_keys(wanted: Rope | None) -> Tensor:
+            return ulysses.begin_to_heads(keys(None if wanted is None else rope), tokens).wait()
+
+        attended = self.memory.attend(queries.wait(), all_keys, values.wait(), self.rope)
+        return ulysses.to_tokens(attended, tokens, heads)

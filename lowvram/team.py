@@ -1,0 +1,89 @@
+"""What a rank needs of the other ranks of its run; here of a run that has one rank.
+
+Shapes: C latent channels, F latent frames, h x w latent size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from lowvram.chain import Alone, Chain
+from lowvram.conditions import Conditions
+from lowvram.parallel.layout import ParallelLayout, Role
+from lowvram.schedule import Block
+from lowvram.sequence import Sequence, Whole
+
+Tensor = torch.Tensor
+LatentSize = tuple[int, int]
+
+
+class Team(Protocol):
+    """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and heads."""
+
+    layout: ParallelLayout
+    role: Role
+    sequence: Sequence
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        """Every rank tells ``value``, of which JSON has to be able; all ranks' values in order."""
+        ...
+
+    def share_conditions(self, conditions: Conditions | None) -> Conditions:
+        """The media rank tells what it encoded, the others pass None and are told."""
+        ...
+
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        """Where the latents of ``blocks`` come from and go to; for ranks that denoise."""
+        ...
+
+    def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
+        """The finished latents [C, F, h, w] of ``blocks``, as they come in; for the VAE's own rank."""
+        ...
+
+    def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
+        """Say what this rank does while the context is entered; pieces of work of one ``kind`` take about as long."""
+        ...
+
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes sent to other ranks so far, by what they were for."""
+        ...
+
+    def meet(self) -> None:
+        """Wait for the ranks that share this one's tokens and heads, before work that they do together."""
+        ...
+
+
+class Solo:
+    """One rank does everything."""
+
+    def __init__(self) -> None:
+        self.layout = ParallelLayout()
+        self.role = self.layout.role(0)
+        self.sequence: Sequence = Whole()
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        return [value]
+
+    def share_conditions(self, conditions: Conditions | None) -> Conditions:
+        if conditions is None:
+            raise RuntimeError("there is no other rank to be told by; expected conditions")
+        return conditions
+
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        return Alone()
+
+    def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
+        raise RuntimeError("no latents arrive where one rank does everything; expected it to denoise")
+
+    def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def sent_bytes(self) -> dict[str, int]:
+        return {}
+
+    def meet(self) -> None:
+        """There is nobody to wait for."""
