@@ -13,6 +13,7 @@ from torch import nn
 from lowvram.fused_block import fuse
 from lowvram.kv_format import Bytes, kv_format
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
+from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import CrossAttention, Keys
 from lowvram_models.config import DiTConfig
@@ -67,8 +68,8 @@ def random_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
     return Rope(angle.cos(), angle.sin())
 
 
-def fused_block(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A fused block with random weights, in int8 where ``scheme`` is "int8", else in ``dtype``."""
+def fused_block(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device, group: int = 1) -> nn.Module:
+    """A fused block with random weights, in int8 where ``scheme`` is "int8" (in rotated groups), else in ``dtype``."""
     config = DiTConfig(
         dim=sizes.dim, ffn_dim=sizes.ffn_dim, num_heads=sizes.heads, num_layers=1, freq_dim=8,
         text_len=sizes.text_tokens, audio_dim=8, audio_inject_layers=(), text_dim=8,
@@ -78,7 +79,7 @@ def fused_block(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.dev
     with torch.device(device):
         dit.blocks[0] = Block(config).to(dtype).eval().requires_grad_(False)
     if scheme == "int8":
-        quantize(dit.blocks[0])
+        quantize(dit.blocks[0], group)
     for module in dit.modules():
         if isinstance(module, CrossAttention):
             module.attention = Attention()
@@ -86,11 +87,11 @@ def fused_block(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.dev
     return dit.blocks[0]
 
 
-def quantize(block: nn.Module) -> None:
+def quantize(block: nn.Module, group: int) -> None:
     for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
         plain = block.get_submodule(name)
-        q, scale = quantize_rows(plain.weight, torch.int8)
-        swap_linear(block, name, torch.int8)
+        q, scale = quantize_rows(plain.weight, torch.int8, group=group)
+        swap_linear(block, name, torch.int8, group=group)
         new = block.get_submodule(name)
         assert isinstance(new, QuantizedLinear)
         new.weight.data, new.weight_scale.data, new.bias.data = q, scale[:, 0].contiguous(), plain.bias.data
@@ -103,15 +104,16 @@ def block_row(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Times of the block in int8 and in ``dtype``, each with rings of its kind, and their arithmetic limits.
+    """Times of the block in int8, with and without rotated groups, and in ``dtype``, each with rings of its kind, and
+    their arithmetic limits.
 
     ``rates``: operations a second, "int8" and "wide" (those of ``dtype``). In int8 the layers' products and q k^T run
     at the first; p v and the attention to the text stay at the second.
     """
     name = str(dtype).removeprefix("torch.")
     rows: dict[str, Any] = {"sizes": dataclasses.asdict(sizes)}
-    for scheme, kind in (("int8", "int8"), ("plain", name)):
-        call = block_call(sizes, scheme, dtype, device)
+    for kind, scheme, group in (("int8", "int8", 1), ("int8 rotated", "int8", GROUP), (name, "plain", 1)):
+        call = block_call(sizes, scheme, dtype, device, group)
         ms, limits = median_ms(call), limits_ms(sizes, scheme, rates)
         total = math.fsum(limits.values())
         rows[kind] = {"ms": ms, "limit_ms": total, "of_limit": total / ms, "limits_ms": limits}
@@ -119,8 +121,8 @@ def block_row(
     return rows | {"speedup": rows[name]["ms"] / rows["int8"]["ms"]}
 
 
-def block_call(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    block, memory = fused_block(sizes, scheme, dtype, device), FullRing(sizes, scheme, dtype, device)
+def block_call(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device, group: int) -> Callable[[], Tensor]:
+    block, memory = fused_block(sizes, scheme, dtype, device, group), FullRing(sizes, scheme, dtype, device)
     x = torch.randn(sizes.tokens, sizes.dim, device=device)
     time = TimeEmbedding(torch.randn(sizes.dim, device=device), torch.randn(6, sizes.dim, device=device))
     text = torch.randn(sizes.text_tokens, sizes.dim, dtype=dtype, device=device)

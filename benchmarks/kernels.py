@@ -35,6 +35,7 @@ from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.ring_attention import reference_ring_attention, ring_attention
 from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, encode_projected, rotate_block
 from lowvram_kernels.rope import norm_rope
+from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels
 
@@ -196,12 +197,13 @@ def linear_row(watch: Stopwatch, rows: int, depth: int, columns: int) -> dict[st
     weight = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / math.sqrt(depth)
     bias = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
     calls: dict[str, Call] = {"cublas bf16": lambda: F.linear(x, weight, bias)}
-    for name, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+    kinds = (("int8", torch.int8, 1), ("int8 rotated", torch.int8, GROUP), ("fp8", torch.float8_e4m3fn, 1))
+    for name, dtype, group in kinds:
         if dtype is torch.int8 or has_fp8_units(x.device):
-            q, scale = quantize_rows(weight, dtype)
-            scale = scale[:, 0].contiguous()
-            calls[name] = lambda q=q, s=scale: linear_w8a8(x, q, s, bias)
-            calls[f"{name} with gelu"] = lambda q=q, s=scale: linear_w8a8(x, q, s, bias, gelu=True)
+            q, scale = quantize_rows(weight, dtype, group=group)
+            scale, options = scale[:, 0].contiguous(), {"group": group}
+            calls[name] = lambda q=q, s=scale, o=options: linear_w8a8(x, q, s, bias, **o)
+            calls[f"{name} with gelu"] = lambda q=q, s=scale, o=options: linear_w8a8(x, q, s, bias, gelu=True, **o)
     rivals, absent = linear_rivals(weight, bias)
     calls |= {name: (lambda rival=rival: rival(x)) for name, rival in rivals.items()}
     exact = F.linear(x.float(), weight.float(), bias.float())
@@ -251,7 +253,8 @@ def attention_row(watch: Stopwatch) -> dict[str, Any]:
 
 
 def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any]]:
-    """Passes between the products; bytes are those that have to move: every input read, every output written, once."""
+    """Passes between the products; bytes are those that have to move: every input read, every output written, once.
+    Rotating groups moves no more: its time is that of a row beside the one without."""
     width, tokens = HEADS * HEAD_DIM, ROWS[1]
     x, y = torch.randn(tokens, width, device="cuda"), torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     wide = torch.randn(tokens, 13824, device="cuda", dtype=torch.bfloat16)
@@ -264,9 +267,16 @@ def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any
     table: dict[str, tuple[int, Call]] = {
         "quantize_rows 5120": (3 * count, lambda: quantize_rows(y, torch.int8)),
         "quantize_rows 13824": (3 * wide.numel(), lambda: quantize_rows(wide, torch.int8)),
+        "quantize_rows 5120 rotated": (3 * count, lambda: quantize_rows(y, torch.int8, group=GROUP)),
+        "quantize_rows 13824 rotated": (3 * wide.numel(), lambda: quantize_rows(wide, torch.int8, group=GROUP)),
         "norm_rows": (5 * count, lambda: norm_rows(x, gain, offset, **norm)),
+        "norm_rows rotated": (5 * count, lambda: norm_rows(x, gain, offset, group=GROUP, **norm)),
         "add_gated": (10 * count, lambda: add_gated(x, y, gate)),
         "add_gated_norm_rows": (11 * count, lambda: add_gated_norm_rows(x, y, gate, gain, offset, **norm)),
+        "add_gated_norm_rows rotated": (
+            11 * count,
+            lambda: add_gated_norm_rows(x, y, gate, gain, offset, group=GROUP, **norm),
+        ),
         "norm_rope": (4 * count + cos.nbytes + sin.nbytes, lambda: norm_rope(y, gain, 1e-6, HEADS, cos, sin)),
         "encode_block": (6 * count, lambda: encode_block(heads, heads, block)),
         "encode_projected": (

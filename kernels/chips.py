@@ -9,12 +9,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 
 import torch
+
+from lowvram_kernels.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 GENERATIONS = (80, 86, 89, 90, 120)
+
+# Set to 0 it keeps every Triton kernel from running, where one fails on a new GPU or under a new driver.
+SWITCH = "LOWVRAM_TRITON"
 
 # Bytes of shared memory that one thread block can have; CUDA C++ programming guide, technical specifications.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -46,8 +52,16 @@ def has_triton() -> bool:
 
 
 def triton_serves(device: torch.device) -> bool:
-    """True on CUDA from sm_80 on with Triton installed; a CUDA device that goes without is reported once."""
+    """True on CUDA from sm_80 on with Triton installed; a CUDA device that goes without is reported once.
+
+    Raises:
+        ConfigError: the environment variable LOWVRAM_TRITON, which switches Triton off with 0, is neither 0 nor 1.
+    """
+    wanted = triton_wanted()
     if device.type != "cuda":
+        return False
+    if not wanted:
+        _say_once(f"{SWITCH}=0: PyTorch's own kernels run, slower; unset it for the fused ones")
         return False
     if generation(device) < 80:
         _say_once(f"{torch.cuda.get_device_name(device)} is older than sm_80: PyTorch's own kernels run, slower")
@@ -58,6 +72,14 @@ def triton_serves(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def triton_wanted() -> bool:
+    """Whether LOWVRAM_TRITON is 1, empty or not set. Raises: ConfigError where it is neither 0 nor 1."""
+    value = os.environ.get(SWITCH) or "1"
+    if value not in ("0", "1"):
+        raise ConfigError(f"{SWITCH} is {value!r}; expected 0 (no Triton kernels) or 1, which is the default")
+    return value == "1"
 
 
 def has_fp8_units(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
 
@@ -26,23 +27,25 @@ log = logging.getLogger(__name__)
 
 
 def linear_w8a8(
-    x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False
+    x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False, group: int = 1
 ) -> Tensor:
     """``x @ (weight * scale).T + bias`` in 8-bit arithmetic, GELU (tanh) behind it if asked: [..., K] -> [..., N].
 
-    The result has the dtype of ``x``.
+    The result has the dtype of ``x``. ``group``: the weight's groups of so many input channels were rotated before it
+    was quantized (see ``rotation``; 1: they were not), so that those of ``x`` are, too.
     Tolerance against float64 on normal random data (relative error, norm): int8 about 1 %, fp8 about 4 %.
 
     Raises:
         TypeError: the weight is neither int8 nor float8_e4m3fn, or x is not floating point.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or K cannot be rotated in such groups.
     """
     _check(x, weight_NK, weight_scale_N, bias_N)
+    check_group(group, x.shape[-1], weight_NK.dtype)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weight_NK.dtype is torch.float8_e4m3fn and not has_fp8_units(x.device):
         out = _weight_only(rows, weight_NK, weight_scale_N, bias_N, gelu)
     else:
-        q, scale = quantize_rows(rows, weight_NK.dtype)
+        q, scale = quantize_rows(rows, weight_NK.dtype, group=group)
         out = _product(q, scale, weight_NK, weight_scale_N, bias_N, gelu, x.dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight_NK))
 
@@ -58,6 +61,8 @@ def linear_q8(
     dtype: torch.dtype,
 ) -> Tensor:
     """The same for activations that are quantized already: int8 or fp8 [M, K] with float32 scales [M, 1].
+
+    Whether they were rotated as the weight was cannot be seen here; it is on the caller.
 
     Raises:
         TypeError: activations and weights are not of the same 8-bit dtype.
@@ -97,10 +102,16 @@ def _product(
 
 
 def reference_w8a8(
-    x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False
+    x_MK: Tensor,
+    weight_NK: Tensor,
+    weight_scale_N: Tensor,
+    bias_N: Tensor | None,
+    *,
+    gelu: bool = False,
+    group: int = 1,
 ) -> Tensor:
     """The same in float64 on the quantized operands: what every kernel has to meet."""
-    q, scale = reference_rows(x_MK, weight_NK.dtype)
+    q, scale = reference_rows(x_MK, weight_NK.dtype, group)
     out = (q.double() @ weight_NK.double().t()) * scale.double() * weight_scale_N.double()
     out = out if bias_N is None else out + bias_N.double()
     return F.gelu(out, approximate="tanh") if gelu else out

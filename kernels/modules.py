@@ -12,6 +12,7 @@ from lowvram_kernels.attention import attention
 from lowvram_kernels.linear import linear_q8, linear_w8a8
 from lowvram_kernels.ring_codec import KVBlock, encode_projected
 from lowvram_kernels.rope import norm_rope
+from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES
 from lowvram_kernels.trace import record
 
@@ -28,27 +29,34 @@ class Attention(nn.Module):
 class QuantizedLinear(nn.Module):
     """W8A8 in place of ``nn.Linear``: ``weight`` int8 or fp8 [N, K], ``weight_scale`` float32 [N], ``bias`` [N].
 
-    With ``gelu`` set, GELU (tanh) follows in the same kernel where there is one; see ``fold_gelu``.
+    With ``gelu`` set, GELU (tanh) follows in the same kernel where there is one; see ``fold_gelu``. ``group`` above 1
+    says that the weight's groups of so many input channels were rotated; see ``rotation``.
+
+    Raises:
+        ValueError: inputs of this width and dtype cannot be rotated in such groups.
     """
 
     gelu = False
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, group: int = 1):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        check_group(group, in_features, dtype)
+        self.in_features, self.out_features, self.group = in_features, out_features, group
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_w8a8(x, self.weight, self.weight_scale, self.bias, gelu=self.gelu)
+        return linear_w8a8(x, self.weight, self.weight_scale, self.bias, gelu=self.gelu, group=self.group)
 
     def forward_quantized(self, q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same for rows that an earlier pass quantized (``norm_rows``), with the result in ``dtype``."""
+        """The same for rows that an earlier pass quantized (``norm_rows`` with this layer's ``group``), with the
+        result in ``dtype``."""
         return linear_q8(q_MK, scale_M1, self.weight, self.weight_scale, self.bias, gelu=self.gelu, dtype=dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
+        turned = f", inputs rotated by {self.group}" if self.group > 1 else ""
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}{turned}"
 
 
 class NormRope(nn.Module):
@@ -70,13 +78,13 @@ class NormRope(nn.Module):
         encode_projected(x_TD, v_TNH, self.weight, self.eps, *table, out)
 
 
-def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype) -> None:
+def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype, *, group: int = 1) -> None:
     """Replace ``parent.name``, an ``nn.Linear``, by an empty QuantizedLinear on the same device."""
     old = parent.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise TypeError(f"{name} is a {type(old).__name__}; only nn.Linear can become a QuantizedLinear")
     with torch.device(old.weight.device):
-        new = QuantizedLinear(old.in_features, old.out_features, bias=old.bias is not None, dtype=dtype)
+        new = QuantizedLinear(old.in_features, old.out_features, bias=old.bias is not None, dtype=dtype, group=group)
     parent.set_submodule(name, new)
 
 

@@ -11,32 +11,34 @@ import torch
 from torch.nn import functional as F
 
 from lowvram_kernels.chips import has_fp8_units, triton_serves
-from lowvram_kernels.rows import QMAX, reference_rows
+from lowvram_kernels.rotation import check_group
+from lowvram_kernels.rows import QMAX, kind_name, reference_rows
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
 
 
 def norm_rows(
-    x_LD: Tensor, gain: Tensor, offset: Tensor, *, eps: float, dtype: torch.dtype
+    x_LD: Tensor, gain: Tensor, offset: Tensor, *, eps: float, dtype: torch.dtype, group: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """LayerNorm(x) * gain + offset, rounded to ``dtype``: (values [L, D], scale float32 [L, 1]; None if not 8 bits).
 
     ``gain`` is the whole factor (1 + scale of a modulation, or a norm's weight), [D] or [F, D]; so is ``offset``. The
-    8-bit values are what ``quantize_rows`` gives for the float32 result, up to a step where sums round differently.
+    8-bit values are what ``quantize_rows`` gives for the float32 result and the same ``group``, up to a step where
+    sums round differently.
 
     Raises:
         TypeError: ``dtype`` is neither a floating point type nor int8.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or D cannot be rotated in such groups.
     """
-    _check(x_LD, None, gain=gain, offset=offset, dtype=dtype)
+    _check(x_LD, None, gain=gain, offset=offset, dtype=dtype, group=group)
     if _serves(x_LD, dtype):
         from lowvram_kernels.triton_norm import fused_triton
 
-        record("norm_rows", f"{_name(dtype)}: triton")
-        return fused_triton(x_LD, None, None, gain, offset, eps, dtype, None)[1:]
-    record("norm_rows", f"{_name(dtype)}: torch")
-    return reference_norm_rows(x_LD, gain, offset, eps=eps, dtype=dtype)
+        record("norm_rows", f"{_name(dtype, group)}: triton")
+        return fused_triton(x_LD, None, None, gain, offset, eps, dtype, None, group)[1:]
+    record("norm_rows", f"{_name(dtype, group)}: torch")
+    return reference_norm_rows(x_LD, gain, offset, eps=eps, dtype=dtype, group=group)
 
 
 def add_gated(x_LD: Tensor, y_LD: Tensor, gate: Tensor | None, *, out: Tensor | None = None) -> Tensor:
@@ -64,26 +66,27 @@ def add_gated_norm_rows(
     *,
     eps: float,
     dtype: torch.dtype,
+    group: int = 1,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both in one pass: the new residual x + gate * y, then ``norm_rows`` of it as (residual, values, scale)."""
-    _check(x_LD, y_LD, gate=gate, gain=gain, offset=offset, dtype=dtype)
+    _check(x_LD, y_LD, gate=gate, gain=gain, offset=offset, dtype=dtype, group=group)
     if _serves(x_LD, dtype):
         from lowvram_kernels.triton_norm import fused_triton
 
-        record("add_gated_norm_rows", f"{_name(dtype)}: triton")
-        return fused_triton(x_LD, y_LD, gate, gain, offset, eps, dtype, out)
-    record("add_gated_norm_rows", f"{_name(dtype)}: torch")
+        record("add_gated_norm_rows", f"{_name(dtype, group)}: triton")
+        return fused_triton(x_LD, y_LD, gate, gain, offset, eps, dtype, out, group)
+    record("add_gated_norm_rows", f"{_name(dtype, group)}: torch")
     residual = reference_add_gated(x_LD, y_LD, gate, out)
-    return (residual, *reference_norm_rows(residual, gain, offset, eps=eps, dtype=dtype))
+    return (residual, *reference_norm_rows(residual, gain, offset, eps=eps, dtype=dtype, group=group))
 
 
 def reference_norm_rows(
-    x_LD: Tensor, gain: Tensor, offset: Tensor, *, eps: float, dtype: torch.dtype
+    x_LD: Tensor, gain: Tensor, offset: Tensor, *, eps: float, dtype: torch.dtype, group: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     x = F.layer_norm(x_LD.to(torch.promote_types(x_LD.dtype, torch.float32)), x_LD.shape[1:], eps=eps)
     x = x * _rows_of(gain, len(x)) + _rows_of(offset, len(x))
-    return reference_rows(x, dtype) if dtype in QMAX else (x.to(dtype), None)
+    return reference_rows(x, dtype, group) if dtype in QMAX else (x.to(dtype), None)
 
 
 def reference_add_gated(x_LD: Tensor, y_LD: Tensor, gate: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -103,15 +106,18 @@ def _serves(x: Tensor, dtype: torch.dtype | None) -> bool:
     return dtype is not torch.float8_e4m3fn or has_fp8_units(x.device)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(dtype, str(dtype).removeprefix("torch."))
+def _name(dtype: torch.dtype, group: int) -> str:
+    return kind_name(dtype, group) if dtype in QMAX else str(dtype).removeprefix("torch.")
 
 
-def _check(x: Tensor, y: Tensor | None, *, dtype: torch.dtype = torch.float32, **vectors: Tensor | None) -> None:
+def _check(
+    x: Tensor, y: Tensor | None, *, dtype: torch.dtype = torch.float32, group: int = 1, **vectors: Tensor | None
+) -> None:
     if not dtype.is_floating_point and dtype is not torch.int8:
         raise TypeError(f"rows were to be rounded to {dtype}; known are int8, float8_e4m3fn and wider floating point")
     if x.ndim != 2 or (y is not None and y.shape != x.shape):
         raise ValueError(f"x {tuple(x.shape)}, y {None if y is None else tuple(y.shape)}: expected [L, D] for both")
+    check_group(group, x.shape[1], dtype)
     for name, vector in vectors.items():
         if vector is None:
             continue

@@ -1,7 +1,7 @@
 """Symmetric 8-bit quantization of each row (token): one scale a row, no zero point.
 
 Order of preference: one Triton pass on CUDA from sm_80 on (fp8 from sm_89 on), otherwise PyTorch. Both compute the
-same operations in float32, so that they agree bit by bit.
+same operations in float32, so that they agree bit by bit; where groups are rotated first, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.rotation import check_group, rotated
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -20,21 +21,25 @@ NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 FLOOR = 2.0**-100
 
 
-def quantize_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_MK: Tensor, dtype: torch.dtype, *, group: int = 1) -> tuple[Tensor, Tensor]:
     """Quantize [M, K] to ``dtype`` (int8 or float8_e4m3fn) with a float32 scale [M, 1] a row.
+
+    With ``group`` above 1 (int8 only) each group of so many neighbouring channels is rotated first, see ``rotation``:
+    for a weight that was rotated alike.
 
     ``x`` is about ``q * scale``, within scale / 2 (int8) or 2^-4 relative (fp8 e4m3, normal range). A row of zeros
     gets a tiny scale; a row with NaN or infinity gets one that is not finite, so the product shows it too.
 
     Raises:
         TypeError: ``dtype`` is none of the two.
-        ValueError: x is no matrix.
+        ValueError: x is no matrix, or K cannot be rotated in such groups.
     """
     if dtype not in QMAX:
         raise TypeError(f"rows were to be quantized to {dtype}; known are {sorted(map(str, QMAX))}")
     if x_MK.ndim != 2:
         raise ValueError(f"x is {tuple(x_MK.shape)}; expected rows [M, K]: flatten the leading dimensions first")
-    kind = NAMES[dtype]
+    check_group(group, x_MK.shape[1], dtype)
+    kind = kind_name(dtype, group)
     if (
         x_MK.is_cuda
         and x_MK.numel()
@@ -44,13 +49,18 @@ def quantize_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         from lowvram_kernels.triton_rows import quantize_rows_triton
 
         record("quantize_rows", f"{kind}: triton")
-        return quantize_rows_triton(x_MK, dtype)
+        return quantize_rows_triton(x_MK, dtype, group)
     record("quantize_rows", f"{kind}: torch")
-    return reference_rows(x_MK, dtype)
+    return reference_rows(x_MK, dtype, group)
 
 
-def reference_rows(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x32 = x_MK.float()
+def kind_name(dtype: torch.dtype, group: int) -> str:
+    """How the run's report calls rows of that dtype, rotated or not."""
+    return NAMES[dtype] + (f" rotated by {group}" if group > 1 else "")
+
+
+def reference_rows(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
+    x32 = rotated(x_MK.float(), group)
     if not x32.shape[1]:
         return x32.to(dtype), x32.new_full((len(x32), 1), FLOOR)
     scale = x32.abs().amax(dim=1, keepdim=True).clamp_min_(FLOOR).mul_(1 / QMAX[dtype])

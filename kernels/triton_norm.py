@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import QMAX
-from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, row_warps, to_8bit
+from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, rotate_groups, row_warps, to_8bit
 
 Tensor = torch.Tensor
 
@@ -37,6 +38,7 @@ def _fused_kernel(
     HAS_Y: tl.constexpr,
     HAS_GATE: tl.constexpr,
     MODE: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     token = tl.program_id(0)
@@ -59,6 +61,8 @@ def _fused_kernel(
         if MODE == FLOATING:
             tl.store(values + row * D + column, value.to(values.dtype.element_ty), mask=there)
         else:
+            if GROUP > 1:
+                value = rotate_groups(value, GROUP)
             row_scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 0), QMAX)
             tl.store(values + row * D + column, to_8bit(value * inverse, MODE == INT8), mask=there)
             tl.store(scale + row, row_scale)
@@ -73,6 +77,7 @@ def fused_triton(
     eps: float,
     dtype: torch.dtype | None,
     out: Tensor | None,
+    group: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(residual, values, scale); without ``y`` the residual is ``x``, without ``gain`` so are the values."""
     x_LD, y_LD = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x_LD, y_LD))
@@ -104,6 +109,7 @@ def fused_triton(
         HAS_Y=y_LD is not None,
         HAS_GATE=gate is not None,
         MODE=mode,
+        GROUP=group,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=row_warps(width),
         enable_fp_fusion=False,
@@ -117,17 +123,23 @@ def aot_cases(generation: int) -> list[Case]:
     types = {"x": "*fp32", "y": "*bf16", "gate": "*fp32", "gain": "*fp32", "offset": "*fp32", "residual": "*fp32"}
     types |= dict.fromkeys(("stride_x", "stride_y", "D", "gate_tokens", "gain_tokens", "offset_tokens"), "i32:16")
     types |= {"scale": "*fp32", "eps": "fp32"}
-    modes = {"": ("*fp32", 1.0, NOTHING), " norm bf16": ("*bf16", 1.0, FLOATING), " norm int8": ("*i8", 127.0, INT8)}
+    modes = {
+        "": ("*fp32", 1.0, NOTHING, 1),
+        " norm bf16": ("*bf16", 1.0, FLOATING, 1),
+        " norm int8": ("*i8", 127.0, INT8, 1),
+        " norm int8 rotated": ("*i8", 127.0, INT8, GROUP),
+    }
     if generation >= 89:
-        modes[" norm fp8"] = ("*fp8e4nv", 448.0, FP8)
+        modes[" norm fp8"] = ("*fp8e4nv", 448.0, FP8, 1)
     return [
         Case(
             name=f"add_gated{name}",
             kernel=_fused_kernel,
             types=types | {"values": values},
-            constants={"QMAX": qmax, "HAS_Y": True, "HAS_GATE": True, "MODE": mode.value, "BLOCK_D": 8192},
+            constants={"QMAX": qmax, "HAS_Y": True, "HAS_GATE": True, "MODE": mode.value, "GROUP": group}
+            | {"BLOCK_D": 8192},
             num_warps=row_warps(5120),
             fp_fusion=False,
         )
-        for name, (values, qmax, mode) in modes.items()
+        for name, (values, qmax, mode, group) in modes.items()
     ]

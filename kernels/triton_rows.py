@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import QMAX
 
 Tensor = torch.Tensor
@@ -39,11 +40,34 @@ def to_8bit(y, INT8: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows_kernel(x, q, scale, K, stride_xm, QMAX: tl.constexpr, INT8: tl.constexpr, BLOCK_K: tl.constexpr):
+def rotate_groups(value, GROUP: tl.constexpr):
+    """Each group of neighbours times a Hadamard matrix: one addition a value and doubling. A program that stores 8 bits
+    has 16 neighbours in a thread, so that the compiler moves no value."""
+    LENGTH: tl.constexpr = value.shape[0]
+    for bit in tl.static_range(GROUP.bit_length() - 1):
+        a, b = tl.split(tl.permute(tl.reshape(value, [LENGTH // (2 << bit), 2, 1 << bit]), (0, 2, 1)))
+        value = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [LENGTH])
+    return value * (GROUP**-0.5)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x,
+    q,
+    scale,
+    K,
+    stride_xm,
+    QMAX: tl.constexpr,
+    INT8: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
     value = tl.load(x + row * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
+    if GROUP > 1:
+        value = rotate_groups(value, GROUP)
     row_scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 0), QMAX)
     tl.store(q + row * K + columns, to_8bit(value * inverse, INT8), mask=inside)
     tl.store(scale + row, row_scale)
@@ -54,7 +78,7 @@ def row_warps(width: int) -> int:
     return min(16, max(1, triton.next_power_of_2(width) // 1024))
 
 
-def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
     """As ``rows.quantize_rows``, for at least one row and column."""
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     rows, width = x_MK.shape
@@ -68,6 +92,7 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         x_MK.stride(0),
         QMAX=QMAX[dtype],
         INT8=dtype is torch.int8,
+        GROUP=group,
         BLOCK_K=triton.next_power_of_2(width),
         num_warps=row_warps(width),
         enable_fp_fusion=False,  # a product fused with the rounding would round once where PyTorch rounds twice
@@ -78,16 +103,16 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 def aot_cases(generation: int) -> list[Case]:
     cases = []
     for width in (5120, 13824):
-        for int8 in (True, False) if generation >= 89 else (True,):
+        kinds = {"int8": (True, 1), "int8 rotated": (True, GROUP)} | ({"fp8": (False, 1)} if generation >= 89 else {})
+        for kind, (int8, group) in kinds.items():
             types = {"x": "*bf16", "q": "*i8" if int8 else "*fp8e4nv", "scale": "*fp32", "K": "i32:16"}
-            constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "BLOCK_K": triton.next_power_of_2(width)}
-            name = f"quantize_rows {'int8' if int8 else 'fp8'} {width}"
+            constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "GROUP": group}
             cases.append(
                 Case(
-                    name=name,
+                    name=f"quantize_rows {kind} {width}",
                     kernel=_quantize_rows_kernel,
                     types=types | {"stride_xm": "i32:16"},
-                    constants=constants,
+                    constants=constants | {"BLOCK_K": triton.next_power_of_2(width)},
                     num_warps=row_warps(width),
                     fp_fusion=False,
                 )

@@ -35,6 +35,10 @@ FILE = click.Path(path_type=Path)
 class ErrorsToExitCodes(click.Group):
     """Turns lowvram's errors into one line and an exit code."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)  # as they came, for ranks that are started with the same
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -47,7 +51,8 @@ class ErrorsToExitCodes(click.Group):
 
 
 def fail(message: str, code: int) -> None:
-    click.echo("lowvram: error: " + " ".join(message.split()), err=True)
+    if os.environ.get("LOWVRAM_STARTED") != "1":  # else the process that started this rank says it, once for all ranks
+        click.echo("lowvram: error: " + " ".join(message.split()), err=True)
     sys.exit(code)
 
 
@@ -64,7 +69,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def switch(name: str, default: bool, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def log_as(prefix: str) -> None:
+    """Begin every line of the log with who says it."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+
+
+def switch(name: str, default: bool | None, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A switch that may stand alone or with a value: ``--offload_model``, ``--offload_model True``."""
     return click.option(name, is_flag=False, flag_value="true", type=bool, default=default, help=text)
 
@@ -93,6 +104,7 @@ def main(verbose: bool) -> None:
 @click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone.")
 @click.option("--vae", type=PRECISIONS, help="Precision of the VAE alone.")
 @click.option("--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder.")
+@click.option("--rotate", is_flag=True, help="Rotate groups of 16 inputs of the DiT's int8 Linears against outliers.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out.")
 def convert(**options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
@@ -150,6 +162,22 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how several GPUs share the work."""
+    options: list[Callable[..., Any]] = [
+        click.option("--gpus", type=int, help="Start so many ranks here, one a GPU; torchrun starts them otherwise."),
+        click.option(
+            "--num-gpus-dit", type=int, help="GPUs for the DiT: stages x ulysses_size; default: all but VAE's."
+        ),
+        click.option("--ulysses-size", type=int, help="GPUs that share tokens and heads of a denoising step."),
+        switch("--enable-vae-parallel", None, "One GPU more decodes meanwhile; default: from 4 GPUs on."),
+        click.option("--port", type=int, help="Where --gpus lets ranks meet; default: any that is free."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command(context_settings=SETTINGS)
 @click.option("--model", type=FILE, required=True, help="Artifact that convert wrote.")
 @click.option("--image", type=FILE, required=True, help="Portrait: JPEG, PNG or WebP.")
@@ -160,25 +188,77 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors.")
 @click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@rank_options
 def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool, **options: Any) -> None:
-    """Make an avatar video from a portrait, a voice and a prompt."""
+    """Make an avatar video from a portrait, a voice and a prompt.
+
+    Several GPUs of this machine share the work with --gpus; torchrun starts ranks too, also on several machines.
+    """
     from lowvram.infer import Outputs
     from lowvram.infer import infer as run
+    from lowvram.parallel.seat import Seat
+    from lowvram_quantize.format import Artifact
 
-    outputs = Outputs(video=out, dump_tensors=dump_tensors, report=report)
+    outputs, request = Outputs(video=out, dump_tensors=dump_tensors, report=report), make_request(options)
+    seat = Seat.from_environ(os.environ)
+    layout = make_rank_options(options).layout(seat, Artifact.open(options["model"]), request.sample_steps)
+    if seat is not None and layout.world_size > 1:
+        infer_as_rank(seat, layout, request, outputs, quiet, options)
+        return
     outputs.check()
-    pipeline = open_pipeline(options.pop("model"), options)
-    run(pipeline, make_request(options), outputs, quiet=quiet)
+    if layout.world_size > 1:
+        start_ranks(layout, request, options)
+        return
+    run(open_pipeline(options["model"], options), request, outputs, quiet=quiet)
     click.echo(out)
 
 
-def open_pipeline(model: Path, options: dict[str, Any]) -> Any:
+def infer_as_rank(seat: Any, layout: Any, request: Any, outputs: Any, quiet: bool, options: dict[str, Any]) -> None:
+    """Be one of several ranks; the one that writes prints the video's name."""
+    from lowvram.infer import infer as run
+    from lowvram.parallel.options import check_for_ranks
+    from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
+
+    memory = memory_options(options)
+    check_for_ranks(layout, memory)
+    log_as(f"rank {seat.rank}: ")
+    with joined(seat, layout, options["device"]) as (team, device):
+        if team.role.media:
+            outputs.check()
+        pipeline = open_pipeline(options["model"], options | {"device": device}, team=team)
+        facts = facts_to_agree_on(pipeline.runtime.artifact, request, memory, layout, device, options["dtype"])
+        team.agree(facts)
+        share_weights(team, pipeline.runtime)
+        run(pipeline, request, outputs, quiet=quiet)
+    if team.role.media:
+        click.echo(outputs.video)
+
+
+def start_ranks(layout: Any, request: Any, options: dict[str, Any]) -> None:
+    """Everything that can be told beforehand is told here, once, before processes start."""
+    from lowvram.parallel.launch import launch
+    from lowvram.parallel.options import check_for_ranks, check_gpus
+    from lowvram.request import read_inputs
+
+    check_for_ranks(layout, memory_options(options))
+    check_gpus(options["device"], layout.world_size)
+    read_inputs(request)
+    launch(layout.world_size, click.get_current_context().meta["arguments"], port=options["port"] or 0)
+
+
+def make_rank_options(options: dict[str, Any]) -> Any:
+    from lowvram.parallel.options import RankOptions
+
+    return RankOptions(**{field.name: options[field.name] for field in dataclasses.fields(RankOptions)})
+
+
+def open_pipeline(model: Path, options: dict[str, Any], team: Any = None) -> Any:
     from lowvram.pipeline import AvatarPipeline
 
     memory = memory_options(options)
 
     names = ("device", "dtype", "verify")
-    return AvatarPipeline.from_artifact(model, memory=memory, **{name: options[name] for name in names})
+    return AvatarPipeline.from_artifact(model, memory=memory, team=team, **{name: options[name] for name in names})
 
 
 def memory_options(options: dict[str, Any]) -> Any:
@@ -295,7 +375,7 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     "--preset", type=click.Choice(["14b", "tiny"]), help="Published shapes, without an artifact; default: 14b."
 )
 @click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8.")
-@click.option("--vram", help='GPU memory to stay within, as "22.15GiB"; default: what the card has for us.')
+@click.option("--vram", help='GPU memory to stay within, of each card, as "22.15GiB"; default: what it has for us.')
 @click.option(
     "--ram", help='Host memory to stay within, as "64GiB"; default: all of it, or 64GiB for a card elsewhere.'
 )
@@ -303,6 +383,10 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
 @click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on.")
 @click.option("--sample-steps", type=int, default=4, help="Denoising steps a block.")
 @click.option("--gpu", default="auto", help="rtx4090, h100, ...; auto measures the card at hand once.")
+@click.option("--gpus", type=int, help="So many GPUs of one machine share the work; shows each rank and all layouts.")
+@click.option("--num-gpus-dit", type=int, help="With --gpus: how many of them denoise.")
+@click.option("--ulysses-size", type=int, help="With --gpus: how many share the tokens of a step, and its heads.")
+@switch("--enable-vae-parallel", None, "With --gpus: one more encodes and decodes; default: from 4 GPUs on.")
 @click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink.")
 @click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps.")
 @switch("--offload-model", False, "Keep all of the DiT's layers on the host.")
@@ -316,31 +400,58 @@ def plan(
 
     Exits with 1 where it does not fit.
     """
-    from lowvram.dry_run import dry_run as run_dry
-    from lowvram.planning.command import PlanOptions, plan_for
-    from lowvram.planning.planner import DoesNotFit
-    from lowvram.planning.table import print_plan, to_json
+    from lowvram.planning.command import PlanOptions
     from lowvram_quantize.phantom import write_phantom
 
+    asked = PlanOptions(**options)
+    if dry and asked.gpus is not None:
+        raise click.UsageError("--dry-run runs the plan of one GPU; leave it out, or --gpus")
     if model is not None and (preset or precision):
         raise click.UsageError(
             "--preset and --precision stand for a model that is not here: with --model leave them out"
         )
     with tempfile.TemporaryDirectory(prefix="lowvram-plan-") as folder:
         path = model or write_phantom(Path(folder) / "preset", preset=preset or "14b", precision=precision or "int8")
-        try:
-            result = plan_for(path, PlanOptions(**options))
-            simulated = run_dry(path, result) if dry else None
-        except DoesNotFit as refused:
-            if not as_json:
-                raise
-            click.echo(json.dumps(to_json(refused.plan) | {"refused": str(refused)}, indent=1))
-            sys.exit(1)
+        if asked.gpus is None:
+            plan_one(path, asked, dry=dry, as_json=as_json)
+        else:
+            plan_several(path, asked, as_json=as_json)
+
+
+def plan_one(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
+    """``plan`` for one GPU."""
+    from lowvram.dry_run import dry_run as run_dry
+    from lowvram.planning.command import plan_for
+    from lowvram.planning.planner import DoesNotFit
+    from lowvram.planning.table import print_plan, to_json
+
+    try:
+        result = plan_for(path, options)
+        simulated = run_dry(path, result) if dry else None
+    except DoesNotFit as refused:
+        if not as_json:
+            raise
+        click.echo(json.dumps(to_json(refused.plan) | {"refused": str(refused)}, indent=1))
+        sys.exit(1)
     if as_json:
         extra = {"dry_run": dataclasses.asdict(simulated)} if simulated else {}
         click.echo(json.dumps(to_json(result) | extra, indent=1))
     else:
         print_plan(result, Console(), simulated)
+
+
+def plan_several(path: Path, options: Any, *, as_json: bool) -> None:
+    """``plan`` for ranks that share the work."""
+    from lowvram.planning.command import plan_team_for
+    from lowvram.planning.team_table import compared_to_json, print_team
+
+    compared = plan_team_for(path, options)
+    if not as_json:
+        print_team(compared, Console())
+        return
+    click.echo(json.dumps(compared_to_json(compared), indent=1))
+    if compared.team is None:
+        sys.exit(1)
 
 
 @main.command(context_settings=SETTINGS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from lowvram_kernels.chips import has_fp8_units
+from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.ring_codec import KVBlock
@@ -19,6 +20,13 @@ from lowvram_models.rope import Rope
 Tensor = torch.Tensor
 Rows = Sequence[Tensor | None]
 """Activations [L, D] in the dtype to compute in and None, or in 8 bit and their scale a row."""
+
+
+class Wanted(TypedDict):
+    """What a layer wants its input in: 8 bit where it multiplies in 8 bit, in groups rotated as its weight's were."""
+
+    dtype: torch.dtype
+    group: int
 
 
 class FusedBlock(nn.Module):
@@ -38,6 +46,7 @@ class FusedBlock(nn.Module):
             block.cross_attn,
             block.ffn,
         )
+        _check_shared_input(self.self_attn.q, self.self_attn.k, self.self_attn.v)
         fold_gelu(self.ffn)
 
     def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
@@ -46,20 +55,20 @@ class FusedBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + inputs.time.blocks).unbind(0)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
-        h = norm_rows(x_LD, 1 + scale1, shift1, eps=eps, dtype=_rows_dtype(mine.q, dtype))
+        h = norm_rows(x_LD, 1 + scale1, shift1, eps=eps, **_wanted(mine.q, dtype))
         q, k, v = (_linear(layer, h, dtype) for layer in (mine.q, mine.k, mine.v))
         del h
         keys = ProjectedKeys(mine.norm_k, k)
         y = mine.o(memory.attend(mine.norm_q(q, inputs.rope), keys, mine.split(v), inputs.rope).flatten(-2))
         del q, k, v, keys
         gain, offset = self.norm3.weight.float(), self.norm3.bias.float()
-        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, dtype=_rows_dtype(text.q, dtype))
+        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **_wanted(text.q, dtype))
         del y
         q = _linear(text.q, h, dtype)
         del h
         y = text.attend(q, inputs.text)
         del q
-        x, *h = add_gated_norm_rows(x, y, None, 1 + scale2, shift2, eps=eps, dtype=_rows_dtype(wide, dtype), out=x)
+        x, *h = add_gated_norm_rows(x, y, None, 1 + scale2, shift2, eps=eps, **_wanted(wide, dtype), out=x)
         del y
         hidden = self.ffn[1](_linear(wide, h, dtype))
         del h
@@ -83,12 +92,22 @@ class ProjectedKeys:
         self._norm.encode(self._k_LD, rope, v_LNH, out)
 
 
-def _rows_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """What a layer wants its input in: 8 bit where it multiplies in 8 bit, else ``dtype``."""
+def _wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:
+    """``dtype`` where the layer does not multiply in 8 bit."""
     if not isinstance(layer, QuantizedLinear):
-        return dtype
+        return Wanted(dtype=dtype, group=1)
     computes = layer.weight.dtype is torch.int8 or has_fp8_units(layer.weight.device)
-    return layer.weight.dtype if computes else dtype
+    return Wanted(dtype=layer.weight.dtype if computes else dtype, group=layer.group)
+
+
+def _check_shared_input(*layers: nn.Module) -> None:
+    """Rows are quantized once for all of them, so that their weights have to be rotated alike."""
+    groups = [layer.group if isinstance(layer, QuantizedLinear) else 1 for layer in layers]
+    if len(set(groups)) > 1:
+        raise CheckpointError(
+            f"q, k and v of one block have their inputs rotated in groups of {groups}; expected the same for all "
+            "three: convert the checkpoint again"
+        )
 
 
 def _linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -57,9 +57,16 @@ def swap_quantized(model: nn.Module, component: Component) -> None:
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Linear):
-            swap_linear(model, path, dtype)
+            _swap_linear(model, path, dtype, component.tensor_group(name))
         else:
             swap_conv(layer, dtype)
+
+
+def _swap_linear(model: nn.Module, path: str, dtype: torch.dtype, group: int) -> None:
+    try:
+        swap_linear(model, path, dtype, group=group)
+    except ValueError as error:
+        raise CheckpointError(f"the artifact's {path} cannot be used: {error}; convert it again") from error
 
 
 def bind(model: nn.Module, views: dict[str, Tensor], dtype: torch.dtype) -> None:

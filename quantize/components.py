@@ -16,7 +16,7 @@ from lowvram_models.names import SHARED, START, dit_slab, umt5_name, umt5_slab, 
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
 from lowvram_quantize.lora import Lora, open_lora
-from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme
+from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme, with_rotation
 from lowvram_quantize.source import (
     TEXT_ENCODER_FILE,
     VAE_FILE,
@@ -55,12 +55,16 @@ class Plan:
     lora: Lora | None = None
 
     @property
+    def rotated(self) -> bool:
+        return any(item.scheme.group > 1 for item in self.items)
+
+    @property
     def source_files(self) -> list[Path]:
         files = {item.ref.file for item in self.items} | ({self.lora.file} if self.lora else set())
         return sorted(files)
 
 
-def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float) -> Plan:
+def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float, *, rotate: bool = False) -> Plan:
     config_file = base / "config.json"
     values = read_json(config_file)
     try:
@@ -71,7 +75,7 @@ def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float) -
     check_shapes(table, dit_shapes(config), f"the DiT in {base}")
     merged = open_lora(lora, lora_alpha, table) if lora else None
     sources = table | (merged.replaced if merged else {})
-    return Plan("dit", precision, values, dit_items(config, sources, precision), merged)
+    return Plan("dit", precision, values, dit_items(config, sources, precision, rotate=rotate), merged)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:
@@ -80,12 +84,13 @@ def dit_shapes(config: DiTConfig) -> Shapes:
         return _shapes(CausalDiT(config))
 
 
-def dit_items(config: DiTConfig, sources: TensorTable, precision: str) -> list[Item]:
+def dit_items(config: DiTConfig, sources: TensorTable, precision: str, *, rotate: bool = False) -> list[Item]:
     """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer."""
-    items = [
-        Item(name, sources[name], dit_scheme(name, precision), dit_slab(name, config.audio_inject_layers))
-        for name in dit_shapes(config)
-    ]
+    items = []
+    for name, shape in dit_shapes(config).items():
+        scheme = dit_scheme(name, precision)
+        scheme = with_rotation(scheme, shape) if rotate else scheme
+        items.append(Item(name, sources[name], scheme, dit_slab(name, config.audio_inject_layers)))
     order = {START: -2, SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
     return sorted(items, key=lambda item: order[item.slab])
 

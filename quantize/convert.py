@@ -17,7 +17,16 @@ from typing import Any
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER, copy_audio_encoder, copy_tokenizer
-from lowvram_quantize.format import FORMAT, FORMAT_VERSION, MANIFEST, Slab, TensorSpec, plan_slabs, sha256_file
+from lowvram_quantize.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    ROTATED_VERSION,
+    Slab,
+    TensorSpec,
+    plan_slabs,
+    sha256_file,
+)
 from lowvram_quantize.format import sha256_range as sha256_range
 from lowvram_quantize.source import find_base
 from lowvram_quantize.store import stored_specs, write_item
@@ -57,6 +66,7 @@ def convert(
     text_encoder: str | None = None,
     lora: str | Path | None = None,
     lora_alpha: float = 64.0,
+    rotate: bool = False,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -72,13 +82,15 @@ def convert(
         precision: int8, fp8, bf16 or fp32, for every component not set apart by ``dit``, ``vae`` or
             ``text_encoder`` (which also takes nf4).
         lora: LiveAvatar's safetensors, merged in float32 as ``W += lora_alpha / r * B @ A`` before quantizing.
+        rotate: turn groups of 16 input channels of the DiT's int8 Linears by a Hadamard matrix before quantizing, which
+            outliers then disturb less; the runtime turns activations alike, see ``lowvram_kernels.rotation``.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.
 
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
-        ConfigError: an unknown precision or component, or ``out`` exists.
+        ConfigError: an unknown precision or component, ``rotate`` with nothing to rotate, or ``out`` exists.
         InputError: the folder of ``out`` does not exist.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
@@ -86,7 +98,7 @@ def convert(
     chosen = _precisions(precision, dit, vae, text_encoder)
     _check_components(wanted)
     check_target(out, overwrite=overwrite)
-    plans = _plans(base, wanted, chosen, Path(lora) if lora else None, lora_alpha)
+    plans = _plans(base, wanted, chosen, Path(lora) if lora else None, lora_alpha, rotate)
     partial = out.with_name(out.name + ".partial")
     with disk_errors(partial, 0):
         partial.mkdir(exist_ok=True)
@@ -134,8 +146,16 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{out} holds a finished artifact; choose another name, or replace it with --overwrite")
 
 
-def _plans(base: Path, wanted: tuple[str, ...], chosen: dict[str, str], lora: Path | None, alpha: float) -> list[Plan]:
-    plans = [plan_dit(base, chosen["dit"], lora, alpha)] if "dit" in wanted else []
+def _plans(
+    base: Path, wanted: tuple[str, ...], chosen: dict[str, str], lora: Path | None, alpha: float, rotate: bool
+) -> list[Plan]:
+    plans = [plan_dit(base, chosen["dit"], lora, alpha, rotate=rotate)] if "dit" in wanted else []
+    if rotate and not any(plan.rotated for plan in plans):
+        dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
+        raise ConfigError(
+            f"--rotate was given for an artifact {dit}; expected a DiT in int8 with Linears of an even width, whose "
+            "inputs it rotates: leave it out, or convert the DiT to int8"
+        )
     return plans + [plan(base, chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
 
 
@@ -200,6 +220,8 @@ def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, A
     facts: dict[str, dict[str, Any]] = {}
     for item in plan.items:
         facts[item.name] = {"scheme": item.scheme.name}
+        if item.scheme.group > 1:
+            facts[item.name]["rotated_group"] = item.scheme.group
         if item.name in errors:
             facts[item.name]["relative_error"] = errors[item.name]
     return facts
@@ -208,7 +230,9 @@ def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, A
 def _fingerprint(plan: Plan) -> str:
     """Everything that decides a component's bytes, short of reading them."""
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
-    schemes = [[item.name, item.scheme.name, str(item.ref.dtype), item.ref.shape] for item in plan.items]
+    schemes = [
+        [item.name, item.scheme.name, item.scheme.group, str(item.ref.dtype), item.ref.shape] for item in plan.items
+    ]
     lora = [plan.lora.alpha, sorted(plan.lora.deltas)] if plan.lora else None
     text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, lora, _versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -236,7 +260,7 @@ def _manifest(
 ) -> dict[str, Any]:
     lora = next((plan.lora for plan in plans if plan.lora), None)
     return {
-        **origin(),
+        **origin(rotated=any(plan.rotated for plan in plans)),
         "components": facts,
         "files": files,
         "sources": [
@@ -247,11 +271,11 @@ def _manifest(
     }
 
 
-def origin() -> dict[str, Any]:
-    """The manifest's first fields: format and the versions of what writes it."""
+def origin(*, rotated: bool = False) -> dict[str, Any]:
+    """The manifest's first fields: format (of another version with ``rotated`` weights) and what writes it."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": ROTATED_VERSION if rotated else FORMAT_VERSION,
         "lowvram": version("lowvram"),
         "libraries": _versions(),
     }

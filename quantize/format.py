@@ -28,6 +28,8 @@ Tensor = torch.Tensor
 
 FORMAT = "lowvram-artifact"
 FORMAT_VERSION = 1
+# Of an artifact with rotated weights: a program that reads version 1 alone would multiply them with unrotated inputs.
+ROTATED_VERSION = 2
 MANIFEST = "manifest.json"
 SLAB_ALIGNMENT = 4096
 TENSOR_ALIGNMENT = 16
@@ -216,6 +218,10 @@ class Component:
         """Scheme of a tensor: "int8", "fp8", "int8_weight_only", ..., or the dtype it is kept in."""
         return str(self.facts["tensors"].get(name, {}).get("scheme", "kept"))
 
+    def tensor_group(self, name: str) -> int:
+        """How many neighbouring input channels of a weight were rotated together before it was quantized; 1: none."""
+        return int(self.facts["tensors"].get(name, {}).get("rotated_group", 1))
+
     def read_slab(self, slab: str, out: Tensor | None = None) -> Tensor:
         """A slab as uint8 [nbytes]: mapped from the file, or copied to ``out`` (on any device) if that is given."""
         found = self._slab(slab)
@@ -348,10 +354,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}; convert again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} does not say format {FORMAT!r}; make an artifact with lowvram convert")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, ROTATED_VERSION):
         raise CheckpointError(
-            f"{file} has format version {manifest.get('format_version')!r}; this lowvram reads {FORMAT_VERSION}: "
-            "convert again, or use the lowvram that wrote it"
+            f"{file} has format version {manifest.get('format_version')!r}; this lowvram reads {FORMAT_VERSION} and "
+            f"{ROTATED_VERSION}: convert again, or use the lowvram that wrote it"
         )
     check_manifest(file, manifest)
     return manifest

@@ -12,7 +12,8 @@ from lowvram_quantize.format import Artifact, Component
 
 def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
-    slabs and relative weight errors (norm; the worst and the mean of a slab's quantized tensors).
+    slabs, rotated groups (channels in a group -> weights) and relative weight errors (norm; the worst and the mean of a
+    slab's quantized tensors).
 
     Args:
         path: the artifact's folder.
@@ -48,11 +49,18 @@ def _component(component: Component) -> dict[str, Any]:
         "bytes": component.path.stat().st_size,
         "tensors": len(facts["tensors"]),
         "schemes": dict(Counter(t["scheme"] for t in facts["tensors"].values())),
+        "rotated_groups": {str(group): count for group, count in sorted(_groups(component).items(), reverse=True)},
         "config": component.config,
         "relative_error": _worst(errors),
         "slabs": [_slab(component, name, errors) for name in component.slab_names],
         "relative_errors": errors,
     }
+
+
+def _groups(component: Component) -> Counter[int]:
+    """How many weights have groups of so many input channels rotated."""
+    groups = (component.tensor_group(name) for name in component.facts["tensors"])
+    return Counter(group for group in groups if group > 1)
 
 
 def _slab(component: Component, slab: str, errors: dict[str, float]) -> dict[str, Any]:
@@ -104,6 +112,8 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
         f"{name}: {component['precision']}, {component['file']}, {_size(component['bytes'])}, "
         f"{component['tensors']} tensors ({schemes})"
     ]
+    groups = component["rotated_groups"].items()
+    lines += [f"  inputs of {count} weights rotated in groups of {group} channels" for group, count in groups]
     return lines + [
         f"  {slab['name']:<44}{_size(slab['bytes']):>12}{_error_text(slab['relative_error'])}"
         for slab in component["slabs"]

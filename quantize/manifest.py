@@ -23,9 +23,24 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 def check_manifest(file: Path, manifest: Any) -> None:
     """Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it."""
     _check_part(file, "manifest", manifest)
+    for component in manifest["components"].values():
+        _check_rotation(file, component["tensors"])
     for part in ("lora", "phantom"):
         if manifest.get(part) is not None:
             _check_part(file, part, manifest[part])
+
+
+def _check_rotation(file: Path, tensors: dict[str, dict[str, Any]]) -> None:
+    """Nothing but the inputs of W8A8 INT8 weights is rotated at run time."""
+    for name, facts in tensors.items():
+        if "rotated_group" not in facts:
+            continue
+        group = facts["rotated_group"]
+        if type(group) is not int or group < 2 or facts["scheme"] != "int8":
+            raise CheckpointError(
+                f"{file} is damaged: {name} ({facts['scheme']}) would be rotated in groups of {group!r}; expected "
+                "groups of 2 and more, in int8: convert again"
+            )
 
 
 def _check_part(file: Path, kind: str, value: Any) -> None:

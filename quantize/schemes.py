@@ -1,7 +1,8 @@
 """How each tensor is stored: the one table of what is quantized and why, and the arithmetic of it.
 
 INT8 is symmetric per output channel (a row of the weight, everything behind dimension 0 flattened): scale = amax / 127,
-values -127..127. FP8 is e4m3 per output channel: scale = amax / 448.
+values -127..127. FP8 is e4m3 per output channel: scale = amax / 448. Where it is asked for, groups of neighbouring
+input channels of the W8A8 INT8 weights are rotated in float32 before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rotation import largest_group
 from lowvram_kernels.rows import QMAX
 
 Tensor = torch.Tensor
@@ -47,11 +49,13 @@ _WEIGHT_ONLY = re.compile(r"frame_packer\.proj_[24]x\.weight")
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """How one tensor is stored. ``kind``: "kept", "rows" (8 bit a row with a scale), "quanto" (the same under
-    optimum-quanto's names) or "nf4"."""
+    optimum-quanto's names) or "nf4". ``group``: so many input channels each are rotated together before; 1: none are;
+    see ``lowvram_kernels.rotation``."""
 
     name: str
     kind: str
     dtype: torch.dtype
+    group: int = 1
 
 
 def dit_scheme(name: str, precision: str) -> Scheme:
@@ -62,6 +66,14 @@ def dit_scheme(name: str, precision: str) -> Scheme:
     if _WEIGHT_ONLY.fullmatch(name):
         return Scheme(f"{precision}_weight_only", "rows", EIGHT_BIT[precision])
     return Scheme("bf16", "kept", torch.bfloat16)
+
+
+def with_rotation(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
+    """The same with rotated groups where it is W8A8 INT8: of 16 input channels, or of the largest smaller power of two
+    that divides them (none where they are odd)."""
+    if scheme != Scheme("int8", "rows", torch.int8):
+        return scheme
+    return dataclasses.replace(scheme, group=largest_group(shape[-1]))
 
 
 def vae_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:

@@ -1,4 +1,4 @@
-"""One tensor from its source into the artifact: read a few rows, merge the LoRA, quantize, write."""
+"""One tensor from its source into the artifact: read a few rows, merge the LoRA, rotate, quantize, write."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from lowvram_kernels.rotation import rotated
 from lowvram_quantize.components import Item
 from lowvram_quantize.format import TensorSpec
 from lowvram_quantize.lora import Delta
@@ -74,6 +75,8 @@ def _write_rows(item: Item, delta: Delta | None, write: Write, data: str, scale:
     row = done = 0
     off = size = 0.0
     for chunk in _chunks(item, delta, float32=True):
+        # The error of a rotated weight is that of the weight turned back: a rotation keeps norms.
+        chunk = rotated(chunk, item.scheme.group)
         q, scales[row : row + len(chunk)], chunk_off, chunk_size = quantize_chunk(chunk, item.scheme.dtype, item.name)
         write(data, done, q)
         row, done = row + len(chunk), done + q.numel()

@@ -43,6 +43,14 @@ def test_products_run_on_the_tensor_cores_in_eight_bits(usages, generation, pref
         assert not [name for name in found if "fp8" in name]
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_rotating_groups_moves_nothing_through_shared_memory(usages, generation):
+    found = usages[generation]
+    pairs = {name: name.replace(" rotated", "") for name in found if "rotated" in name}
+    assert len(pairs) == 3
+    assert all(found[name].shared_bytes == found[plain].shared_bytes for name, plain in pairs.items())
+
+
 def test_a_tile_too_large_is_seen(usages):
     from lowvram_kernels.triton_linear import Tile, aot_case
 

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import ast
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lowvram_kernels import chips
+from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.linear import linear_w8a8
+from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.trace import trace_kernels
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,6 +40,7 @@ def _forget():
 
 def pretend(monkeypatch, capability, triton=True):
     chips._capability.cache_clear()
+    monkeypatch.delenv("LOWVRAM_TRITON", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
     monkeypatch.setattr(chips, "has_triton", lambda: triton)
@@ -77,3 +84,52 @@ def test_a_card_without_triton_is_reported_once(monkeypatch, caplog, capability,
         assert not chips.triton_serves(CUDA)
         assert not chips.triton_serves(CUDA)
     assert [word in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_triton_can_be_switched_off(monkeypatch, caplog):
+    pretend(monkeypatch, (8, 9))
+    for value, serves in (("1", True), ("", True), ("0", False), ("0", False)):
+        monkeypatch.setenv("LOWVRAM_TRITON", value)
+        with caplog.at_level(logging.WARNING):
+            assert chips.triton_serves(CUDA) is serves
+    assert ["LOWVRAM_TRITON=0" in record.getMessage() for record in caplog.records] == [True]
+    assert chips.has_fp8_units(CUDA)
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
+def test_another_value_of_the_switch_is_refused(monkeypatch, device):
+    pretend(monkeypatch, (8, 9))
+    monkeypatch.setenv("LOWVRAM_TRITON", "off")
+    with pytest.raises(ConfigError, match=r"LOWVRAM_TRITON is 'off'; expected 0 .* or 1"):
+        chips.triton_serves(device)
+
+
+def functions_that_import_triton() -> dict[str, set[str]]:
+    """Functions of the dispatchers that import a Triton kernel, with the names that each calls."""
+    folder = Path(chips.__file__).parent
+    found = {}
+    for path in folder.glob("[!t]*.py"):
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            inside = list(ast.walk(function))
+            modules = [node.module or "" for node in inside if isinstance(node, ast.ImportFrom)]
+            if any(module.startswith("lowvram_kernels.triton_") for module in modules):
+                calls = (node.func for node in inside if isinstance(node, ast.Call))
+                found[f"{path.stem}.{function.name}"] = {call.id for call in calls if isinstance(call, ast.Name)}
+    return found
+
+
+def test_every_dispatcher_asks_before_it_takes_a_triton_kernel():
+    found = functions_that_import_triton()
+    assert {"rows.quantize_rows", "norm.norm_rows", "linear._product", "ring_attention.ring_attention"} <= set(found)
+    assert [name for name, calls in found.items() if not calls & {"triton_serves", "_serves"}] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_switched_off_the_torch_kernels_run_and_are_named(monkeypatch):
+    monkeypatch.setenv("LOWVRAM_TRITON", "0")
+    x = torch.randn(8, 32, device="cuda")
+    with trace_kernels() as counts:
+        q, scale = quantize_rows(x, torch.int8, group=16)
+        linear_w8a8(x, q, scale[:, 0].contiguous(), None, group=16)
+    assert {name for _, name in counts} == {"int8 rotated by 16: torch", "int8: torch._int_mm"}

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lowvram_kernels.linear import fp8_weight_only, linear_q8, linear_w8a8, reference_w8a8
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels
 
@@ -133,3 +134,27 @@ def test_kernel_meets_reference_on_a_gpu(shape, dtype):
     out = linear_w8a8(x.cuda().bfloat16(), q.cuda(), scale.cuda(), bias.cuda())
     expected = reference_w8a8(x.bfloat16(), q, scale, bias)
     assert (out.cpu().double() - expected).norm() / expected.norm() < 1e-2
+
+
+def outliers(group: int) -> tuple[float, float]:
+    """Errors of a product whose input has one channel 40 times as large: against float64, and of the kernel alone."""
+    x, w, *_ = make((64, 256, 96), torch.int8)
+    x[:, 77] *= 40
+    w[:, 77] /= 40
+    q, scale = quantize_rows(rotated(w, group), torch.int8)
+    out = linear_w8a8(x, q, scale[:, 0], None, group=group).double()
+    exact, expected = x.double() @ w.double().t(), reference_w8a8(x, q, scale[:, 0], None, group=group)
+    return ((out - exact).norm() / exact.norm()).item(), ((out - expected).norm() / expected.norm()).item()
+
+
+def test_rotated_weights_and_inputs_give_the_product_with_less_of_an_outliers_error():
+    plain, turned = outliers(1), outliers(16)
+    assert 0.001 < turned[0] < 0.6 * plain[0] < 0.6
+    assert max(plain[1], turned[1]) < 1e-5
+
+
+def test_a_group_that_does_not_fit_is_refused():
+    for dtype, message in ((torch.int8, "divides 24"), (torch.float8_e4m3fn, "int8 rows only")):
+        x, _, q, scale, bias = make((4, 24 if dtype is torch.int8 else 32, 8), dtype)
+        with pytest.raises(ValueError, match=message):
+            linear_w8a8(x, q, scale, bias, group=16)

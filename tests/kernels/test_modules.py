@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lowvram_kernels.modules import QuantizedLinear, dequantize_weight, fold_gelu, swap_conv, swap_linear
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import quantize_rows
 
 
@@ -96,3 +97,22 @@ def test_rows_quantized_before_give_the_same(gelu):
     layers, x = quantized_sequence("tanh"), torch.randn(5, 8)
     layers[0].gelu = gelu
     assert torch.equal(layers[0].forward_quantized(*quantize_rows(x, torch.int8), x.dtype), layers[0](x))
+
+
+def test_a_layer_rotates_its_inputs_as_its_weight_was():
+    plain, x = nn.Linear(32, 6), torch.randn(5, 32)
+    x[:, 3] *= 30
+    model = nn.Sequential(plain)
+    swap_linear(model, "0", torch.int8, group=16)
+    q, scale = quantize_rows(rotated(plain.weight.detach(), 16), torch.int8)
+    model[0].weight.data, model[0].weight_scale.data, model[0].bias.data = q, scale[:, 0], plain.bias.detach()
+    out = model(x)
+    assert (out - plain(x)).norm() / plain(x).norm() < 0.02
+    assert torch.equal(model[0].forward_quantized(*quantize_rows(x, torch.int8, group=16), x.dtype), out)
+    assert "rotated by 16" in repr(model[0])
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(24, torch.int8), (32, torch.float8_e4m3fn)])
+def test_a_layer_that_cannot_be_rotated_is_refused(width, dtype):
+    with pytest.raises(ValueError, match="groups of 16"):
+        QuantizedLinear(width, 4, bias=False, dtype=dtype, group=16)

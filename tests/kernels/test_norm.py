@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.trace import trace_kernels
 
 L, D, EPS = 6, 40, 1e-6
@@ -36,6 +37,13 @@ def test_quantized_norm_against_float64(dtype, bound):
     assert 0 < (values.double() * scale - exact).norm() / exact.norm() < bound
 
 
+def test_rotated_norm_against_float64():
+    x, gain, offset = torch.randn(L, 48), torch.randn(48), torch.randn(48)
+    values, scale = norm_rows(x, gain, offset, eps=EPS, dtype=torch.int8, group=16)
+    exact = rotated(exact_norm(x, gain, offset), 16)
+    assert ((values.double() * scale - exact).abs() <= 0.501 * scale).all()
+
+
 @pytest.mark.parametrize("gate", [None, torch.randn(D), torch.randn(2, D)])
 def test_gate_and_residual(gate):
     x, y = torch.randn(L, D), torch.randn(L, D).bfloat16()
@@ -46,15 +54,17 @@ def test_gate_and_residual(gate):
     assert torch.equal(x, expected)
 
 
-def test_both_are_one_after_the_other():
+@pytest.mark.parametrize(("group", "kernel"), [(1, "int8: torch"), (8, "int8 rotated by 8: torch")])
+def test_both_are_one_after_the_other(group, kernel):
     x, y, gate, gain, offset = torch.randn(L, D), torch.randn(L, D), torch.randn(D), torch.randn(D), torch.randn(D)
+    wanted = {"eps": EPS, "dtype": torch.int8, "group": group}
     with trace_kernels() as counts:
-        residual, values, scale = add_gated_norm_rows(x, y, gate, gain, offset, eps=EPS, dtype=torch.int8)
-    expected, expected_scale = norm_rows(add_gated(x, y, gate), gain, offset, eps=EPS, dtype=torch.int8)
+        residual, values, scale = add_gated_norm_rows(x, y, gate, gain, offset, **wanted)
+    expected, expected_scale = norm_rows(add_gated(x, y, gate), gain, offset, **wanted)
     assert torch.equal(residual, add_gated(x, y, gate))
     assert torch.equal(values, expected)
     assert torch.equal(scale, expected_scale)
-    assert counts == {("add_gated_norm_rows", "int8: torch"): 1}
+    assert counts == {("add_gated_norm_rows", kernel): 1}
 
 
 def test_no_rows():
@@ -72,5 +82,9 @@ def test_bad_operands_are_refused():
         norm_rows(x, gain, torch.ones(4, D), eps=EPS, dtype=torch.int8)
     with pytest.raises(ValueError, match="for both"):
         add_gated(x, x[:3], None)
+    with pytest.raises(ValueError, match="divides 40"):
+        norm_rows(x, gain, gain, eps=EPS, dtype=torch.int8, group=16)
+    with pytest.raises(ValueError, match="int8 rows only"):
+        norm_rows(x, gain, gain, eps=EPS, dtype=torch.bfloat16, group=8)
     with pytest.raises(TypeError, match="known are"):
         norm_rows(x, gain, gain, eps=EPS, dtype=torch.int16)

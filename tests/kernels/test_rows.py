@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import QMAX, quantize_rows
+from lowvram_kernels.trace import trace_kernels
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.int8, 0.5), (torch.float8_e4m3fn, 16.0)])
@@ -27,3 +29,41 @@ def test_zero_row_stays_zero():
 def test_unknown_dtype_is_refused():
     with pytest.raises(TypeError, match="known are"):
         quantize_rows(torch.ones(1, 1), torch.int16)
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (7, 80), (2, 4, 32)])
+def test_rotated_rows_against_float64(shape):
+    x = torch.randn(shape).flatten(0, -2)
+    q, scale = quantize_rows(x, torch.int8, group=16)
+    exact = rotated(x.double(), 16)
+    assert ((q.double() * scale - exact).abs() <= 0.5001 * scale).all()
+    assert torch.equal(q.abs().amax(1), torch.full((len(x),), 127, dtype=torch.int8))
+
+
+def test_rotation_spreads_a_large_channel():
+    x = torch.randn(40, 64)
+    x[:, 5] *= 50
+    errors = []
+    for group in (1, 16):
+        q, scale = quantize_rows(x, torch.int8, group=group)
+        errors.append((rotated(q * scale, group) - x)[:, 6:].norm().item())
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_rotation_is_told_and_refused_where_it_cannot_be():
+    with trace_kernels() as counts:
+        quantize_rows(torch.randn(2, 32), torch.int8, group=16)
+    assert counts == {("quantize_rows", "int8 rotated by 16: torch"): 1}
+    assert quantize_rows(torch.empty(0, 32), torch.int8, group=16)[0].shape == (0, 32)
+    with pytest.raises(ValueError, match="divides 24"):
+        quantize_rows(torch.randn(2, 24), torch.int8, group=16)
+    with pytest.raises(ValueError, match="int8 rows only"):
+        quantize_rows(torch.randn(2, 32), torch.float8_e4m3fn, group=16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_rotated_row_that_is_not_finite_shows(value):
+    x = torch.randn(3, 32)
+    x[1, 4] = value
+    _, scale = quantize_rows(x, torch.int8, group=16)
+    assert scale.isfinite().flatten().tolist() == [True, False, True]

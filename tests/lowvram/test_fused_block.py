@@ -14,16 +14,19 @@ from lowvram.fused_block import FusedBlock, ProjectedKeys, fuse
 from lowvram.kv_format import kv_format
 from lowvram.pipeline import AvatarPipeline
 from lowvram.rings import RingMemory, Rings, RingShape, Sink
+from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, NormRope, QuantizedLinear, swap_linear
 from lowvram_kernels.ring_attention import reference_ring_attention, ring_and_sink_attention, ring_attention
 from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, rotate_block
 from lowvram_kernels.rope import rotate
+from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels
 from lowvram_models.attention import CrossAttention, HeadNorm
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope, apply_rope
+from lowvram_quantize.convert import convert
 
 HEADS, HEAD_DIM, TOKENS, SINK_TOKENS = 4, 12, 18, 7
 CONFIG = DiTConfig(
@@ -42,8 +45,8 @@ def random_rope(tokens: int, seed: int = 1) -> Rope:
     return Rope(angle.cos(), angle.sin())
 
 
-def model(dtype: torch.dtype = torch.float32) -> CausalDiT:
-    """One layer with random parameters everywhere, its Linears in 8 bit where ``dtype`` is."""
+def model(dtype: torch.dtype = torch.float32, group: int = 1) -> CausalDiT:
+    """One layer with random parameters everywhere, its Linears in 8 bit where ``dtype`` is, in rotated groups."""
     torch.manual_seed(0)
     dit = CausalDiT(CONFIG).eval().requires_grad_(False)
     for name, parameter in dit.named_parameters():
@@ -51,19 +54,19 @@ def model(dtype: torch.dtype = torch.float32) -> CausalDiT:
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1)
     if dtype in DTYPES:
-        quantize(dit.blocks[0], dtype)
+        quantize(dit.blocks[0], dtype, group)
     for module in dit.modules():
         if isinstance(module, CrossAttention):
             module.attention = Attention()
     return dit
 
 
-def quantize(block: torch.nn.Module, dtype: torch.dtype) -> None:
+def quantize(block: torch.nn.Module, dtype: torch.dtype, group: int) -> None:
     linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in linears:
         plain = block.get_submodule(name)
-        q, scale = quantize_rows(plain.weight, dtype)
-        swap_linear(block, name, dtype)
+        q, scale = quantize_rows(plain.weight, dtype, group=group)
+        swap_linear(block, name, dtype, group=group)
         new = block.get_submodule(name)
         new.weight.data, new.weight_scale.data, new.bias.data = q, scale[:, 0].contiguous(), plain.bias.data
 
@@ -86,7 +89,7 @@ class Memory:
         self.kind = kv_format(kind, HEADS, HEAD_DIM, dtype)
         self.sink = Sink(self.kind, 1, SINK_TOKENS, torch.device("cpu"))
         shape = RingShape(slots=(TOKENS, TOKENS))
-        self.rings = Rings(shape, self.kind, Engine(torch.device("cpu")), steps=1, layers=1)
+        self.rings = Rings(shape, self.kind, Engine(torch.device("cpu")), steps=range(1), layers=1)
         self.rings.place((), 0)
         generator = torch.Generator().manual_seed(5)
         first, sink = (torch.randn(2, n, HEADS, HEAD_DIM, generator=generator) for n in (TOKENS, SINK_TOKENS))
@@ -124,15 +127,30 @@ def test_float32_meets_the_models_own_block(kind):
         assert relative_error(ours[TOKENS:], theirs[TOKENS:]) < (1e-6 if kind == "plain" else 1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_eight_bits_equal_the_path_that_is_not_fused(dtype):
+@pytest.mark.parametrize(("dtype", "group"), [*((dtype, 1) for dtype in DTYPES), (torch.int8, 16)])
+def test_eight_bits_equal_the_path_that_is_not_fused(dtype, group):
     """The float32 rows that are quantized differ in their last bits: a value here and there falls a step apart."""
-    plain, fused = both(model(dtype))
+    plain, fused = both(model(dtype, group))
     assert isinstance(fused.ffn[0], QuantizedLinear)
     expected, out = run(plain, "plain")[0], run(fused, "plain")[0]
     assert relative_error(out - residual(), expected - residual()) < 2e-3
     exact = run(model().blocks[0], "plain")[0]
     assert 1e-3 < relative_error(out - residual(), exact - residual()) < 0.08
+
+
+def test_every_product_of_a_rotated_block_rotates_its_input():
+    _, fused = both(model(torch.int8, group=16))
+    with trace_kernels() as counts:
+        run(fused, "plain")
+    rows = {name: calls for (operation, name), calls in counts.items() if "rows" in operation}
+    assert set(rows) == {"int8 rotated by 16: torch"}
+
+
+def test_projections_that_share_an_input_are_rotated_alike():
+    dit = model(torch.int8)
+    dit.blocks[0].self_attn.k.group = 16
+    with pytest.raises(CheckpointError, match=r"groups of \[1, 16, 1\]; expected the same"):
+        fuse(dit)
 
 
 def test_bfloat16_rounds_where_the_models_own_block_does():
@@ -233,7 +251,8 @@ def test_ring_with_a_rotated_sink_against_float64():
 
 
 class NoFloatProducts(TorchDispatchMode):
-    """Raises at a matrix product of floats; attention, which has operations of its own, may compute."""
+    """Raises at a matrix product of floats; attention, which has operations of its own, may compute, and so may the
+    rotation of groups of up to ``GROUP`` channels, which is no layer's product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +262,8 @@ class NoFloatProducts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "linear", "matmul", "addmv", "mv"):
             operands = [(t.dtype, tuple(t.shape)) for t in args if isinstance(t, torch.Tensor)]
-            raise AssertionError(f"a product in floating point ran: {name} of {operands}")
+            if max(operands[1][1]) > GROUP:
+                raise AssertionError(f"a product in floating point ran: {name} of {operands}")
         self.in_8_bit += name in ("_int_mm", "_scaled_mm")
         return func(*args, **(kwargs or {}))
 
@@ -267,13 +287,16 @@ def layers_without_float_products(monkeypatch, artifact, request) -> tuple[int, 
     with trace_kernels() as outside:
         for _ in pipeline.stream(request):
             pass
-    told = [*pipeline.kernels.items(), *outside.items()]
+    told = [*pipeline.runtime.kernels.items(), *outside.items()]
     return seen[0], sum(calls for (operation, _), calls in told if operation == "linear_w8a8")
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_no_layer_of_an_8_bit_artifact_multiplies_in_floating_point(tiny, monkeypatch, precision):
-    ran, told = layers_without_float_products(monkeypatch, tiny.artifact(precision), tiny.request(num_clip=1))
+@pytest.mark.parametrize(("precision", "rotate"), [("int8", False), ("int8", True), ("fp8", False)])
+def test_no_layer_of_an_8_bit_artifact_multiplies_in_floating_point(tiny, monkeypatch, tmp_path, precision, rotate):
+    artifact = tiny.artifact(precision)
+    if rotate:
+        artifact = convert(tiny.checkpoint, tmp_path / "rotated", lora=tiny.lora, lora_alpha=2.0, rotate=True)
+    ran, told = layers_without_float_products(monkeypatch, artifact, tiny.request(num_clip=1))
     # 4 layers with 10 products each, 2 of them with 5 more of the audio: in 2 blocks of 2 steps and, but for the
     # audio's, once for the sink.
     assert ran == (4 * 10 + 2 * 5) * 2 * 2 + 4 * 10

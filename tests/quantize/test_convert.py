@@ -352,6 +352,26 @@ def test_options_that_are_not_known(tiny, out, options, said):
     refused(tiny.checkpoint, out, said, "expected", kind=ConfigError, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "fp8"}, "whose DiT is fp8"),
+        ({"dit": "bf16"}, "whose DiT is bf16"),
+        ({"components": ("vae", "tokenizer")}, "without a DiT"),
+    ],
+)
+def test_a_rotation_with_nothing_to_rotate(tiny, out, options, said):
+    refused(tiny.checkpoint, out, "--rotate", said, "leave it out", kind=ConfigError, rotate=True, **options)
+    assert not out.with_name("out.partial").exists()
+
+
+def test_a_rotation_on_the_command_line(tiny, out, tmp_path):
+    assert command(tiny.checkpoint, out, "--rotate").exit_code == 0
+    run(tiny.checkpoint, tmp_path / "called", rotate=True, components=COMPONENTS)
+    assert contents(out) == contents(tmp_path / "called")
+    one_line(command(tiny.checkpoint, tmp_path / "fp8", "--rotate", "--dit", "fp8"), 2, "--rotate", "whose DiT is fp8")
+
+
 def test_a_parent_folder_that_does_not_exist(tiny, tmp_path):
     out = tmp_path / "no" / "out"
     refused(tiny.checkpoint, out, str(out), str(out.parent), "does not exist", "create it first", kind=InputError)
@@ -474,13 +494,22 @@ def tensors_of(artifact: Path, component: str) -> set[str]:
     return set(Artifact.open(artifact).component(component).facts["tensors"])
 
 
-@pytest.mark.parametrize("change", [{"lora_alpha": 3.0}, {"lora": None}, {"dit": "fp8"}])
+@pytest.mark.parametrize("change", [{"lora_alpha": 3.0}, {"lora": None}, {"dit": "fp8"}, {"rotate": True}])
 def test_other_options_do_not_reuse_what_they_change(tiny, out, written, tmp_path, change):
     interrupt_late(tiny.checkpoint, out)
     written.clear()
     run(tiny.checkpoint, out, components=TWO, **change)
     assert set(written) >= tensors_of(out, "dit")
     run(tiny.checkpoint, tmp_path / "fresh", components=TWO, **change)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_an_interrupted_rotation_is_not_continued_without(tiny, out, written, tmp_path):
+    interrupt_late(tiny.checkpoint, out, rotate=True)
+    written.clear()
+    run(tiny.checkpoint, out, components=TWO)
+    assert set(written) >= tensors_of(out, "dit")
+    run(tiny.checkpoint, tmp_path / "fresh", components=TWO)
     assert contents(out) == contents(tmp_path / "fresh")
 
 

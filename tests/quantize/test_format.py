@@ -34,6 +34,7 @@ from tests.quantize.checkpoints import base_of, clone, refusal, replace, replace
 CHECKPOINT = ROOT / "pipeline_tiny" / "ckpt"
 LORA = CHECKPOINT / "LiveAvatar" / "liveavatar.safetensors"
 COMPONENTS = ("dit", "vae", "text_encoder")
+WIDE = "blocks.1.ffn.2.weight"
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +244,37 @@ def test_missing_and_truncated_files(artifact, name):
             Artifact.open(artifact)
 
 
-@pytest.mark.parametrize("found", [0, 2, 99, "1", None])
+@pytest.mark.parametrize("found", [0, 3, 99, "1", None])
 def test_another_format_version(artifact, found):
     replace_json(artifact / MANIFEST, lambda manifest: manifest.update(format_version=found))
-    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1", "convert again"):
+    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 and 2", "convert again"):
         Artifact.open(artifact)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [(WIDE, 0), (WIDE, 1), (WIDE, "16"), (WIDE, True), (WIDE, None), ("head.head.weight", 16)],
+)
+def test_a_rotation_that_cannot_be(artifact, name, group):
+    def change(manifest):
+        manifest["components"]["dit"]["tensors"][name]["rotated_group"] = group
+
+    replace_json(artifact / MANIFEST, change)
+    with refusal(CheckpointError, MANIFEST, name, f"groups of {group!r}", "convert again"):
+        Artifact.open(artifact)
+
+
+def test_how_many_channels_were_rotated_together(artifact):
+    def change(manifest):
+        manifest["components"]["dit"]["tensors"][WIDE]["rotated_group"] = 8
+        manifest["format_version"] = 2
+
+    dit = Artifact.open(artifact).component("dit")
+    assert {dit.tensor_group(name) for name in dit.tensor_names} == {1}
+    replace_json(artifact / MANIFEST, change)
+    dit = Artifact.open(artifact).component("dit")
+    assert [name for name in dit.tensor_names if dit.tensor_group(name) > 1] == [WIDE]
+    assert dit.tensor_group(WIDE) == 8
 
 
 def test_another_format(artifact):

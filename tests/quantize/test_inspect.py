@@ -161,3 +161,17 @@ def test_a_manifest_that_lacks_what_is_told(spoiled, name):
     replace_json(spoiled / MANIFEST, lambda manifest: manifest.pop(name))
     with refusal(CheckpointError, MANIFEST, name, "convert"):
         describe(spoiled)
+
+
+def test_rotated_groups_are_told(tiny, path, tmp_path):
+    convert(tiny.checkpoint, tmp_path / "out", components=("dit",), rotate=True)
+    facts, plain = describe(tmp_path / "out"), describe(path)
+    wide = sum(name.endswith("ffn.2.weight") for name in facts["components"]["dit"]["relative_errors"])
+    others = facts["components"]["dit"]["schemes"]["int8"] - wide
+    # The feed-forward's inner width of the tiny model, 216, is no multiple of 16.
+    assert facts["components"]["dit"]["rotated_groups"] == {"16": others, "8": wide}
+    assert plain["components"]["dit"]["rotated_groups"] == {}
+    assert (facts["format_version"], plain["format_version"]) == (2, 1)
+    assert f"inputs of {others} weights rotated in groups of 16 channels" in summary(facts)
+    assert f"inputs of {wide} weights rotated in groups of 8 channels" in summary(facts)
+    assert "rotated" not in summary(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
-from lowvram_quantize.schemes import dit_scheme, not_finite, quantize_chunk, text_encoder_scheme, vae_scheme
+from lowvram_quantize.schemes import (
+    dit_scheme,
+    not_finite,
+    quantize_chunk,
+    text_encoder_scheme,
+    vae_scheme,
+    with_rotation,
+)
 from tests.quantize.checkpoints import quantized_rows, refusal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -57,6 +65,17 @@ def test_eight_bit_weights_are_matrices_or_convolutions(published_dit):
         scheme = dit_scheme(name, "int8")
         if scheme.kind == "rows":
             assert parameter.ndim == (5 if scheme.name.endswith("weight_only") else 2), name
+
+
+def test_rotation_is_for_w8a8_int8_only_and_in_groups_that_divide_the_width(published_dit):
+    for precision in ("int8", "fp8", "bf16"):
+        for name, parameter in published_dit.named_parameters():
+            scheme, shape = dit_scheme(name, precision), tuple(parameter.shape)
+            turned = with_rotation(scheme, shape)
+            assert turned.group == (16 if scheme.name == "int8" else 1), name
+            assert dataclasses.replace(turned, group=1) == scheme
+    linear = dit_scheme("blocks.0.ffn.2.weight", "int8")
+    assert [with_rotation(linear, (4, width)).group for width in (216, 34, 81)] == [8, 2, 1]
 
 
 def test_vae_convolutions_are_quantized_and_the_rest_stays_float32():

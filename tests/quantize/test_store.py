@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rotation import rotated
 from lowvram_quantize import store
 from lowvram_quantize.components import Item
 from lowvram_quantize.format import TensorSpec
@@ -112,6 +114,21 @@ def test_pieces_give_the_bits_of_the_whole(make, monkeypatch, precision, shape, 
     expected, scale = quantized_rows(item.ref.read().flatten(1), EIGHT_BIT[precision])
     assert torch.equal(whole.tensor("w").view(torch.uint8), expected.view(shape).view(torch.uint8))
     assert torch.equal(whole.tensor("w_scale"), scale)
+
+
+def test_groups_are_rotated_behind_the_lora_and_before_quantizing(make, make_delta, monkeypatch):
+    weight, a, b = randn(40, 48).bfloat16(), randn(4, 48, seed=1), randn(40, 4, seed=2)
+    scheme, delta = dataclasses.replace(rows_scheme("int8"), group=16), make_delta(a, b)
+    monkeypatch.setattr(store, "CHUNK_VALUES", 48 * 7)
+    sink, error = write(make(weight, scheme), delta)
+    merged = weight.double() + ALPHA / 4 * (b.double() @ a.double())
+    turned, scale = rotated(merged, 16), sink.tensor("w_scale")[:, None].double()
+    back = sink.tensor("w").double() * scale
+    assert ((back - turned).abs() <= 0.5001 * scale).all()
+    assert sink.tensor("w").abs().amax(1).eq(127).all()
+    assert error == pytest.approx(((back - turned).norm() / turned.norm()).item(), rel=1e-5)
+    # Turned back it is the weight that it was, with the same error.
+    assert error == pytest.approx(((rotated(back, 16) - merged).norm() / merged.norm()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

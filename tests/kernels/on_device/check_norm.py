@@ -7,6 +7,7 @@ import torch
 from where import DEVICE, FP8, relative_error
 
 from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.triton_norm import fused_triton
 
 EPS = 1e-6
@@ -86,3 +87,14 @@ def test_a_row_with_nan_shows():
     _, _, scale = fused_triton(x, None, None, one, one, EPS, torch.int8, None)
     assert scale[1].isnan().all()
     assert scale[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("width", "group"), [(16, 16), (80, 16), (216, 8), (1104, 16)])
+def test_rotated_rows(width, group):
+    x, y = torch.randn(6, width, device=DEVICE), torch.randn(6, width, device=DEVICE).bfloat16()
+    gate, gain, offset = vectors(3, width)
+    residual, values, scale = fused_triton(x, y, gate, gain, offset, EPS, torch.int8, None, group)
+    normed, _ = reference_norm_rows(residual.double(), gain, offset, eps=EPS, dtype=torch.float64)
+    _, expected = reference_norm_rows(residual, gain, offset, eps=EPS, dtype=torch.int8, group=group)
+    assert relative_error(scale, expected) < 2e-6
+    assert (values.double() * scale.double() - rotated(normed, group)).abs().le(scale.double() * 0.501).all()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from where import DEVICE, FP8
+from where import DEVICE, FP8, relative_error
 
+from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import reference_rows
 from lowvram_kernels.triton_rows import quantize_rows_triton
 
@@ -47,3 +48,28 @@ def test_zeros_nan_and_infinity(dtype):
     assert scale[0].item() > 0
     assert not scale[1:4].isfinite().any()
     assert scale[4].isfinite().all()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((1, 2), 2), ((3, 16), 16), ((7, 216), 8), ((2, 1104), 16), ((5, 96), 32)]
+)
+def test_rotated_groups_against_float64(shape, group, x_dtype):
+    x = (torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(DEVICE, x_dtype)
+    q, scale = quantize_rows_triton(x, torch.int8, group)
+    _, expected_scale = reference_rows(x, torch.int8, group)
+    exact = rotated(x.double(), group)
+    assert relative_error(scale, expected_scale) < 1e-6
+    assert (q.double() * scale.double() - exact).abs().le(scale.double() * 0.501).all()
+
+
+def test_rotated_rows_that_are_strided_or_not_finite():
+    x = torch.randn(6, 100, device=DEVICE)[:, 20:68]
+    x[1, 40], x[4, 3], x[2] = float("nan"), float("inf"), 0
+    q, scale = quantize_rows_triton(x, torch.int8, 16)
+    expected, expected_scale = reference_rows(x, torch.int8, 16)
+    finite = [0, 2, 3, 5]
+    assert relative_error(scale[finite], expected_scale[finite]) < 1e-6
+    assert (q[finite].int() - expected[finite].int()).abs().max() <= 1
+    assert not q[2].any()
+    assert not scale[[1, 4]].isfinite().any()
