@@ -58,7 +58,7 @@ class Denoiser:
             load_shared(dit, component, runtime.device, runtime.dtype)
             rollout = Rollout(
                 dit,
-                Layers(dit, component, runtime.engine, runtime.dtype),
+                Layers(dit, component, runtime.engine, runtime.dtype, self._team.host_weights),
                 self._conditions.context,
                 self.settings,
                 dtype=runtime.dtype,

@@ -57,6 +57,9 @@ class Engine:
         by moving them."""
         return mapped
 
+    def pin(self, buffer: Tensor) -> None:
+        """Make copies from host memory that is there already run beside the computation, where that is possible."""
+
     def copy_in(self, dst: Tensor, src: Tensor, *after: Moment) -> Moment:
         """Copy host to device, not before ``after``; returns the moment when it is done."""
         self.bytes_in += src.nbytes
@@ -110,9 +113,15 @@ class CudaEngine(Engine):
         # which takes up to twice the memory of a slab.
         pages = mmap.mmap(-1, max(nbytes, 1))
         buffer = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
-        if self._can_pin:
-            self._can_pin = self._pin(buffer, len(pages))
+        self._try_to_pin(buffer, len(pages))
         return buffer
+
+    def pin(self, buffer: Tensor) -> None:
+        self._try_to_pin(buffer, buffer.nbytes)
+
+    def _try_to_pin(self, buffer: Tensor, nbytes: int) -> None:
+        if self._can_pin:
+            self._can_pin = self._pin(buffer, nbytes)
 
     def keep_on_host(self, mapped: Tensor) -> Tensor:
         return self.host_buffer(mapped.numel()).copy_(mapped)

@@ -9,6 +9,7 @@ import torch
 
 from lowvram.conveyor import Conveyor, Fill
 from lowvram.engine import Engine, Moment
+from lowvram.host_copies import HostCopies, Shared
 from lowvram.weights import bind, unbind
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
@@ -24,11 +25,14 @@ class Layers:
     """Makes a layer's weights present: every pass enters and leaves all layers in order.
 
     Resident layers are loaded once. Streamed ones lie on the host; the next of them are copied into staging slots
-    while the ones before them run.
+    while the ones before them run. ``shared`` is where ranks of one machine keep those together.
     """
 
-    def __init__(self, dit: CausalDiT, component: Component, engine: Engine, dtype: torch.dtype):
+    def __init__(
+        self, dit: CausalDiT, component: Component, engine: Engine, dtype: torch.dtype, shared: Shared | None = None
+    ):
         self._dit, self._component, self._engine, self._dtype = dit, component, engine, dtype
+        self._host = HostCopies(engine, shared)
         self._present: set[int] = set()
         self._on_host: dict[int, Tensor] = {}
         self._conveyor = Conveyor(engine, [])
@@ -47,7 +51,7 @@ class Layers:
         for index in sorted(set(range(self.count)) - self._present - set(streamed)):
             self._load(index)
         for index in sorted(set(streamed) - set(self._on_host)):
-            self._on_host[index] = self._engine.keep_on_host(self._read(index))
+            self._on_host[index] = self._host.keep(index, self._read(index))
         self._on_host = {index: self._on_host[index] for index in sorted(streamed)}
         if self._on_host:
             nbytes = max(slab.numel() for slab in self._on_host.values())

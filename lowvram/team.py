@@ -13,6 +13,7 @@ import torch
 
 from lowvram.chain import Alone, Chain
 from lowvram.conditions import Conditions
+from lowvram.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout, Role
 from lowvram.schedule import Block
 from lowvram.sequence import Sequence, Whole
@@ -22,11 +23,13 @@ LatentSize = tuple[int, int]
 
 
 class Team(Protocol):
-    """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and heads."""
+    """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and
+    heads, ``host_weights`` where streamed layers lie once for all ranks of a machine."""
 
     layout: ParallelLayout
     role: Role
     sequence: Sequence
+    host_weights: Shared | None
 
     def share(self, what: str, value: Any) -> list[Any]:
         """Every rank tells ``value``, of which JSON has to be able; all ranks' values in order."""
@@ -64,6 +67,7 @@ class Solo:
         self.layout = ParallelLayout()
         self.role = self.layout.role(0)
         self.sequence: Sequence = Whole()
+        self.host_weights: Shared | None = None
 
     def share(self, what: str, value: Any) -> list[Any]:
         return [value]

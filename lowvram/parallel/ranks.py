@@ -19,6 +19,8 @@ from lowvram.parallel.seat import Seat, rank_device
 from lowvram.parallel.team import RankTeam
 from lowvram.placement import MemoryOptions
 from lowvram.request import Request
+from lowvram.residency import layer_slab
+from lowvram.runtime import Runtime
 from lowvram_kernels.errors import DistributedError
 from lowvram_quantize.format import Artifact
 
@@ -66,3 +68,11 @@ def facts_to_agree_on(
         "dtype": dtype,
     }
     return facts | settings
+
+
+def share_weights(team: RankTeam, runtime: Runtime) -> None:
+    """On GPUs. On the CPU layers are copied out of the mapped file, which is one for all ranks anyway."""
+    if runtime.device.type == "cuda":
+        component = runtime.artifact.component("dit")
+        layers = range(runtime.dit_config["num_layers"])
+        team.keep_weights_once([component.slab_nbytes(layer_slab(index)) for index in layers])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch.distributed as dist
 
 from lowvram.chain import Chain
 from lowvram.conditions import Conditions
+from lowvram.host_copies import Shared
 from lowvram.parallel.chain import StageChain, arriving
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.meeting import MEETING_S, Meeting
 from lowvram.parallel.seat import Seat
+from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.watch import Person, Watch
 from lowvram.parallel.wire import Mail, Sent, StageExchange
@@ -26,6 +29,7 @@ from lowvram.team import LatentSize
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 # Exchanges wait for as long as the slowest rank takes; the watch ends what waits in vain.
 _PATIENCE = datetime.timedelta(days=7)
@@ -45,6 +49,7 @@ class RankTeam:
         self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
         self._watch.begin()
         self._mail, self._stage_group, self.sequence = self._groups(device)
+        self.host_weights: Shared | None = None
 
     def _groups(self, device: torch.device) -> tuple[Mail, Any, Sequence]:
         """Make the groups, which every rank does for all of them in the same order; and try them."""
@@ -92,6 +97,20 @@ class RankTeam:
                     f"{self.people[rank].words} has {name} {other.get(name)!r}, rank 0 has {told[0].get(name)!r}; "
                     "expected the same on all ranks: start them with one command, and with copies of one artifact"
                 )
+
+    def keep_weights_once(self, sizes: list[int]) -> None:
+        """Let the ranks of each machine share one host copy of the layers, of so many bytes each, that they stream."""
+        machines = [person.machine for person in self.people]
+        mine = machines[self.seat.rank]
+        first = machines.index(mine)
+        own = _shared_slabs(sizes) if first == self.seat.rank else None
+        paths = self.share("weights", own.path if own else None)
+        if own is None and paths[first] is not None and machines.count(mine) > 1:
+            try:
+                own = SharedSlabs.open(paths[first], sizes)
+            except OSError as error:
+                log.warning("rank %d keeps its own host copy of the weights: %s", self.seat.rank, error)
+        self.host_weights = own
 
     def share_conditions(self, conditions: Conditions | None) -> Conditions:
         names = [field.name for field in dataclasses.fields(Conditions)]
@@ -143,6 +162,14 @@ class RankTeam:
         if (cause := self._watch.cause) is not None:
             return DistributedError(f"the run ended: {cause}")
         self._watch.failed(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        return None
+
+
+def _shared_slabs(sizes: list[int]) -> SharedSlabs | None:
+    try:
+        return SharedSlabs.create(sizes)
+    except OSError as error:
+        log.warning("every rank keeps its own host copy of the weights: %s", error)
         return None
 
 
