@@ -43,7 +43,8 @@ class BlockDecoder:
         def decode() -> tuple[Tensor, np.ndarray]:
             with self._runtime.traced("decode"):
                 dropped = DROPPED_FIRST_FRAMES if block.index == 0 else 0
-                frames = self._decoder.decode(latent_CFhw)[:, dropped:]
+                # Another rank's latents arrive on the host.
+                frames = self._decoder.decode(latent_CFhw.to(self._runtime.device))[:, dropped:]
                 return frames, to_pixels(frames)
 
         self._backup.before_decoding()

@@ -218,15 +218,20 @@ def infer_as_rank(seat: Any, layout: Any, request: Any, outputs: Any, quiet: boo
     from lowvram.infer import infer as run
     from lowvram.parallel.options import check_for_ranks
     from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
+    from lowvram.parallel.settling import Settler
+    from lowvram_quantize.format import Artifact
 
     memory = memory_options(options)
     check_for_ranks(layout, memory)
     log_as(f"rank {seat.rank}: ")
-    with joined(seat, layout, options["device"]) as (team, device):
+    settler = Settler(
+        options=make_rank_options(options), artifact=Artifact.open(options["model"]), request=request, memory=memory
+    )
+    with joined(seat, layout, options["device"], settler.settle) as (team, device):
         if team.role.media:
             outputs.check()
         pipeline = open_pipeline(options["model"], options | {"device": device}, team=team)
-        facts = facts_to_agree_on(pipeline.runtime.artifact, request, memory, layout, device, options["dtype"])
+        facts = facts_to_agree_on(settler.artifact, request, memory, team.layout, device, options["dtype"])
         team.agree(facts)
         share_weights(team, pipeline.runtime)
         run(pipeline, request, outputs, quiet=quiet)
@@ -391,7 +396,7 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
 @click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps.")
 @switch("--offload-model", False, "Keep all of the DiT's layers on the host.")
 @switch("--offload-kv-cache", False, "Keep all KV rings in host memory.")
-@click.option("--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute.")
+@click.option("--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit.")
 def plan(
     model: Path | None, preset: str | None, precision: str | None, as_json: bool, dry: bool, **options: Any
@@ -404,8 +409,6 @@ def plan(
     from lowvram_quantize.phantom import write_phantom
 
     asked = PlanOptions(**options)
-    if dry and asked.gpus is not None:
-        raise click.UsageError("--dry-run runs the plan of one GPU; leave it out, or --gpus")
     if model is not None and (preset or precision):
         raise click.UsageError(
             "--preset and --precision stand for a model that is not here: with --model leave them out"
@@ -415,7 +418,7 @@ def plan(
         if asked.gpus is None:
             plan_one(path, asked, dry=dry, as_json=as_json)
         else:
-            plan_several(path, asked, as_json=as_json)
+            plan_several(path, asked, dry=dry, as_json=as_json)
 
 
 def plan_one(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
@@ -440,17 +443,21 @@ def plan_one(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
         print_plan(result, Console(), simulated)
 
 
-def plan_several(path: Path, options: Any, *, as_json: bool) -> None:
+def plan_several(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
     """``plan`` for ranks that share the work."""
+    from lowvram.dry_run import dry_run as run_dry
     from lowvram.planning.command import plan_team_for
     from lowvram.planning.team_table import compared_to_json, print_team
 
     compared = plan_team_for(path, options)
+    team = compared.team
+    simulated = [run_dry(path, each, layout=team.layout) for each in team.ranks] if dry and team else []
     if not as_json:
-        print_team(compared, Console())
+        print_team(compared, Console(), simulated)
         return
-    click.echo(json.dumps(compared_to_json(compared), indent=1))
-    if compared.team is None:
+    extra = {"dry_run": [dataclasses.asdict(run) for run in simulated]} if simulated else {}
+    click.echo(json.dumps(compared_to_json(compared) | extra, indent=1))
+    if team is None:
         sys.exit(1)
 
 

@@ -6,24 +6,34 @@ import dataclasses
 import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from lowvram.chain import LATENT_CHANNELS
+from lowvram.conditions import Conditions
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.pretend import PretendTeam
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
 from lowvram.placement import MemoryOptions
 from lowvram.planning.planner import Plan
+from lowvram.planning.team import TeamPlan
 from lowvram.simulate import SimulatedDevice
+from lowvram.team import Solo
+from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 
 log = logging.getLogger(__name__)
 SAMPLES_PER_S = 16000
+MOTION_LATENTS = 19
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DryRun:
     """What a simulated run took, in bytes. ``stages`` has the peak of what was allocated in each stage;
-    ``block_in`` and ``block_out`` are copies to and from the device while a block of the last clip was made."""
+    ``block_in`` and ``block_out`` are copies to and from the device while a block of the last clip was made; ``sent``
+    would go to other ranks in exchanges, all blocks together."""
 
     stages: dict[str, int]
     peak_allocated: int
@@ -31,13 +41,22 @@ class DryRun:
     block_in: int
     block_out: int
     given_up: tuple[str, ...]
+    sent: int
 
 
-def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: int | None = None) -> DryRun:
+def dry_run(
+    artifact: Path | Artifact,
+    plan: Plan,
+    *,
+    clips: int = 2,
+    capacity: int | None = None,
+    layout: ParallelLayout | None = None,
+) -> DryRun:
     """Run ``plan`` over ``clips`` clips on a simulated device of ``capacity`` bytes (default: the plan's budget).
 
     Everything is computed but the values: the same code, layer by layer, with the same tensors for as long. Clips
-    from the second on see full rings.
+    from the second on see full rings. With a ``layout``, ``plan`` is that of one of its ranks: the others' part in
+    exchanges is made up.
 
     Raises:
         OutOfMemoryError: the device was too small, whatever was given up.
@@ -59,12 +78,14 @@ def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: 
         speech=np.ones(int(seconds * SAMPLES_PER_S), np.float32),
     )
     with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True):
-        pipeline = AvatarPipeline(opened, torch.device("meta"), memory=MemoryOptions(placement=plan.placement))
-        crossed = [(0, 0)]
-        for _ in pipeline.stream(inputs):
-            crossed.append((pipeline.runtime.engine.bytes_in, pipeline.runtime.engine.bytes_out))
-    blocks = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(crossed)]
-    last = blocks[-work.blocks_per_clip :]
+        memory, team = MemoryOptions(placement=plan.placement), _team(opened, plan, inputs, clips, layout)
+        pipeline = AvatarPipeline(opened, torch.device("meta"), memory=memory, team=team)
+        engine, crossed = pipeline.runtime.engine, [(0, 0)]
+        blocks = pipeline.stream(inputs) if team.role.media else pipeline.serve(request)
+        for _ in blocks:
+            crossed.append((engine.bytes_in, engine.bytes_out))
+    crossings = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(crossed)]
+    last = crossings[-work.blocks_per_clip :]
     stages = {stage.name: stage for stage in pipeline.runtime.stages.stages.values()}
     return DryRun(
         stages={name: stage.peak_vram_allocated_bytes for name, stage in stages.items()},
@@ -73,4 +94,37 @@ def dry_run(artifact: Path | Artifact, plan: Plan, *, clips: int = 2, capacity: 
         block_in=sum(inward for inward, _ in last) // len(last),
         block_out=sum(outward for _, outward in last) // len(last),
         given_up=tuple(pipeline.runtime.relief.events),
+        sent=sum(team.sent_bytes().values()),
     )
+
+
+def dry_run_team(artifact: Path | Artifact, plan: TeamPlan, *, clips: int = 2) -> list[DryRun]:
+    """Run the plan of every rank; see ``dry_run``. Ranks with equal shares and placements take the same: one is run."""
+    opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+    found: dict[Any, DryRun] = {}
+    runs = []
+    for rank in plan.ranks:
+        share = dataclasses.replace(
+            rank.share, role=dataclasses.replace(rank.share.role, rank=0, stage=None, index=None)
+        )
+        key = (share, rank.share.denoises, rank.placement, rank.vram_budget_bytes)
+        if key not in found:
+            found[key] = dry_run(opened, rank, clips=clips, layout=plan.layout)
+        runs.append(found[key])
+    return runs
+
+
+def _team(
+    artifact: Artifact, plan: Plan, inputs: Inputs, clips: int, layout: ParallelLayout | None
+) -> Solo | PretendTeam:
+    if layout is None or layout.world_size == 1:
+        return Solo()
+    config, frames = DiTConfig.from_dict(artifact.component("dit").config), clips * plan.workload.infer_frames
+    size = inputs.latent_size
+    conditions = Conditions(
+        context=torch.zeros(config.text_len, config.text_dim),
+        audio=torch.zeros(1, config.audio_layers, config.audio_dim, frames),
+        reference=torch.zeros(LATENT_CHANNELS, 1, *size),
+        motion=torch.zeros(LATENT_CHANNELS, MOTION_LATENTS, *size),
+    )
+    return PretendTeam(layout, plan.share.role.rank, size, conditions)

@@ -9,9 +9,11 @@ import psutil
 import torch
 
 from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
+from lowvram.planning.choice import Machines
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.planner import Plan, plan
 from lowvram.planning.table import to_json
+from lowvram.planning.team import TeamPlan, plan_team
 from lowvram.planning.workload import Workload
 from lowvram.team import Team
 from lowvram_quantize.format import Artifact
@@ -19,13 +21,19 @@ from lowvram_quantize.format import Artifact
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaidOut:
-    """A rank's placement, and the plan that it comes from where one was made."""
+    """A rank's placement, and the plan that it comes from where one was made; ``team`` has those of all ranks."""
 
     placement: Placement
     plan: Plan | None = None
+    team: TeamPlan | None = None
 
     def to_json(self) -> dict[str, Any] | None:
         return to_json(self.plan) if self.plan else None
+
+    def summary(self) -> str:
+        """The plan in a line, "" without one."""
+        plan = self.team or self.plan
+        return plan.summary() if plan else ""
 
 
 def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, team: Team) -> LaidOut:
@@ -49,6 +57,8 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         stage = team.role.stage
         steps = range(0) if stage is None else team.layout.steps(stage, work.sample_steps)
         return LaidOut(placement=placement_on_cpu(options, config["num_layers"], steps, work.sample_steps))
+    if team.there is not None:
+        return _of_team(artifact, work, options, team, team.there)
     card = card_at_hand(device)
     found = plan(
         artifact,
@@ -62,3 +72,21 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         offload_kv=options.offload_kv_cache,
     )
     return LaidOut(placement=found.placement, plan=found)
+
+
+def _of_team(artifact: Artifact, work: Workload, options: MemoryOptions, team: Team, there: Machines) -> LaidOut:
+    planned = plan_team(
+        artifact,
+        work,
+        team.layout,
+        cards=there.cards,
+        vram_bytes=there.vram_bytes,
+        machines=there.machines,
+        ram_bytes=there.ram_bytes,
+        kv=options.kv,
+        wave=options.wave,
+        offload_model=options.offload_model,
+        offload_kv=options.offload_kv_cache,
+    )
+    mine = planned.ranks[team.role.rank]
+    return LaidOut(placement=mine.placement, plan=mine, team=planned)

@@ -98,7 +98,9 @@ class AvatarPipeline:
         conditions = self.team.share_conditions(conditions)
         clips = _clips(request, conditions)
         denoiser = self._denoiser(request, size, conditions) if self.team.role.denoises else None
+        seconds = denoiser.seconds if denoiser else {}
         latents = self._latents(request, size, clips, denoiser)
+        latents = latents if denoiser else _waited(latents, seconds)
         decoder = BlockDecoder(self.runtime, conditions.motion, denoiser.give_way if denoiser else _nothing_else)
         recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
         waiting: list[tuple[Block, Tensor]] = []
@@ -106,7 +108,7 @@ class AvatarPipeline:
             recorder.latent(block, latent)
             waiting.append((block, latent))
             if self.runtime.layout.online_decode or block.last_of_clip:
-                yield from self._decode(decoder, waiting, denoiser, recorder)
+                yield from self._decode(decoder, waiting, seconds, recorder)
                 waiting.clear()
 
     def serve(self, request: Request) -> Iterator[Block]:
@@ -129,8 +131,8 @@ class AvatarPipeline:
         runtime, team = self.runtime, self.team
         work = Workload(latent_size=latent_size, infer_frames=request.infer_frames, sample_steps=request.sample_steps)
         self.laid_out = found = lay_out(runtime.artifact, work, runtime.device, runtime.memory, team)
-        if found.plan is not None:
-            plan_log.info("%s", found.plan.summary())
+        if team.role.media and found.plan is not None:
+            plan_log.info("%s", found.summary())
         layout = Layout(placement=found.placement, online_decode=request.online_decode)
         layers = runtime.dit_config["num_layers"]
         # A rank that does its work again would leave those waiting that share its attention.
@@ -191,7 +193,7 @@ class AvatarPipeline:
         self,
         decoder: BlockDecoder,
         waiting: list[tuple[Block, Tensor]],
-        denoiser: Denoiser | None,
+        seconds: dict[int, float],
         recorder: Recorder,
     ) -> Iterator[np.ndarray]:
         for block, latent in waiting:
@@ -203,7 +205,7 @@ class AvatarPipeline:
                 clip=block.clip,
                 block=block.index,
                 frames=len(pixels),
-                denoise_s=denoiser.seconds.pop(block.index) if denoiser else 0.0,
+                denoise_s=seconds.pop(block.index),
                 decode_s=time.perf_counter() - begin,
             )
             recorder.finished(record)
@@ -212,6 +214,15 @@ class AvatarPipeline:
     def memory_report(self) -> dict[str, Any]:
         """How the run was laid out, and the bytes that crossed between host and device."""
         return self.runtime.memory_report() | {"plan": self.laid_out.to_json() if self.laid_out else None}
+
+
+def _waited(latents: Iterator[tuple[Block, Tensor]], seconds: dict[int, float]) -> Iterator[tuple[Block, Tensor]]:
+    """Note how long each block was waited for, by its index."""
+    begin = time.perf_counter()
+    for block, latent in latents:
+        seconds[block.index] = time.perf_counter() - begin
+        yield block, latent
+        begin = time.perf_counter()
 
 
 def _clips(request: Request, conditions: Conditions) -> int:

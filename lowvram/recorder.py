@@ -17,7 +17,8 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """One finished block: ``frames`` video frames; seconds of denoising and of decoding."""
+    """One finished block: ``frames`` video frames; seconds of denoising (of waiting for it, where other ranks denoise)
+    and of decoding."""
 
     clip: int
     block: int

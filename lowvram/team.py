@@ -15,6 +15,7 @@ from lowvram.chain import Alone, Chain
 from lowvram.conditions import Conditions
 from lowvram.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout, Role
+from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
 from lowvram.sequence import Sequence, Whole
 
@@ -23,13 +24,15 @@ LatentSize = tuple[int, int]
 
 
 class Team(Protocol):
-    """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and
-    heads, ``host_weights`` where streamed layers lie once for all ranks of a machine."""
+    """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and heads;
+    ``host_weights`` is where streamed layers lie once for all ranks of a machine, ``there`` what all ranks run on,
+    where several of them are GPUs."""
 
     layout: ParallelLayout
     role: Role
     sequence: Sequence
     host_weights: Shared | None
+    there: Machines | None
 
     def share(self, what: str, value: Any) -> list[Any]:
         """Every rank tells ``value``, of which JSON has to be able; all ranks' values in order."""
@@ -68,6 +71,7 @@ class Solo:
         self.role = self.layout.role(0)
         self.sequence: Sequence = Whole()
         self.host_weights: Shared | None = None
+        self.there: Machines | None = None
 
     def share(self, what: str, value: Any) -> list[Any]:
         return [value]

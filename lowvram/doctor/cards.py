@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lowvram.byte_sizes import gib
 from lowvram.doctor.findings import Finding, ok, problem, warning
 from lowvram.doctor.probes import CardState, Gpu, Probes, Torch
-from lowvram.doctor.wants import Wants
+from lowvram.doctor.wants import RankWants, Wants
 from lowvram.planning.cards import GIGA
 from lowvram_kernels.chips import GENERATIONS
 
@@ -78,16 +78,17 @@ def serves(architectures: Sequence[str], generation: int) -> bool:
     return False
 
 
-def check_vram(gpu: Gpu, state: CardState | None, wants: Wants | None, ranks: int) -> Finding:
+def check_vram(gpu: Gpu, state: CardState | None, wants: Wants | None) -> Finding:
+    """Rank i runs on GPU i."""
     check = f"vram {gpu.index}"
     held = gpu.total_bytes - gpu.free_bytes
     found = f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free" + _beside(state)
-    if wants is not None and wants.vram_bytes > gpu.free_bytes:
-        say = problem if ranks == 1 else warning  # several cards share the rings: each may fit with less
-        return say(
+    wanted = wants.ranks[gpu.index] if wants else None
+    if wants is not None and wanted is not None and wanted.vram_bytes > gpu.free_bytes:
+        return problem(
             check,
             found,
-            expected=f"{gib(wants.vram_bytes)} at the least for {wants.what} on one card",
+            expected=f"{gib(wanted.vram_bytes)} at the least for {wants.what} {_where(wanted)}",
             advice="free the card, or take a smaller --size (lowvram plan shows what fits)",
             why="a run that does not fit is refused at the start",
         )
@@ -101,6 +102,10 @@ def check_vram(gpu: Gpu, state: CardState | None, wants: Wants | None, ranks: in
             why="what others hold is streamed from the host instead, and a run may meet them growing",
         )
     return ok(check, found)
+
+
+def _where(wanted: RankWants) -> str:
+    return f"on {wanted.name}" if wanted.name else "on one card"
 
 
 def _beside(state: CardState | None) -> str:
@@ -129,7 +134,7 @@ def check_pcie(gpu: Gpu, state: CardState | None, wants: Wants | None, probes: P
             advice="seat the card and its riser anew, look for another card on the same lanes",
             why="weights and KV rings cross it in every block",
         )
-    if wants is not None and (slow := _too_slow(wants, inwards, outwards)):
+    if wants is not None and (slow := _too_slow(wants, wants.ranks[gpu.index], inwards, outwards)):
         return warning(
             check,
             found,
@@ -147,8 +152,8 @@ def _link_rate(state: CardState | None) -> float | None:
     return LANE_RATES[state.link_gen] * GIGA * state.link_lanes * REACHED
 
 
-def _too_slow(wants: Wants, inwards: float, outwards: float) -> str:
-    seconds = max(wants.bytes_in / inwards, wants.bytes_out / outwards)
-    if seconds <= wants.arithmetic_s:
+def _too_slow(wants: Wants, wanted: RankWants, inwards: float, outwards: float) -> str:
+    seconds = max(wanted.bytes_in / inwards, wanted.bytes_out / outwards)
+    if seconds <= wanted.busy_s:
         return ""
-    return f"{wants.what} copies {seconds:.1f} s a block and computes {wants.arithmetic_s:.1f} s"
+    return f"{wants.what} copies {seconds:.1f} s a block {_where(wanted)} and computes {wanted.busy_s:.1f} s"

@@ -11,7 +11,7 @@ from typing import TypeVar
 from lowvram.doctor import cards, memory, ranks, software
 from lowvram.doctor.findings import Finding, ok, problem
 from lowvram.doctor.probes import CardState, Gpu, Probes
-from lowvram.doctor.wants import Wants, wants_of
+from lowvram.doctor.wants import Room, Wants, wants_of
 from lowvram.planning.facts import ModelFacts
 from lowvram_kernels.errors import ConfigError
 
@@ -93,9 +93,11 @@ def _wants(probes: Probes, facts: ModelFacts | None, gpus: tuple[Gpu, ...], coun
         return None
     available, _ = probes.ram()
     if not gpus:
-        return wants_of(facts, vram_bytes=None, ram_bytes=available, ranks=count)
-    smallest = min(gpus, key=lambda gpu: gpu.free_bytes)
-    return wants_of(facts, vram_bytes=smallest.free_bytes, ram_bytes=available, ranks=count, gpu=smallest.name)
+        return wants_of(facts, [None] * count, ram_bytes=available)
+    rooms = [Room(gpu=gpu.name, vram_bytes=gpu.free_bytes) for gpu in gpus]
+    # That there are too few cards is said elsewhere; those that are missing are taken for ones like the smallest.
+    smallest = min(rooms, key=lambda room: room.vram_bytes)
+    return wants_of(facts, rooms + [smallest] * (count - len(rooms)), ram_bytes=available)
 
 
 Named = tuple[str, Callable[[], list[Finding]]]
@@ -121,7 +123,7 @@ def _checks(probes: Probes, options: Options, seen: _Seen) -> Iterator[Named]:
 def _of_a_gpu(probes: Probes, options: Options, seen: _Seen, gpu: Gpu) -> Iterator[Named]:
     state = seen.states.get(gpu.index)
     yield f"gpu {gpu.index}", lambda: [cards.check_generation(gpu, probes.torch())]
-    yield f"vram {gpu.index}", lambda: [cards.check_vram(gpu, state, seen.wants, seen.ranks)]
+    yield f"vram {gpu.index}", lambda: [cards.check_vram(gpu, state, seen.wants)]
     if options.measure:
         yield f"pcie {gpu.index}", lambda: [cards.check_pcie(gpu, state, seen.wants, probes)]
 
@@ -143,7 +145,7 @@ def _of_ranks(probes: Probes, options: Options, seen: _Seen) -> Iterator[Named]:
     yield "nccl", lambda: ranks.check_backend(probes, on_gpu=seen.on_gpu)
     if len(seen.used) > 1:
         yield "p2p", lambda: [ranks.check_peers(probes, seen.used)]
-    yield "shm", lambda: [ranks.check_shared_memory(probes, seen.wants, seen.ranks, on_gpu=seen.on_gpu)]
+    yield "shm", lambda: [ranks.check_shared_memory(probes, seen.ranks, on_gpu=seen.on_gpu)]
     yield "port", lambda: [ranks.check_port(probes, options.port)]
     yield "host name", lambda: [ranks.check_names(probes)]
     yield "threads", lambda: [ranks.check_threads(probes, seen.ranks, on_gpu=seen.on_gpu)]

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from lowvram.byte_sizes import gib
 from lowvram.doctor.findings import Finding, ok, problem, warning
 from lowvram.doctor.probes import Gpu, Names, Probes
-from lowvram.doctor.wants import Wants
 
 # NCCL's buffers in shared memory between two ranks that cannot reach each other's card: some segments of 9 MiB each
 # way. Containers start with 64 MiB of /dev/shm, which two ranks just fit in.
@@ -77,30 +76,24 @@ def _peers_found(pairs: int, apart: Sequence[tuple[int, int]]) -> str:
     return "no peer access " + ", ".join(f"{a} -> {b}" for a, b in apart)
 
 
-def check_shared_memory(probes: Probes, wants: Wants | None, ranks: int, *, on_gpu: bool) -> Finding:
+def check_shared_memory(probes: Probes, ranks: int, *, on_gpu: bool) -> Finding:
+    """NCCL's buffers are all that lies in /dev/shm: weights that ranks share have memory files of their own."""
     free = probes.shared_memory()
+    if not on_gpu:
+        return ok("shm", "not used on the processor")
     if free is None:
-        advice, why = "run on Linux", "ranks of one machine share one copy of the weights"
+        advice, why = "run on Linux", "NCCL exchanges through it where cards do not reach each other"
         return warning("shm", "no /dev/shm", advice=advice, why=why)
-    nccl = ranks * (ranks - 1) // 2 * NCCL_PAIR_BYTES if on_gpu else 0
+    nccl = ranks * (ranks - 1) // 2 * NCCL_PAIR_BYTES
     if free < nccl:
         return problem(
             "shm",
             f"{gib(free)} free in /dev/shm",
             expected=f"{gib(nccl)} for NCCL's buffers between {ranks} ranks",
-            advice="start the container with --shm-size=1g or more, or --ipc=host",
+            advice=f"start the container with --shm-size={-(-nccl // 2**30)}g or more, or --ipc=host",
             why="NCCL fails when it cannot make them",
         )
-    shared = nccl + (wants.shared_bytes if wants else 0)
-    if free < shared:
-        return warning(
-            "shm",
-            f"{gib(free)} free in /dev/shm",
-            expected=f"{gib(shared)} for NCCL and the weights that come from the host",
-            advice=f"start the container with --shm-size={-(-shared // 2**30)}g, or --ipc=host",
-            why="ranks of one machine share one copy of what they stream",
-        )
-    return ok("shm", f"{gib(free)} free in /dev/shm, {gib(shared)} wanted")
+    return ok("shm", f"{gib(free)} free in /dev/shm, {gib(nccl)} wanted")
 
 
 def check_port(probes: Probes, port: int) -> Finding:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from lowvram.planning.cards import CARDS, Card
+from lowvram.planning.choice import Machines, choose_team
 from lowvram.planning.command import DEFAULT_CARD
 from lowvram.planning.facts import ModelFacts
-from lowvram.planning.layout import HOST_BASE_BYTES
-from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.planner import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
 
 SIZE = "704*384"
@@ -17,42 +18,65 @@ _FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wants:
-    """Bytes and seconds of one block of ``what``.
+class RankWants:
+    """Of one rank: bytes that its card has to have, bytes that a block copies to and from it, and the seconds that the
+    card is busy beside those copies. ``name`` is "" where there is no other rank."""
 
-    ``vram_bytes`` is what one card has to have, ``host_bytes`` what all ranks of the machine take together at most;
-    ``shared_bytes`` of it are weights that all ranks read, ``pinned_bytes`` have to stay where they are.
-    """
-
-    what: str
+    name: str
     vram_bytes: int
-    host_bytes: int
-    shared_bytes: int
-    pinned_bytes: int
-    artifact_bytes: int
     bytes_in: int
     bytes_out: int
-    arithmetic_s: float
+    busy_s: float
 
 
-def wants_of(
-    facts: ModelFacts, *, vram_bytes: int | None, ram_bytes: int, ranks: int, gpu: str = DEFAULT_CARD
-) -> Wants:
-    """Plan for one card with ``vram_bytes``, or for the processor (None), which keeps everything in host memory.
-    ``gpu`` is the card's name, as CUDA gives it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wants:
+    """Of a run of ``what``: ``ranks`` of each in order, ``host_bytes`` of all of them together, weights that several
+    read counted once; ``pinned_bytes`` have to stay where they are, of the rank that has the most."""
 
-    Where nothing fits, the plan that comes nearest says what is missing. Several ranks share weights and divide the
-    rings of one, so they take no more host memory than one does, but for the processes themselves.
+    what: str
+    ranks: tuple[RankWants, ...]
+    host_bytes: int
+    pinned_bytes: int
+    artifact_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """A card's name, as CUDA gives it, and the bytes that may be taken of it."""
+
+    gpu: str
+    vram_bytes: int
+
+
+def wants_of(facts: ModelFacts, rooms: Sequence[Room | None], *, ram_bytes: int) -> Wants:
+    """Plan for as many ranks as there are ``rooms``, each on a card, or on the processor (None), which keeps everything
+    in host memory. Where nothing fits, the plans that come nearest say what is missing.
+
+    Raises:
+        ConfigError: no layout of so many ranks.
     """
-    work = Workload.of_size(SIZE)
-    card = _card_like(gpu)
-    vram = _NO_LIMIT if vram_bytes is None else vram_bytes
-    ram = _NO_LIMIT if vram_bytes is None else ram_bytes - (ranks - 1) * HOST_BASE_BYTES
+    on_cpu = any(room is None for room in rooms)
+    there = Machines(
+        cards=[_card_like(room.gpu if room else DEFAULT_CARD) for room in rooms],
+        vram_bytes=[room.vram_bytes if room else _NO_LIMIT for room in rooms],
+        machines=[0] * len(rooms),
+        ram_bytes=[_NO_LIMIT if on_cpu else ram_bytes],
+    )
     try:
-        found = plan(facts, work, vram_bytes=vram, ram_bytes=ram, card=card)
+        team = choose_team(facts, Workload.of_size(SIZE), there)
+        ranks, host = team.ranks, team.host[0]
     except DoesNotFit as refused:
-        found = refused.plan
-    return _from_plan(facts, found, on_cpu=vram_bytes is None, ranks=ranks)
+        ranks, host = refused.ranks, refused.host[0]
+    # On the processor there is one memory, and what would lie on the device lies there too.
+    beside = sum(plan.peak_vram_bytes - plan.reserve_bytes for plan in ranks) if on_cpu else 0
+    return Wants(
+        what=f"a DiT of {facts.parameters / 1e9:.3g} billion weights in {facts.precision} at {SIZE}",
+        ranks=tuple(_of_rank(plan, on_cpu=on_cpu, alone=len(rooms) == 1) for plan in ranks),
+        host_bytes=host.peak + beside,
+        pinned_bytes=0 if on_cpu else max(_pinned(plan) for plan in ranks),
+        artifact_bytes=_artifact_bytes(facts),
+    )
 
 
 def _card_like(gpu: str) -> Card:
@@ -61,21 +85,19 @@ def _card_like(gpu: str) -> Card:
     return next((card for key, card in CARDS.items() if key in name), CARDS[DEFAULT_CARD])
 
 
-def _from_plan(facts: ModelFacts, found: Plan, *, on_cpu: bool, ranks: int) -> Wants:
-    host = found.peak_host_bytes + (ranks - 1) * HOST_BASE_BYTES
-    pinned = found.host.pinned_weights + found.host.pinned_rings + found.host.pinned_cache
-    return Wants(
-        what=f"a DiT of {facts.parameters / 1e9:.3g} billion weights in {facts.precision} at {SIZE}",
-        vram_bytes=0 if on_cpu else found.peak_vram_bytes,
-        # On the processor there is one memory, and what would lie on the device lies there too.
-        host_bytes=host + found.peak_vram_bytes - found.reserve_bytes if on_cpu else host,
-        shared_bytes=found.host.pinned_weights,
-        pinned_bytes=0 if on_cpu else pinned,
-        artifact_bytes=_artifact_bytes(facts),
-        bytes_in=found.traffic.h2d,
-        bytes_out=found.traffic.d2h,
-        arithmetic_s=found.seconds.arithmetic,
+def _of_rank(plan: Plan, *, on_cpu: bool, alone: bool) -> RankWants:
+    seconds = plan.seconds
+    return RankWants(
+        name="" if alone else plan.share.role.name,
+        vram_bytes=0 if on_cpu else plan.peak_vram_bytes,
+        bytes_in=plan.traffic.h2d + plan.traffic.received,
+        bytes_out=plan.traffic.d2h + plan.traffic.sent,
+        busy_s=seconds.arithmetic + seconds.exchange if plan.share.denoises else seconds.decode,
     )
+
+
+def _pinned(plan: Plan) -> int:
+    return plan.host.pinned_weights + plan.host.pinned_rings + plan.host.pinned_cache
 
 
 def _artifact_bytes(facts: ModelFacts) -> int:

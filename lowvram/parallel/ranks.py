@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -16,38 +16,52 @@ import torch
 
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.seat import Seat, rank_device
-from lowvram.parallel.team import RankTeam
+from lowvram.parallel.team import EndedFromOutside, RankTeam
 from lowvram.placement import MemoryOptions
 from lowvram.request import Request
 from lowvram.residency import layer_slab
 from lowvram.runtime import Runtime
-from lowvram_kernels.errors import DistributedError
 from lowvram_quantize.format import Artifact
 
 
 @contextlib.contextmanager
-def joined(seat: Seat, layout: ParallelLayout, device: str) -> Iterator[tuple[RankTeam, str]]:
-    """Be one of the ranks: gives the team and the rank's device. Of a failure all ranks are told, and where another
-    rank is at fault, that is what is raised.
+def joined(
+    seat: Seat, layout: ParallelLayout, device: str, settle: Callable[[RankTeam, torch.device], None] | None = None
+) -> Iterator[tuple[RankTeam, str]]:
+    """Be one of the ranks: gives the team and the rank's device. ``settle`` may give it another layout.
+
+    Of a failure all ranks are told, and where another rank is at fault, that is what is raised.
 
     Raises:
         DistributedError: another rank failed, died or hung; or the ranks did not meet.
     """
-    where = rank_device(device, seat)
-    signal.signal(signal.SIGTERM, _terminated)
-    team = RankTeam(seat, layout, torch.device(where))
+    with _ended_in_order():
+        team = RankTeam(seat, layout)
+        try:
+            where = rank_device(device, seat)
+            if settle is not None:
+                settle(team, torch.device(where))
+            team.connect(torch.device(where))
+            yield team, where
+            team.leave()
+        except BaseException as error:
+            if (found := team.explain(error)) is not None:
+                raise found from error
+            raise
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM be an exception, so that what was written so far is closed in order."""
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        raise EndedFromOutside("the run was ended from outside (SIGTERM); what was written so far is kept")
+
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
-        yield team, where
-        team.leave()
-    except BaseException as error:
-        if (found := team.explain(error)) is not None:
-            raise found from error
-        raise
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that what was written so far is closed in order.
-    raise DistributedError("the run was ended from outside (SIGTERM); what was written so far is kept")
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def facts_to_agree_on(

@@ -23,6 +23,7 @@ from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.watch import Person, Watch
 from lowvram.parallel.wire import Mail, Sent, StageExchange
+from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
 from lowvram.sequence import Sequence, Whole
 from lowvram.team import LatentSize
@@ -35,12 +36,18 @@ log = logging.getLogger(__name__)
 _PATIENCE = datetime.timedelta(days=7)
 _HANDSHAKE_S = 25.0
 _CAUSE_S = 14.0
+# A starter that ends this rank because another one failed does so about when the watch finds it.
+_TOLD_S = 1.0
+
+
+class EndedFromOutside(DistributedError):
+    """Whoever started this rank has ended it."""
 
 
 class RankTeam:
-    """This process among the ranks of ``layout``; see ``lowvram.team.Team``."""
+    """This process among the ranks of ``layout``, met and watched: a ``lowvram.team.Team`` once it is connected."""
 
-    def __init__(self, seat: Seat, layout: ParallelLayout, device: torch.device):
+    def __init__(self, seat: Seat, layout: ParallelLayout):
         self.seat, self.layout, self.role = seat, layout, layout.role(seat.rank)
         self.sent = Sent()
         self._meeting = Meeting(seat)
@@ -48,8 +55,24 @@ class RankTeam:
         self.people = [Person(**person) for person in self._meeting.tell("people", me, within_s=MEETING_S)]
         self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
         self._watch.begin()
-        self._mail, self._stage_group, self.sequence = self._groups(device)
         self.host_weights: Shared | None = None
+        self.there: Machines | None = None
+
+    def settle(self, layout: ParallelLayout) -> None:
+        """Take another layout than the one that was met with; before ``connect``."""
+        self.layout, self.role = layout, layout.role(self.seat.rank)
+        # In place: the watch has the same list.
+        self.people[:] = [
+            dataclasses.replace(person, name=layout.role(rank).name) for rank, person in enumerate(self.people)
+        ]
+
+    def connect(self, device: torch.device) -> None:
+        """Make the ways that tensors go, and try them.
+
+        Raises:
+            DistributedError: what arrives is not what was sent.
+        """
+        self._mail, self._stage_group, self.sequence = self._groups(device)
 
     def _groups(self, device: torch.device) -> tuple[Mail, Any, Sequence]:
         """Make the groups, which every rank does for all of them in the same order; and try them."""
@@ -157,7 +180,9 @@ class RankTeam:
 
     def explain(self, error: BaseException) -> LowvramError | None:
         """Which rank is at fault: another one, whose failure comes back, or this one, and all are told."""
-        if isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
+        if isinstance(error, EndedFromOutside):
+            self._watch.wait_for_cause(_TOLD_S)
+        elif isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
             self._watch.wait_for_cause(_CAUSE_S)
         if (cause := self._watch.cause) is not None:
             return DistributedError(f"the run ended: {cause}")

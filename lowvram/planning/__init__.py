@@ -1,7 +1,22 @@
 """What fits where and how fast it will be, from shapes alone: no weights are read and no device is needed."""
 
 from lowvram.planning.cards import CARDS, Card
+from lowvram.planning.choice import Machines, Wishes, alternatives, choose_team
 from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.team import TeamPlan, plan_team
 from lowvram.planning.workload import Workload
 
-__all__ = ["CARDS", "Card", "DoesNotFit", "Plan", "Workload", "plan"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "DoesNotFit",
+    "Machines",
+    "Plan",
+    "TeamPlan",
+    "Wishes",
+    "Workload",
+    "alternatives",
+    "choose_team",
+    "plan",
+    "plan_team",
+]

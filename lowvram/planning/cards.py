@@ -15,6 +15,11 @@ TERA, GIGA = 1e12, 1e9
 DATA_SHEET_EFFICIENCY = {"linear": 0.6, "attention": 0.6, "vae": 0.3}
 MEASURED_EFFICIENCY = {"linear": 0.75, "attention": 0.7, "vae": 0.4}
 
+# What a card sends to another while it receives as much. GeForce cards from the RTX 40 on have no way to each other but
+# through host memory, where NCCL writes and reads again what a card with 16 lanes of PCIe 4.0 could carry at 25 GB/s.
+# Not measured: a judgement, and said in every plan that depends on it. Cards with NVLink do far better.
+LINK_BYTES_PER_S = 10 * GIGA
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:

@@ -1,4 +1,4 @@
-"""What ``lowvram plan`` does: options to a plan."""
+"""What ``lowvram plan`` does: options to a plan, for one GPU or for several."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 
 from lowvram.byte_sizes import parse_bytes
 from lowvram.planning.cards import Card, card_named
+from lowvram.planning.choice import Alternative, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.costs import GIB
+from lowvram.planning.facts import facts_of
 from lowvram.planning.measure import card_at_hand
-from lowvram.planning.planner import Plan, plan
+from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
@@ -23,8 +26,9 @@ DEFAULT_CARD, DEFAULT_RAM_BYTES = "rtx4090", 64 * GIB
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """As they come from the command line. ``vram`` and ``ram`` are texts as "22.15GiB", None for what the card, and
-    the host, have; ``gpu`` is a name of the table or "auto"."""
+    """As they come from the command line. ``vram`` (of each card) and ``ram`` are texts as "22.15GiB", None for what
+    the card, and the host, have; ``gpu`` is a name of the table or "auto". ``gpus`` None: a plan for one, without
+    ranks; the last three say how several share the work, None leaves it to the choice. Validated at construction."""
 
     vram: str | None = None
     ram: str | None = None
@@ -36,6 +40,30 @@ class PlanOptions:
     wave: str = "auto"
     offload_model: bool = False
     offload_kv_cache: bool = False
+    gpus: int | None = None
+    num_gpus_dit: int | None = None
+    ulysses_size: int | None = None
+    enable_vae_parallel: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus is not None and self.gpus < 1:
+            raise ConfigError(f"--gpus is {self.gpus}; expected 1 or more")
+        for name in ("num_gpus_dit", "ulysses_size", "enable_vae_parallel"):
+            if self.gpus is None and getattr(self, name) is not None:
+                raise ConfigError(f"--{name} has an effect on several GPUs only; expected --gpus N beside it")
+
+    @property
+    def workload(self) -> Workload:
+        return Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The plan that was chosen for several GPUs, or why there is none, and every layout that they can have."""
+
+    team: TeamPlan | None
+    refusal: DoesNotFit | None
+    alternatives: tuple[Alternative, ...]
 
 
 def plan_for(model: Path, options: PlanOptions) -> Plan:
@@ -50,7 +78,7 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
     card = _card(options.gpu)
     result = plan(
         Artifact.open(model),
-        Workload.of_size(options.size, infer_frames=options.infer_frames, sample_steps=options.sample_steps),
+        options.workload,
         vram_bytes=parse_bytes(options.vram) if options.vram else card.usable_bytes,
         ram_bytes=_ram_bytes(options.ram, at_hand),
         card=card,
@@ -60,9 +88,55 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         offload_kv=options.offload_kv_cache,
     )
     if options.gpu == "auto" and not at_hand:
-        said = f"no CUDA device is here: speeds are those of {card.name}; another is named with --gpu"
-        result = dataclasses.replace(result, notes=(said, *result.notes))
+        result = dataclasses.replace(result, notes=(_not_here(card), *result.notes))
     return result
+
+
+def plan_team_for(model: Path, options: PlanOptions) -> Compared:
+    """Plan a run of the artifact in ``model`` on ``options.gpus`` cards of one machine, and all layouts beside it.
+
+    Raises:
+        CheckpointError: no artifact.
+        ConfigError, InputError: an option that cannot be used.
+    """
+    facts, gpus = facts_of(Artifact.open(model)), options.gpus or 1
+    at_hand = options.gpu == "auto" and torch.cuda.is_available()
+    cards = _cards(options.gpu, gpus)
+    there = Machines(
+        cards=cards,
+        vram_bytes=[parse_bytes(options.vram) if options.vram else card.usable_bytes for card in cards],
+        machines=[0] * gpus,
+        ram_bytes=[_ram_bytes(options.ram, at_hand)],
+    )
+    wishes = Wishes(
+        kv=options.kv,
+        wave=_wave(options.wave),
+        offload_model=options.offload_model,
+        offload_kv=options.offload_kv_cache,
+        num_gpus_dit=options.num_gpus_dit,
+        ulysses_size=options.ulysses_size,
+        vae_rank=options.enable_vae_parallel,
+    )
+    team, refusal = None, None
+    try:
+        team = choose_team(facts, options.workload, there, wishes)
+    except DoesNotFit as error:
+        refusal = error
+    if team is not None and options.gpu == "auto" and not at_hand:
+        team = dataclasses.replace(team, notes=(_not_here(cards[0]), *team.notes))
+    return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, options.workload, there, wishes))
+
+
+def _cards(name: str, gpus: int) -> list[Card]:
+    """Those at hand, one after the other; where more are asked for, more of the first."""
+    if name != "auto" or not torch.cuda.is_available():
+        return [_card(name)] * gpus
+    here = [card_at_hand(torch.device("cuda", index)) for index in range(min(gpus, torch.cuda.device_count()))]
+    return here + [here[0]] * (gpus - len(here))
+
+
+def _not_here(card: Card) -> str:
+    return f"no CUDA device is here: speeds are those of {card.name}; another is named with --gpu"
 
 
 def _card(name: str) -> Card:

@@ -1,13 +1,14 @@
 """Bytes and operations of the rollout from shapes alone: rings, sink, arithmetic.
 
 Shapes: L tokens of a block, D width, N heads, H head_dim. ``kv`` is "plain" (keys and values in the dtype that is
-computed in) or "int8", as in ``Placement``.
+computed in) or "int8", as in ``Placement``. ``share`` is what one rank has of it all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 from lowvram_models.config import DiTConfig
 
@@ -46,12 +47,13 @@ class KVBytes:
         return -(-(self.payload + self.scales) // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
 
 
-def kv_bytes(config: DiTConfig, tokens: int, kv: str) -> KVBytes:
-    """Bytes of keys and values of so many tokens, one layer and one step."""
+def kv_bytes(config: DiTConfig, tokens: int, kv: str, heads: int) -> KVBytes:
+    """Bytes of keys and values of so many tokens and heads, one layer and one step."""
+    width = heads * config.head_dim
     if kv == "plain":
-        return KVBytes(payload=2 * tokens * config.dim * COMPUTE_BYTES, scales=0)
-    scales = 2 * tokens * config.num_heads * SCALE_BYTES + config.dim * SCALE_BYTES
-    return KVBytes(payload=2 * tokens * config.dim, scales=scales)
+        return KVBytes(payload=2 * tokens * width * COMPUTE_BYTES, scales=0)
+    scales = 2 * tokens * heads * SCALE_BYTES + width * SCALE_BYTES
+    return KVBytes(payload=2 * tokens * width, scales=scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,11 @@ class RingCosts:
     written: int
 
 
-def ring_costs(config: DiTConfig, work: Workload, kv: str) -> RingCosts:
-    block, slots = kv_bytes(config, work.block_tokens, kv), work.blocks_per_clip
+def ring_costs(config: DiTConfig, work: Workload, kv: str, share: Share) -> RingCosts:
+    """Rings of the rank's steps: its heads of all tokens."""
+    block, slots = kv_bytes(config, work.block_tokens, kv, share.heads), work.blocks_per_clip
     return RingCosts(
-        cells=work.sample_steps * config.num_layers,
+        cells=len(share.steps) * config.num_layers,
         payload=block.payload * slots,
         scales=block.scales * slots,
         cell=block.block * slots,
@@ -82,9 +85,9 @@ def ring_costs(config: DiTConfig, work: Workload, kv: str) -> RingCosts:
     )
 
 
-def sink_bytes(config: DiTConfig, work: Workload, kv: str) -> KVBytes:
-    """The sink of all layers; every step shares it."""
-    layer = kv_bytes(config, work.sink_tokens, kv)
+def sink_bytes(config: DiTConfig, work: Workload, kv: str, share: Share) -> KVBytes:
+    """The sink of all layers, the rank's heads of it; every step shares it."""
+    layer = kv_bytes(config, work.sink_tokens, kv, share.heads)
     return KVBytes(payload=layer.payload * config.num_layers, scales=layer.scales * config.num_layers)
 
 
@@ -96,18 +99,48 @@ class Operations:
     attention: int
 
 
-def step_operations(config: DiTConfig, work: Workload) -> Operations:
-    """Linears and attention of one step of a block, with full rings; text keys are computed anew in every step."""
-    tokens, dim, text = work.block_tokens, config.dim, config.text_len
+def step_operations(config: DiTConfig, work: Workload, share: Share) -> Operations:
+    """Linears and attention of one step of a block, with full rings; text keys are computed anew in every step.
+
+    Linears are over the rank's own tokens, and so are the attentions to text and voice, which have all heads;
+    self-attention is over all tokens with the rank's heads. Keys of text and voice are computed by every rank.
+    """
+    if not share.denoises:
+        return Operations(linear=0, attention=0)
+    tokens, dim, text = share.block_tokens, config.dim, config.text_len
     audio, injections = _AUDIO_TOKENS * work.frames_per_block, len(config.audio_inject_layers)
     per_matrix = 2 * dim * dim
     # q, k, v, o of self-attention, q and o of cross-attention over the block; k and v over the text.
     block = per_matrix * (6 * tokens + 2 * text) + 2 * 2 * tokens * dim * config.ffn_dim
     injection = per_matrix * (2 * tokens + 2 * audio + 2 * work.frames_per_block)
-    keys = work.ring_tokens + work.sink_tokens + text
+    width, keys = share.heads * config.head_dim, work.ring_tokens + work.sink_tokens
+    beside = 4 * dim * tokens * (config.num_layers * text + injections * _AUDIO_TOKENS)
     return Operations(
         linear=config.num_layers * block + injections * injection,
-        attention=4 * dim * tokens * (config.num_layers * keys + injections * _AUDIO_TOKENS),
+        attention=4 * width * work.block_tokens * config.num_layers * keys + beside,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """Bytes to and from the other ranks of a stage."""
+
+    sent: int
+    received: int
+
+
+def step_exchange(config: DiTConfig, work: Workload, share: Share) -> Exchanged:
+    """Of one step of a block. In every layer, queries, keys and values go from own tokens of all heads to all tokens of
+    own heads, and the attended values go back; at the end, every rank gets all of the head's outputs."""
+    if not share.exchanges:
+        return Exchanged(sent=0, received=0)
+    own, others = share.block_tokens, work.block_tokens - share.block_tokens
+    mine = share.heads * config.head_dim
+    away, back = own * (config.dim - mine), others * mine  # values of own tokens elsewhere, of others' tokens here
+    outputs = 4 * config.out_dim * FLOAT32_BYTES  # a token's, four values a channel
+    return Exchanged(
+        sent=config.num_layers * (3 * away + back) * COMPUTE_BYTES + own * (share.parts - 1) * outputs,
+        received=config.num_layers * (3 * back + away) * COMPUTE_BYTES + others * outputs,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 from lowvram.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, GIB, MIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.facts import ModelFacts
+from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
 
 RESERVE_BYTES = 256 * MIB
@@ -23,26 +25,32 @@ _PAGE = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceParts:
-    """Bytes that lie on the device from the first block to the last."""
+    """Bytes that lie on the device from the first block to the last; of the DiT, or of the VAE, only where the rank has
+    them."""
 
-    shared_weights: int
-    resident_layers: int
-    weight_slots: int
-    rings: int
-    ring_slots: int
-    sink: int
-    rollout_inputs: int
-    vae: int
-    decoder_cache: int
+    shared_weights: int = 0
+    resident_layers: int = 0
+    weight_slots: int = 0
+    rings: int = 0
+    ring_slots: int = 0
+    sink: int = 0
+    rollout_inputs: int = 0
+    vae: int = 0
+    decoder_cache: int = 0
 
     @property
     def total(self) -> int:
         return sum(dataclasses.asdict(self).values())
 
 
-def device_parts(facts: ModelFacts, work: Workload, placement: Placement) -> DeviceParts:
+def device_parts(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> DeviceParts:
     config, streamed = facts.config, placement.streamed_layers
-    ring, sink = ring_costs(config, work, placement.kv), kv_bytes(config, work.sink_tokens, placement.kv)
+    vae = allocated(facts.vae_bytes) if share.media else 0
+    cache = workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0
+    if not share.denoises:
+        return DeviceParts(vae=vae, decoder_cache=cache)
+    ring = ring_costs(config, work, placement.kv, share)
+    sink = kv_bytes(config, work.sink_tokens, placement.kv, share.heads)
     slabs = [bound_bytes(facts, nbytes) for i, nbytes in enumerate(facts.layer_bytes) if i not in set(streamed)]
     slot = max((facts.layer_bytes[i] for i in streamed), default=0)
     return DeviceParts(
@@ -52,9 +60,9 @@ def device_parts(facts: ModelFacts, work: Workload, placement: Placement) -> Dev
         rings=(ring.cells - len(placement.host_rings)) * allocated(ring.cell),
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
-        rollout_inputs=workspace.rollout_inputs(config, work, placement.wave),
-        vae=allocated(facts.vae_bytes),
-        decoder_cache=workspace.decoder_cache(facts.vae_base_dim, work),
+        rollout_inputs=workspace.rollout_inputs(config, work, placement.wave, share),
+        vae=vae,
+        decoder_cache=cache,
     )
 
 
@@ -70,22 +78,40 @@ def widened(facts: ModelFacts, streamed: tuple[int, ...]) -> int:
     return sum(bound_bytes(facts, facts.layer_bytes[index]) for index in streamed)
 
 
-def stage_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
-    """Device bytes at the worst moment of each stage, without the reserve."""
-    config, base_dim = facts.config, facts.vae_base_dim
+def stage_peaks(
+    facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str, share: Share
+) -> dict[str, int]:
+    """Device bytes at the worst moment of each stage that the rank has, without the reserve."""
+    encoding = _encoding_peaks(facts, work, parts, text_device) if share.media else {}
+    denoising = _denoising_peaks(facts, work, parts, share) if share.denoises else {}
+    decode = parts.total + workspace.decode_workspace(facts.vae_base_dim, work)
+    return encoding | denoising | ({"decode": decode} if share.media else {})
+
+
+def _encoding_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
     text = allocated(facts.text_bytes) + workspace.text_workspace(facts) if text_device == "cuda" else 0
-    seen = work.ring_tokens + work.sink_tokens
-    block = workspace.layer_workspace(config, work.block_tokens, quantized=facts.quantized, seen_tokens=seen)
-    sink = workspace.layer_workspace(config, work.sink_tokens, quantized=facts.quantized, audio=False)
-    sink_residual = work.sink_tokens * config.dim * FLOAT32_BYTES
     return {
         "encode_text": text,
         "encode_audio": facts.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(facts.audio),
-        "encode_image": parts.vae + workspace.encode_workspace(base_dim, work),
+        "encode_image": parts.vae + workspace.encode_workspace(facts.vae_base_dim, work),
+    }
+
+
+def _denoising_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, share: Share) -> dict[str, int]:
+    config, quantized, seen = facts.config, facts.quantized, work.ring_tokens + work.sink_tokens
+    block_of, sink_of = (
+        workspace.Attended(tokens=tokens, heads=share.heads) if share.exchanges else None
+        for tokens in (work.block_tokens, work.sink_tokens)
+    )
+    block = workspace.layer_workspace(
+        config, share.block_tokens, quantized=quantized, seen_tokens=seen, attended=block_of
+    )
+    sink = workspace.layer_workspace(config, share.sink_tokens, quantized=quantized, audio=False, attended=sink_of)
+    sink_residual = share.sink_tokens * config.dim * FLOAT32_BYTES
+    return {
         "load_dit": parts.total - parts.decoder_cache + allocated(bound_bytes(facts, facts.start_bytes)),
         "prefill_sink": parts.total + sink_residual + sink.peak,
         "denoise": parts.total + block.peak,
-        "decode": parts.total + workspace.decode_workspace(base_dim, work),
     }
 
 
@@ -106,15 +132,60 @@ class HostParts:
         return self.base + max(self.pinned_weights + self.pinned_rings + self.pinned_cache, self.text_encoder)
 
 
-def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str) -> HostParts:
-    cell = ring_costs(facts.config, work, placement.kv).cell
+def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
+    """Of one rank's process; what it streams lies there once for all ranks of a machine."""
+    cell = ring_costs(facts.config, work, placement.kv, share).cell
     return HostParts(
         base=HOST_BASE_BYTES,
-        pinned_weights=sum(_pages(facts.layer_bytes[index]) for index in placement.streamed_layers),
+        pinned_weights=pinned_weights(facts, placement.streamed_layers),
         pinned_rings=len(placement.host_rings) * _pages(cell),
-        pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work),
-        text_encoder=facts.text_bytes if text_device == "cpu" else 0,
+        pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0,
+        text_encoder=facts.text_bytes if share.media and text_device == "cpu" else 0,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineParts:
+    """Host bytes of all ranks of one machine: what they stream lies there once. ``beside_text`` is what the other ranks
+    may have pinned already while one of them runs the text encoder on the host."""
+
+    base: int
+    pinned_weights: int
+    pinned_rings: int
+    pinned_cache: int
+    text_encoder: int
+    beside_text: int
+
+    @property
+    def pinned(self) -> int:
+        return self.pinned_weights + self.pinned_rings + self.pinned_cache
+
+    @property
+    def peak(self) -> int:
+        return self.base + max(self.pinned, self.text_encoder + self.beside_text)
+
+
+def machine_parts(facts: ModelFacts, ranks: Sequence[HostParts], streamed: Sequence[tuple[int, ...]]) -> MachineParts:
+    """Of a machine's ``ranks``, and the layers that each of them streams."""
+    reading = [bool(rank.text_encoder) for rank in ranks]
+    others = [rank for rank, reads in zip(ranks, reading, strict=True) if not reads]
+    streamed_by_others = {
+        index for layers, reads in zip(streamed, reading, strict=True) if not reads for index in layers
+    }
+    kept = sum(rank.pinned_rings + rank.pinned_cache for rank in others)
+    return MachineParts(
+        base=sum(rank.base for rank in ranks),
+        pinned_weights=pinned_weights(facts, {index for layers in streamed for index in layers}),
+        pinned_rings=sum(rank.pinned_rings for rank in ranks),
+        pinned_cache=sum(rank.pinned_cache for rank in ranks),
+        text_encoder=sum(rank.text_encoder for rank in ranks),
+        beside_text=pinned_weights(facts, streamed_by_others) + kept if any(reading) else 0,
+    )
+
+
+def pinned_weights(facts: ModelFacts, streamed: Iterable[int]) -> int:
+    """Bytes of the layers ``streamed`` on the host."""
+    return sum(_pages(facts.layer_bytes[index]) for index in streamed)
 
 
 def _pages(nbytes: int) -> int:
@@ -140,7 +211,8 @@ class ReferenceParts:
 
 def reference_parts(facts: ModelFacts, work: Workload) -> ReferenceParts:
     config, base_dim = facts.config, facts.vae_base_dim
-    ring, sink = ring_costs(config, work, "plain"), kv_bytes(config, work.sink_tokens, "plain")
+    ring = ring_costs(config, work, "plain", whole(config, work))
+    sink = kv_bytes(config, work.sink_tokens, "plain", config.num_heads)
     seen = work.ring_tokens + work.sink_tokens
     layer = workspace.layer_workspace(config, work.block_tokens, quantized=False, seen_tokens=seen)
     return ReferenceParts(

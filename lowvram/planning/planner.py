@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 from lowvram.byte_sizes import gib
 from lowvram.placement import Placement
@@ -13,6 +14,7 @@ from lowvram.planning.layout import (
     RESERVE_BYTES,
     DeviceParts,
     HostParts,
+    MachineParts,
     ReferenceParts,
     device_parts,
     host_parts,
@@ -20,7 +22,8 @@ from lowvram.planning.layout import (
     stage_peaks,
 )
 from lowvram.planning.search import Job, candidates, fastest, least_placement
-from lowvram.planning.timing import Limits, Seconds, Traffic, limits, seconds_of, traffic
+from lowvram.planning.share import Share
+from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
@@ -36,10 +39,15 @@ class Plan:
     ``operations`` are those of one step of a block. ``stage_peaks`` are device bytes without ``reserve_bytes``;
     ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and ``sink_bytes`` are keys and values alone, their
     scales and means apart, wherever they lie.
+
+    Of one rank of several, everything is what its ``share`` takes, but for ``reference`` and ``limits``, which are of a
+    whole run; the weights in ``host`` lie there once for all ranks of a machine that stream them, and
+    ``text_encoder_device`` is "" on a rank that has none.
     """
 
     placement: Placement
     workload: Workload
+    share: Share
     card: Card
     precision: str
     layers: int
@@ -82,30 +90,41 @@ class Plan:
 
     @property
     def limited_by(self) -> str:
-        """What takes longer, "arithmetic" or "pcie"."""
+        """What takes longer; see ``Seconds``."""
         return self.seconds.limited_by
+
+    @property
+    def rings(self) -> int:
+        """KV rings of this rank, one a step and layer."""
+        return self.layers * len(self.share.steps)
 
     def summary(self) -> str:
         """The plan in a line."""
-        rings, streamed = self.layers * self.workload.sample_steps, len(self.placement.streamed_layers)
+        streamed = len(self.placement.streamed_layers)
+        dit = (
+            f"{streamed} of {self.layers} layers and {len(self.placement.host_rings)} of {self.rings} KV rings "
+            f"({self.placement.kv}) come from the host, {self.placement.wave} steps share a pass; "
+        )
         return (
-            f"plan: {streamed} of {self.layers} layers and {len(self.placement.host_rings)} of {rings} KV rings "
-            f"({self.placement.kv}) come from the host, {self.placement.wave} steps share a pass; predicted are "
+            f"plan: {dit if self.share.denoises else ''}predicted are "
             f"{gib(self.peak_vram_bytes)} of {gib(self.vram_budget_bytes)} on the device, {gib(self.peak_host_bytes)} "
             f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block"
         )
 
 
 class DoesNotFit(OutOfMemoryError):
-    """No placement fits; ``plan`` is the one that comes nearest."""
+    """No placement fits; ``plan`` is the one that comes nearest. For several ranks it is that of the rank that does not
+    fit, ``ranks`` are those of all of them, and ``host`` is what they would take of each machine."""
 
-    def __init__(self, message: str, plan: Plan):
+    def __init__(self, message: str, plan: Plan, ranks: Sequence[Plan] = (), host: Sequence[MachineParts] = ()):
         super().__init__(message)
-        self.plan = plan
+        self.plan, self.ranks, self.host = plan, tuple(ranks), tuple(host)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Budgets:
+class Budgets:
+    """Bytes of device and host, and of the device what is kept free."""
+
     vram: int
     ram: int
     reserve: int
@@ -146,16 +165,16 @@ def plan(
         DoesNotFit: (an OutOfMemoryError) nothing fits; the message has bytes needed, bytes there, and what would fit.
     """
     facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
-    budgets = _Budgets(vram=vram_bytes, ram=ram_bytes, reserve=reserve_bytes)
+    budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=reserve_bytes)
     job = Job(
         facts=facts,
         work=workload,
-        kv=_kv_scheme(kv, facts),
-        wave=_wave(wave, workload.sample_steps),
+        kv=kv_scheme(kv, facts),
+        wave=wave_of(wave, workload.sample_steps),
         offload_model=offload_model,
         offload_kv=offload_kv,
     )
-    job = _place_text_encoder(job, budgets)
+    job = place_text_encoder(job, budgets.usable)
     fitting = list(candidates(job, budgets.usable))
     if not fitting:
         raise _refusal(job, least_placement(job), budgets, card)
@@ -165,7 +184,8 @@ def plan(
     return describe(job, fastest(job, card.rates, in_ram), budgets, card)
 
 
-def _kv_scheme(kv: str, facts: ModelFacts) -> str:
+def kv_scheme(kv: str, facts: ModelFacts) -> str:
+    """How rings are kept where a user says ``kv``, as ``Placement`` has it."""
     if kv == "auto":
         return "int8" if facts.quantized else "plain"
     if kv not in KV_NAMES:
@@ -173,7 +193,8 @@ def _kv_scheme(kv: str, facts: ModelFacts) -> str:
     return KV_NAMES[kv]
 
 
-def _wave(wave: str | int, steps: int) -> int | None:
+def wave_of(wave: str | int, steps: int) -> int | None:
+    """None for any."""
     if wave == "auto":
         return None
     if not isinstance(wave, int) or not 1 <= wave <= steps:
@@ -181,42 +202,44 @@ def _wave(wave: str | int, steps: int) -> int | None:
     return wave
 
 
-def _place_text_encoder(job: Job, budgets: _Budgets) -> Job:
+def place_text_encoder(job: Job, usable_bytes: int) -> Job:
     """On the host where it does not fit on the device: it runs once a video."""
-    needed = job.stage_peaks(least_placement(job))["encode_text"]
-    return dataclasses.replace(job, text_device="cpu") if needed > budgets.usable else job
+    needed = job.stage_peaks(least_placement(job)).get("encode_text", 0)
+    return dataclasses.replace(job, text_device="cpu") if needed > usable_bytes else job
 
 
-def describe(job: Job, placement: Placement, budgets: _Budgets, card: Card) -> Plan:
+def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
     """Everything that is predicted of a placement."""
-    facts, work = job.facts, job.work
-    parts = device_parts(facts, work, placement)
-    host = host_parts(facts, work, placement, job.text_device)
-    ring, sink = ring_costs(facts.config, work, placement.kv), sink_bytes(facts.config, work, placement.kv)
-    peaks = stage_peaks(facts, work, parts, job.text_device)
+    facts, work, share = job.facts, job.work, job.share
+    parts = device_parts(facts, work, placement, share)
+    host = host_parts(facts, work, placement, job.text_device, share)
+    ring = ring_costs(facts.config, work, placement.kv, share)
+    sink = sink_bytes(facts.config, work, placement.kv, share)
+    peaks = stage_peaks(facts, work, parts, job.text_device, share)
     return Plan(
         placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
         workload=work,
+        share=share,
         card=card,
         precision=facts.precision,
         layers=facts.config.num_layers,
-        operations=step_operations(facts.config, work),
+        operations=step_operations(facts.config, work, share),
         fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
         vram_budget_bytes=budgets.vram,
         ram_budget_bytes=budgets.ram,
         reserve_bytes=budgets.reserve,
-        text_encoder_device=job.text_device,
+        text_encoder_device=job.text_device if share.media else "",
         stage_peaks=peaks,
         device=parts,
         host=host,
         reference=reference_parts(facts, work),
-        weight_bytes=facts.weight_bytes,
+        weight_bytes=facts.weight_bytes if share.denoises else 0,
         kv_ring_bytes=ring.cells * ring.payload,
         kv_scale_bytes=ring.cells * ring.scales,
         sink_bytes=sink.payload,
         sink_scale_bytes=sink.scales,
-        traffic=traffic(facts, work, placement),
-        seconds=seconds_of(facts, work, placement, card.rates),
+        traffic=traffic(facts, work, placement, share),
+        seconds=job.seconds(placement, card.rates),
         limits=limits(facts, work, card.rates),
         notes=_notes(job, card),
     )
@@ -235,7 +258,7 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _refusal(job: Job, nearest: Placement, budgets: _Budgets, card: Card) -> DoesNotFit:
+def _refusal(job: Job, nearest: Placement, budgets: Budgets, card: Card) -> DoesNotFit:
     """For the placement that comes nearest: it takes the least of the device, or of the host beside a full device."""
     found = describe(job, nearest, budgets, card)
     if found.peak_vram_bytes > budgets.vram:
@@ -245,13 +268,22 @@ def _refusal(job: Job, nearest: Placement, budgets: _Budgets, card: Card) -> Doe
     else:
         needed, there = found.peak_host_bytes, budgets.ram
         where = f"of host memory needed at the least beside {gib(budgets.vram)} of device memory"
-    height, width = job.work.size_px
-    what = f"{width}*{height} with {job.work.infer_frames} frames a clip and {job.work.sample_steps} steps"
-    return DoesNotFit(f"{what} does not fit: {gib(needed)} {where}, {gib(there)} there; {_advice(job, budgets)}", found)
+
+    def fits(changed: Job) -> bool:
+        return any(changed.host_peak(placement) <= budgets.ram for placement in candidates(changed, budgets.usable))
+
+    said = f"{words_of(job.work)} does not fit: {gib(needed)} {where}, {gib(there)} there; {advice(job, fits)}"
+    return DoesNotFit(said, found)
 
 
-def _advice(job: Job, budgets: _Budgets) -> str:
-    """The first change, from harmless to not, with which something fits."""
+def words_of(work: Workload) -> str:
+    """What is to be made, for messages."""
+    height, width = work.size_px
+    return f"{width}*{height} with {work.infer_frames} frames a clip and {work.sample_steps} steps"
+
+
+def advice(job: Job, fits: Callable[[Job], bool]) -> str:
+    """The first change, from harmless to not, with which everything ``fits``."""
     kv = "" if job.kv == "int8" else "--kv int8 "
     changes = [(kv, job.work)] if kv else []
     for size in _SMALLER_SIZES:
@@ -259,7 +291,6 @@ def _advice(job: Job, budgets: _Budgets) -> str:
         if work.pixels < job.work.pixels:
             changes.append((f'{kv}--size "{size}"', work))
     for options, work in changes:
-        changed = dataclasses.replace(job, work=work, kv="int8")
-        if any(changed.host_peak(placement) <= budgets.ram for placement in candidates(changed, budgets.usable)):
+        if fits(dataclasses.replace(job, work=work, kv="int8")):
             return f"{options.strip()} would fit"
     return "no smaller size would fit either: take a card or a host with more memory"

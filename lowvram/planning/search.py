@@ -7,12 +7,14 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+from lowvram.parallel.layout import ParallelLayout
 from lowvram.placement import Placement
-from lowvram.planning.cards import Rates
+from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.costs import allocated, ring_costs
 from lowvram.planning.facts import ModelFacts
 from lowvram.planning.layout import device_parts, host_parts, stage_peaks
-from lowvram.planning.timing import seconds_of
+from lowvram.planning.share import Share, share_of
+from lowvram.planning.timing import Seconds, seconds_of
 from lowvram.planning.workload import Workload
 
 Cell = tuple[int, int]
@@ -21,8 +23,10 @@ _ENCODERS = ("encode_text", "encode_audio", "encode_image")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and a workload with what is settled about them: ``kv`` "plain" or "int8", ``wave`` None for any,
-    all layers or all rings on the host, and where the text encoder runs ("cuda" or "cpu")."""
+    """One rank's part of a model and a workload, with what is settled about it: ``kv`` "plain" or "int8", ``wave`` None
+    for any, all layers or all rings on the host, and where the text encoder runs ("cuda" or "cpu").
+
+    ``link_bytes_per_s`` is what it sends other ranks in a second, while it receives as much."""
 
     facts: ModelFacts
     work: Workload
@@ -31,6 +35,13 @@ class Job:
     offload_model: bool = False
     offload_kv: bool = False
     text_device: str = "cuda"
+    layout: ParallelLayout = dataclasses.field(default_factory=ParallelLayout)
+    rank: int = 0
+    link_bytes_per_s: float = LINK_BYTES_PER_S
+
+    @functools.cached_property
+    def share(self) -> Share:
+        return share_of(self.facts.config, self.work, self.layout, self.rank)
 
     @property
     def layers(self) -> int:
@@ -38,28 +49,32 @@ class Job:
 
     @property
     def cells(self) -> int:
-        """Rings: one a step and layer."""
-        return self.work.sample_steps * self.layers
+        """Rings: one a step that runs here, and layer."""
+        return len(self.share.steps) * self.layers
 
     def placement(self, streamed: int, hosted: int, wave: int) -> Placement:
         """So many layers streamed and rings on the host, each spread evenly."""
         return Placement(
             streamed_layers=spread(streamed, self.layers),
-            host_rings=spread_rings(hosted, self.work.sample_steps, self.layers),
+            host_rings=spread_rings(hosted, self.share.steps, self.layers),
             kv=self.kv,
             wave=wave,
         )
 
     def stage_peaks(self, placement: Placement) -> dict[str, int]:
         """Device bytes of each stage, without the reserve."""
-        parts = device_parts(self.facts, self.work, placement)
-        return stage_peaks(self.facts, self.work, parts, self.text_device)
+        parts = device_parts(self.facts, self.work, placement, self.share)
+        return stage_peaks(self.facts, self.work, parts, self.text_device, self.share)
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())
 
     def host_peak(self, placement: Placement) -> int:
-        return host_parts(self.facts, self.work, placement, self.text_device).peak
+        return host_parts(self.facts, self.work, placement, self.text_device, self.share).peak
+
+    def seconds(self, placement: Placement, rates: Rates) -> Seconds:
+        """Of a block, in the steady state."""
+        return seconds_of(self.facts, self.work, placement, rates, self.share, self.link_bytes_per_s)
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -68,44 +83,52 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def spread_rings(count: int, steps: int, layers: int) -> tuple[Cell, ...]:
+def spread_rings(count: int, steps: range, layers: int) -> tuple[Cell, ...]:
     """``count`` of the (step, layer) rings, spread evenly over layers and steps.
 
     Alone, a step's pass meets the rings of that step only; in a wave, a layer meets those of all steps: both have to
     be even. So they are counted out along the layers, and the steps take turns.
     """
-    return tuple(sorted((i % steps, (2 * i + 1) * layers // (2 * count)) for i in range(count)))
+    return tuple(sorted((steps[i % len(steps)], (2 * i + 1) * layers // (2 * count)) for i in range(count)))
 
 
 def candidates(job: Job, budget_bytes: int) -> Iterator[Placement]:
     """For each wave and each number of streamed layers: as many rings on the device as fit in ``budget_bytes``.
 
-    Nothing comes of a combination that does not fit even with all rings on the host.
+    Nothing comes of a combination that does not fit even with all rings on the host. A rank that does not denoise has
+    nothing to divide: it fits or not.
     """
-    for wave in [job.wave] if job.wave else range(1, job.work.sample_steps + 1):
+    if not job.share.denoises:
+        placement = least_placement(job)
+        yield from [placement] if job.peak(placement) <= budget_bytes else []
+        return
+    for wave in [job.wave] if job.wave else range(1, len(job.share.steps) + 1):
         for streamed in [job.layers] if job.offload_model else range(job.layers + 1):
-            hosted = _fewest_host_rings(job, streamed, wave, budget_bytes)
+            hosted = fewest_host_rings(job, streamed, wave, budget_bytes)
             if hosted is not None:
                 yield job.placement(streamed, hosted, wave)
 
 
-def _fewest_host_rings(job: Job, streamed: int, wave: int, budget_bytes: int) -> int | None:
+def fewest_host_rings(job: Job, streamed: int, wave: int, budget_bytes: int) -> int | None:
+    """How many rings have to lie on the host; None where nothing helps."""
     if job.offload_kv:
         return job.cells if job.peak(job.placement(streamed, job.cells, wave)) <= budget_bytes else None
     peaks = job.stage_peaks(job.placement(streamed, 0, wave))
-    if max(peaks[stage] for stage in _ENCODERS) > budget_bytes:
+    if max(peaks.get(stage, 0) for stage in _ENCODERS) > budget_bytes:
         return None
     beyond = max(peaks.values()) - budget_bytes
     if beyond <= 0:
         return 0
     # Each ring that goes frees its bytes, but the first of them needs staging slots.
-    cell = allocated(ring_costs(job.facts.config, job.work, job.kv).cell)
+    cell = allocated(ring_costs(job.facts.config, job.work, job.kv, job.share).cell)
     hosted = Placement().ring_slots + -(-beyond // cell)
     return hosted if hosted <= job.cells else None
 
 
 def least_placement(job: Job) -> Placement:
     """The placement that takes the least of the device."""
+    if not job.share.denoises:
+        return Placement(kv=job.kv)
     # Staging takes room too: what has few layers, or few rings, may be smaller without it.
     counts = itertools.product((job.layers, 0), (job.cells, 0))
     options = [
@@ -121,7 +144,7 @@ def fastest(job: Job, rates: Rates, placements: list[Placement]) -> Placement:
     wave, which shows its first frames sooner."""
 
     def rank(placement: Placement) -> tuple[float, float, int]:
-        seconds = seconds_of(job.facts, job.work, placement, rates)
+        seconds = job.seconds(placement, rates)
         return seconds.block, seconds.pcie, placement.wave
 
     return min(placements, key=rank)

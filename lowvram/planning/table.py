@@ -100,7 +100,8 @@ def print_plan(plan: Plan, console: Console, simulated: Simulated | None = None)
         console.print(f"Note: {note}.")
 
 
-def _table(title: str, *columns: str) -> Table:
+def empty_table(title: str, *columns: str) -> Table:
+    """An empty one; numbers are on the right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -110,7 +111,7 @@ def _table(title: str, *columns: str) -> Table:
 def _placement(plan: Plan) -> Table:
     height, width = plan.workload.size_px
     title = f"{width}*{height}, {plan.workload.infer_frames} frames a clip, {plan.workload.sample_steps} steps"
-    table = _table(f"{title}: {plan.workload.block_tokens} tokens a block", "", "on the device", "from the host")
+    table = empty_table(f"{title}: {plan.workload.block_tokens} tokens a block", "", "on the device", "from the host")
     layers, streamed = plan.layers, len(plan.placement.streamed_layers)
     rings, hosted = layers * plan.workload.sample_steps, len(plan.placement.host_rings)
     kv = "int8" if plan.placement.kv == "int8" else "bf16"
@@ -124,7 +125,7 @@ def _placement(plan: Plan) -> Table:
 
 
 def _device(plan: Plan) -> Table:
-    table = _table("Device memory during the rollout", "", "bytes")
+    table = empty_table("Device memory during the rollout", "", "bytes")
     for name, nbytes in dataclasses.asdict(plan.device).items():
         if nbytes:
             table.add_row(_PART_NAMES[name], gib(nbytes))
@@ -134,7 +135,7 @@ def _device(plan: Plan) -> Table:
 
 def _stages(plan: Plan, simulated: Simulated | None) -> Table:
     found = {name: gib(nbytes) for name, nbytes in simulated.stages.items()} if simulated else {}
-    table = _table("Peaks", "", "predicted", "simulated", "budget")
+    table = empty_table("Peaks", "", "predicted", "simulated", "budget")
     for stage, nbytes in plan.stage_peaks.items():
         table.add_row(stage, gib(nbytes), found.get(stage, ""), "")
     table.add_row("reserve", gib(plan.reserve_bytes), "", "")
@@ -146,7 +147,7 @@ def _stages(plan: Plan, simulated: Simulated | None) -> Table:
 
 
 def _speed(plan: Plan) -> Table:
-    table = _table(f"One block on {plan.card.name}", "", "predicted", "no plan can beat")
+    table = empty_table(f"One block on {plan.card.name}", "", "predicted", "no plan can beat")
     bounds, frames = plan.limits, 4 * plan.workload.frames_per_block
     table.add_row("linear and attention, TFLOP a step", *_tflop(plan))
     arithmetic = f"{bounds.int8_arithmetic_s:.2f} s int8, {bounds.bf16_arithmetic_s:.2f} s bf16"
@@ -167,7 +168,7 @@ def _tflop(plan: Plan) -> tuple[str, str]:
 
 
 def _reference(plan: Plan) -> Table:
-    table = _table("The published way, everything on the card at once", "", "bytes")
+    table = empty_table("The published way, everything on the card at once", "", "bytes")
     for name, nbytes in dataclasses.asdict(plan.reference).items():
         table.add_row(_REFERENCE_NAMES[name], gib(nbytes))
     table.add_row("together", gib(plan.reference.total), style="bold")

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from lowvram.placement import Placement
-from lowvram.planning.cards import Rates
-from lowvram.planning.costs import decode_operations, ring_costs, step_operations
+from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
+from lowvram.planning.costs import decode_operations, ring_costs, step_exchange, step_operations
 from lowvram.planning.facts import ModelFacts
+from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes over PCIe for one block, each way, and of those the first, which hide behind nothing."""
+    """Bytes over PCIe for one block, each way, and of those the first, which hide behind nothing. ``sent`` and
+    ``received`` go to and come from other ranks of the stage; latents between stages are too few to count."""
 
     h2d: int
     d2h: int
     exposed: int
+    sent: int = 0
+    received: int = 0
 
     @property
     def total(self) -> int:
+        """Between host and device."""
         return self.h2d + self.d2h
 
 
-def traffic(facts: ModelFacts, work: Workload, placement: Placement) -> Traffic:
+def traffic(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> Traffic:
     """A pass over the layers serves ``wave`` steps, so weights cross ``steps / wave`` times a block, rings once.
 
     Outwards goes also the decoder's cache, kept on the host in case that a block has to be decoded again.
@@ -33,51 +39,78 @@ def traffic(facts: ModelFacts, work: Workload, placement: Placement) -> Traffic:
     Copies go around the clock, except that a pass has to begin before its first ring is asked for: a ring's bytes are
     taken as exposed wherever anything streams.
     """
-    weights = sum(facts.layer_bytes[index] for index in placement.streamed_layers)
-    ring, rings = ring_costs(facts.config, work, placement.kv), len(placement.host_rings)
+    weights, steps = sum(facts.layer_bytes[index] for index in placement.streamed_layers), len(share.steps)
+    ring, rings = ring_costs(facts.config, work, placement.kv, share), len(placement.host_rings)
+    exchanged = step_exchange(facts.config, work, share)
     return Traffic(
-        h2d=weights * work.sample_steps // placement.wave + rings * ring.read,
-        d2h=rings * ring.written + decoder_cache(facts.vae_base_dim, work),
+        h2d=weights * steps // placement.wave + rings * ring.read,
+        d2h=rings * ring.written + (decoder_cache(facts.vae_base_dim, work) if share.media else 0),
         exposed=ring.read if rings or weights else 0,
+        sent=steps * exchanged.sent,
+        received=steps * exchanged.received,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Seconds a block. Both ways over PCIe run at once; ``exposed`` and ``decode`` hide behind nothing."""
+    """Seconds a block. Both ways over PCIe run at once, beside what the card computes; ``exchange``, for which
+    attention waits, ``exposed`` and ``decode`` hide behind nothing."""
 
     arithmetic: float
     pcie: float
     exposed: float
     decode: float
+    exchange: float = 0.0
 
     @property
     def block(self) -> float:
-        return max(self.arithmetic, self.pcie) + self.exposed + self.decode
+        return max(self.arithmetic + self.exchange, self.pcie) + self.exposed + self.decode
 
     @property
     def limited_by(self) -> str:
-        return "arithmetic" if self.arithmetic >= self.pcie else "pcie"
+        """What takes longer: "arithmetic", "exchange" or "pcie", or "decode" where nothing else is done."""
+        if not self.arithmetic:
+            return "decode"
+        if self.arithmetic + self.exchange < self.pcie:
+            return "pcie"
+        return "arithmetic" if self.arithmetic >= self.exchange else "exchange"
 
 
-def seconds_of(facts: ModelFacts, work: Workload, placement: Placement, rates: Rates) -> Seconds:
+def slowest(every: Iterable[Seconds]) -> Seconds:
+    """Of ranks that wait for each other in every layer: each part takes as long as it does on the slowest rank."""
+    rows = [dataclasses.asdict(seconds) for seconds in every]
+    return Seconds(**{name: max(row[name] for row in rows) for name in rows[0]})
+
+
+def seconds_of(
+    facts: ModelFacts,
+    work: Workload,
+    placement: Placement,
+    rates: Rates,
+    share: Share,
+    link_bytes_per_s: float = LINK_BYTES_PER_S,
+) -> Seconds:
     """Attention computes in bf16 whatever the rings are kept in."""
-    step, share = step_operations(facts.config, work), rates.efficiency
-    linear = step.linear / (rates.of(facts.precision) * share["linear"])
-    attention = step.attention / (rates.bf16 * share["attention"])
-    bytes_ = traffic(facts, work, placement)
+    step, reached = step_operations(facts.config, work, share), rates.efficiency
+    linear = step.linear / (rates.of(facts.precision) * reached["linear"])
+    attention = step.attention / (rates.bf16 * reached["attention"])
+    decode = decode_operations(facts.vae_base_dim, work) / (rates.bf16 * reached["vae"]) if share.media else 0.0
+    bytes_ = traffic(facts, work, placement, share)
+    # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
+    beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)
     return Seconds(
-        arithmetic=work.sample_steps * (linear + attention),
-        pcie=max(bytes_.h2d / rates.h2d, bytes_.d2h / rates.d2h),
+        arithmetic=len(share.steps) * (linear + attention),
+        pcie=max((bytes_.h2d + beside.received) / rates.h2d, (bytes_.d2h + beside.sent) / rates.d2h),
         exposed=bytes_.exposed / rates.h2d,
-        decode=decode_operations(facts.vae_base_dim, work) / (rates.bf16 * share["vae"]),
+        decode=decode,
+        exchange=max(bytes_.sent, bytes_.received) / link_bytes_per_s,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What no plan can beat: a block's arithmetic at the full rate of int8 or bf16, attention and all, and int8 weights
-    and rings over PCIe once."""
+    """What no plan for one card can beat: a block's arithmetic at the full rate of int8 or bf16, attention and all, and
+    int8 weights and rings over PCIe once."""
 
     int8_arithmetic_s: float
     bf16_arithmetic_s: float
@@ -85,9 +118,10 @@ class Limits:
 
 
 def limits(facts: ModelFacts, work: Workload, rates: Rates) -> Limits:
-    step = step_operations(facts.config, work)
+    share = whole(facts.config, work)
+    step = step_operations(facts.config, work, share)
     operations = work.sample_steps * (step.linear + step.attention)
-    ring = ring_costs(facts.config, work, "int8")
+    ring = ring_costs(facts.config, work, "int8", share)
     return Limits(
         int8_arithmetic_s=operations / rates.int8,
         bf16_arithmetic_s=operations / rates.bf16,

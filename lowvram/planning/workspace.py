@@ -10,6 +10,7 @@ import dataclasses
 
 from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES
 from lowvram.planning.facts import AudioFacts, ModelFacts
+from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 from lowvram_models.config import DiTConfig
 
@@ -27,8 +28,10 @@ _FRAMES_PER_LATENT = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWorkspace:
-    """Bytes beside weights, memory and residual, at the worst moment of each part of one layer over L tokens."""
+    """Bytes beside weights, memory and residual, at the worst moment of each part of one layer over L tokens, and of
+    the embedding before the first."""
 
+    embed: int
     norms: int
     attend: int
     feed_forward: int
@@ -36,17 +39,35 @@ class LayerWorkspace:
 
     @property
     def peak(self) -> int:
-        return max(self.norms, self.attend, self.feed_forward, self.audio)
+        return max(self.embed, self.norms, self.attend, self.feed_forward, self.audio)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attended:
+    """What a rank attends with where tokens are shared out: all ``tokens``, its own ``heads``."""
+
+    tokens: int
+    heads: int
 
 
 def layer_workspace(
-    config: DiTConfig, tokens: int, *, quantized: bool, seen_tokens: int = 0, audio: bool = True
+    config: DiTConfig,
+    tokens: int,
+    *,
+    quantized: bool,
+    seen_tokens: int = 0,
+    audio: bool = True,
+    attended: Attended | None = None,
 ) -> LayerWorkspace:
     """What ``CausalDiT.layer`` and its attention memory allocate over ``tokens`` tokens in bfloat16.
 
     ``quantized``: Linears take 8-bit activations. ``seen_tokens``: keys of ring and sink that are laid out for
-    attention (none in the sink pass). ``audio``: with injection (a block, not the sink pass).
+    attention (none in the sink pass). ``audio``: with injection (a block, not the sink pass). ``attended``: where the
+    tokens are one rank's share of more; None: they are all.
     """
+    everything = attended or Attended(tokens=tokens, heads=config.num_heads)
+    width = everything.heads * config.head_dim
+    values = everything.tokens * width  # of all tokens, this rank's heads
     half = tokens * config.dim * COMPUTE_BYTES  # [L, D] as activations
     full = tokens * config.dim * FLOAT32_BYTES  # [L, D] in float32
     wide_half, wide_full = (tokens * config.ffn_dim * size for size in (COMPUTE_BYTES, FLOAT32_BYTES))
@@ -54,23 +75,28 @@ def layer_workspace(
     # RMSNorm of a projection in float32: its copy, scaled, weighted; the projection and the layer's input beside it.
     rms_norm = 2 * half + 3 * full
     # RoPE in float32: the copy, two rotated halves (as much again), the stacked result; or the codec's float32 copies.
-    rotation = 3 * full
+    rotation = 3 * max(full, values * FLOAT32_BYTES)
     # Keys and values laid out, and the float32 copy of the block of them that is decoded.
-    laid_out = 2 * seen_tokens * config.dim * COMPUTE_BYTES + full + half
+    laid_out = 2 * seen_tokens * width * COMPUTE_BYTES + values * (FLOAT32_BYTES + COMPUTE_BYTES)
+    # Queries, keys and values in the order in which they are sent, and those that came.
+    exchange = 3 * (half + values * COMPUTE_BYTES) if attended else 0
     # Plain: both sides of the GELU. 8-bit: the second Linear's input, its float32 copy, that scaled, its 8-bit values.
     feed_forward = wide_half + 2 * wide_full + wide_byte if quantized else half + 2 * wide_half
     return LayerWorkspace(
+        # All ranks embed all tokens: what the latent gives, the pose, their sum, and that in float32.
+        embed=everything.tokens * config.dim * (3 * COMPUTE_BYTES + FLOAT32_BYTES),
         norms=full + rms_norm,  # cross-attention's, with the new residual beside it
-        attend=4 * half + max(rotation, laid_out),  # the layer's input, q, k, v
+        attend=4 * half + exchange + max(rotation, laid_out),  # the layer's input, q, k, v
         feed_forward=full + feed_forward,
         audio=2 * full + rms_norm if audio else 0,  # the new residual and what was heard
     )
 
 
-def rollout_inputs(config: DiTConfig, work: Workload, wave: int) -> int:
+def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -> int:
     """Residuals, rotations, text and audio of ``wave`` blocks that are under way."""
-    rope = 2 * FLOAT32_BYTES * (config.head_dim // 2) * (work.block_tokens + work.sink_tokens)
-    residual = work.block_tokens * config.dim * FLOAT32_BYTES
+    own = share.block_tokens if share.exchanges else 0  # rotations of own tokens stand beside those of all
+    rope = 2 * FLOAT32_BYTES * (config.head_dim // 2) * (work.block_tokens + own + work.sink_tokens)
+    residual = share.block_tokens * config.dim * FLOAT32_BYTES
     audio = 6 * work.frames_per_block * config.dim * COMPUTE_BYTES
     text = config.text_len * config.dim * COMPUTE_BYTES
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES

@@ -6,24 +6,15 @@ import dataclasses
 from typing import Any
 
 from lowvram.doctor.probes import CardState, Driver, Gpu, Names, Probes, Torch
-from lowvram.doctor.wants import Wants
+from lowvram.doctor.wants import RankWants, Wants
 
 GIB, MIB = 2**30, 2**20
 CUDA_TORCH = Torch(version="2.13.0+cu130", cuda="13.0", architectures=("sm_75", "sm_80", "sm_86", "sm_90", "sm_120"))
 CPU_TORCH = Torch(version="2.13.0+cpu", cuda=None)
 NAMES = Names(host="box", addresses=("10.0.0.2",), interfaces={"lo": ("127.0.0.1", "::1"), "eth0": ("10.0.0.2",)})
 LOOPING = dataclasses.replace(NAMES, addresses=("127.0.1.1",))
-WANTS = Wants(
-    what="a model",
-    vram_bytes=20 * GIB,
-    host_bytes=21 * GIB,
-    shared_bytes=4 * GIB,
-    pinned_bytes=18 * GIB,
-    artifact_bytes=25 * GIB,
-    bytes_in=13 * 10**9,
-    bytes_out=6 * 10**9,
-    arithmetic_s=2.5,
-)
+ALONE = RankWants(name="", vram_bytes=20 * GIB, bytes_in=13 * 10**9, bytes_out=6 * 10**9, busy_s=2.5)
+WANTS = Wants(what="a model", ranks=(ALONE,), host_bytes=21 * GIB, pinned_bytes=18 * GIB, artifact_bytes=25 * GIB)
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lowvram.doctor.cards import check_count, check_generation, check_pcie, check_vram, serves
 from lowvram.doctor.probes import CardState
-from tests.lowvram.doctor.invented import CUDA_TORCH, GIB, WANTS, gpu, h200, machine, rtx3090
+from tests.lowvram.doctor.invented import ALONE, CUDA_TORCH, GIB, WANTS, gpu, h200, machine, rtx3090
 
 BUILT_FOR = ("sm_80", "sm_86", "sm_90", "sm_90a", "sm_120")
 
@@ -50,25 +52,35 @@ def test_counting():
 
 def test_memory_that_others_hold():
     card = gpu(free_bytes=21 * GIB)
-    found = check_vram(card, CardState(processes=("blender (pid 7) 2900 MiB",)), WANTS, 1)
+    found = check_vram(card, CardState(processes=("blender (pid 7) 2900 MiB",)), WANTS)
     assert found.status == "warning"
     assert "blender (pid 7)" in found.advice
-    assert "nvidia-smi" in check_vram(card, None, None, 1).advice
+    assert "nvidia-smi" in check_vram(card, None, None).advice
 
 
 def test_what_is_said_of_a_card_besides():
-    found = check_vram(gpu(), CardState(display=True, ecc=True), WANTS, 1)
+    found = check_vram(gpu(), CardState(display=True, ecc=True), WANTS)
     assert found.status == "ok"
     assert "desktop" in found.found
     assert "ECC" in found.found
-    assert "ECC" not in check_vram(gpu(), CardState(display=False, ecc=False), WANTS, 1).found
+    assert "ECC" not in check_vram(gpu(), CardState(display=False, ecc=False), WANTS).found
 
 
-@pytest.mark.parametrize(("ranks", "status"), [(1, "problem"), (4, "warning")])
-def test_a_card_without_room(ranks, status):
-    found = check_vram(gpu(free_bytes=10 * GIB), None, WANTS, ranks)
-    assert found.status == status
+def test_a_card_without_room():
+    found = check_vram(gpu(free_bytes=10 * GIB), None, WANTS)
+    assert found.status == "problem"
     assert "20.00 GiB" in found.expected
+    assert "on one card" in found.expected
+
+
+def test_a_card_is_asked_for_what_its_rank_takes():
+    small = dataclasses.replace(ALONE, name="rank 1 (VAE)", vram_bytes=7 * GIB, bytes_in=0, bytes_out=10**9, busy_s=0.5)
+    wants = dataclasses.replace(WANTS, ranks=(dataclasses.replace(ALONE, name="rank 0 (stage 0, part 0)"), small))
+    cards = [gpu(index, free_bytes=10 * GIB, total_bytes=11 * GIB) for index in (0, 1)]
+    assert [check_vram(card, None, wants).status for card in cards] == ["problem", "ok"]
+    assert "on rank 0 (stage 0, part 0)" in check_vram(cards[0], None, wants).expected
+    slow = machine(*cards, pcie=(3e9, 3e9))
+    assert [check_pcie(card, None, wants, slow).status for card in cards] == ["warning", "ok"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lowvram.cli import main
-from lowvram.planning.command import PlanOptions, plan_for
+from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
 from lowvram_kernels.errors import ConfigError
 
 PLAN = ["plan", "--vram", "22.15GiB", "--ram", "64GiB", "--size", "704*384", "--infer_frames", "48", "--gpu", "rtx4090"]
@@ -116,3 +116,100 @@ def test_a_dry_run_stands_beside_the_plan():
     simulated = json.loads(told.stdout)["dry_run"]
     assert simulated["given_up"] == []
     assert 0 < simulated["stages"]["denoise"] <= simulated["peak_reserved"]
+
+
+SEVERAL = [*PLAN, "--gpus", "4"]
+
+
+def test_several_gpus_as_json():
+    plan = json.loads(run(*SEVERAL, "--json").stdout)
+    assert plan["fits"] is True
+    assert plan["layout"] == {"num_gpus_dit": 3, "ulysses_size": 1, "vae_rank": True, "stages": 3}
+    assert [rank["role"] for rank in plan["ranks"]][::3] == ["rank 0 (stage 0, part 0)", "rank 3 (VAE)"]
+    for rank in plan["ranks"]:
+        assert rank["peak_vram_bytes"] <= rank["vram_budget_bytes"] == int(22.15 * 2**30)
+    (machine,) = plan["machines"]
+    assert sum(rank["host_bytes"]["pinned_rings"] for rank in plan["ranks"]) == machine["host_bytes"]["pinned_rings"]
+    assert machine["peak_host_bytes"] <= machine["ram_budget_bytes"] == 64 * 2**30
+    assert list(plan["seconds"]) == ["stage 0", "stage 1", "stage 2", "VAE"]
+    assert plan["seconds_per_block"] == max(rank["seconds_per_block"] for rank in plan["ranks"])
+    by_layout = {json.dumps(other["layout"]): other for other in plan["alternatives"]}
+    assert len(by_layout) == len(plan["alternatives"]) == 5
+    assert by_layout[json.dumps(plan["layout"])]["frames_per_second"] == plan["frames_per_second"]
+
+
+def test_several_gpus_as_tables(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    result = run(*SEVERAL, "--num_gpus_dit", "3", "--ulysses-size", "3", "--enable_vae_parallel")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    for words in ("4 GPUs: 3 for the DiT (1 stage x 3), 1 for the VAE", "rank 1 (stage 0, part 1)", "rank 3 (VAE)"):
+        assert words in said
+    for words in ("Host memory", "All layouts", "4 for the DiT (2 stages x 2)", "10 GB/s each way, as is assumed"):
+        assert words in said
+
+
+def test_layouts_that_do_not_fit_are_shown_with_the_reason(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    options = ["--gpus", "2", "--vram", "4.9GiB"]
+    forced = run(*PLAN, *options, "--enable_vae_parallel")
+    said = " ".join(forced.stdout.split())
+    assert forced.exit_code == 0, forced.output
+    assert "does not fit" in said
+    assert "GiB there" in said
+    plain, as_json = (run(*PLAN, "--gpus", "2", "--vram", "2GiB", *more) for more in ([], ["--json"]))
+    assert plain.exit_code == as_json.exit_code == 1
+    assert plain.stderr.startswith("lowvram: error: 704*384 with 48 frames a clip and 4 steps does not fit on rank ")
+    refused = json.loads(as_json.stdout)
+    assert (refused["fits"], len(refused["ranks"])) == (False, 2)
+    assert refused["refused"] in plain.stderr
+    assert [other["fits"] for other in refused["alternatives"]] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ulysses-size", "2"], "--ulysses_size has an effect on several GPUs only"),
+        (["--num_gpus_dit", "1"], "--num_gpus_dit has an effect on several GPUs only"),
+        (["--enable_vae_parallel", "False"], "--enable_vae_parallel has an effect on several GPUs only"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--gpus", "4", "--num_gpus_dit", "2"], "4 ranks"),
+        (["--gpus", "4", "--ulysses-size", "3", "--enable_vae_parallel", "False"], "no whole number of stages"),
+        (["--gpus", "5", "--ulysses-size", "1", "--enable_vae_parallel", "False"], "5 stages for 4 denoising steps"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(options, message):
+    result = run(*PLAN, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_cards_at_hand_are_measured_each(published, monkeypatch):
+    from lowvram.planning import CARDS, command
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    names = ["rtx5090", "rtx4090"]
+    monkeypatch.setattr(command, "card_at_hand", lambda device: CARDS[names[device.index]])
+    team = plan_team_for(published("int8"), PlanOptions(ram="200GiB", gpus=3)).team
+    assert [rank.card.name for rank in team.ranks] == ["rtx5090", "rtx4090", "rtx5090"]
+    assert not any("no CUDA device" in note for note in team.notes)
+
+
+def test_a_dry_run_of_every_rank_stands_beside_the_plan(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    small = ["plan", "--preset", "tiny", "--precision", "bf16", "--vram", "2GiB", "--size", "128*128", "--gpus", "3"]
+    result = run(*small, "--enable_vae_parallel", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert all(f"{rank}, simulated" in result.stdout for rank in range(3))
+    plan = json.loads(run(*small, "--ulysses_size", "3", "--dry-run", "--json").stdout)
+    for found, rank in zip(plan["dry_run"], plan["ranks"], strict=True):
+        assert found["given_up"] == []
+        assert set(found["stages"]) == set(rank["stage_peak_bytes"])
+        assert 0 < found["peak_reserved"] <= rank["vram_budget_bytes"]
+
+
+def test_without_cards_it_is_said_whose_speeds_several_have(published, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    team = plan_team_for(published("int8"), PlanOptions(gpus=2)).team
+    assert "no CUDA device is here" in team.notes[0]

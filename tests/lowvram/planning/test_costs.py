@@ -8,6 +8,7 @@ import torch
 from lowvram.kv_format import kv_format
 from lowvram.planning import Workload
 from lowvram.planning.costs import GIB, allocated, kv_bytes, ring_costs, sink_bytes, step_operations
+from lowvram.planning.share import whole
 from lowvram.rings import RingShape
 
 # Size; GiB of the rings of 4 steps in bf16 and int8; GiB of the sink in bf16; TFLOP a step, linear and attention.
@@ -27,11 +28,12 @@ def agrees(value: float, printed: float, step: float) -> bool:
 @pytest.mark.parametrize(("size", "plain", "int8", "sink", "linear", "attention"), BY_HAND)
 def test_it_agrees_with_the_table_made_by_hand(facts, size, plain, int8, sink, linear, attention):
     config, work = facts("int8").config, Workload.of_size(size)
+    share = whole(config, work)
     for kv, printed in (("plain", plain), ("int8", int8)):
-        rings = ring_costs(config, work, kv)
+        rings = ring_costs(config, work, kv, share)
         assert agrees(rings.cells * rings.payload / GIB, printed, 0.1)
-    assert agrees(sink_bytes(config, work, "plain").payload / GIB, sink, 0.1)
-    operations = step_operations(config, work)
+    assert agrees(sink_bytes(config, work, "plain", share).payload / GIB, sink, 0.1)
+    operations = step_operations(config, work, share)
     assert agrees(operations.linear / 1e12, linear, 1)
     assert agrees(operations.attention / 1e12, attention, 1)
 
@@ -48,10 +50,11 @@ def test_weights_are_those_of_the_published_model(facts):
 
 @pytest.mark.parametrize("kv", ["plain", "int8"])
 @pytest.mark.parametrize("tokens", [3168, 960, 77])
-def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens):
+@pytest.mark.parametrize("heads", [40, 13])
+def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens, heads):
     config = facts("int8").config
-    kind = kv_format(kv, config.num_heads, config.head_dim, torch.bfloat16)
-    costs = kv_bytes(config, tokens, kv)
+    kind = kv_format(kv, heads, config.head_dim, torch.bfloat16)
+    costs = kv_bytes(config, tokens, kv, heads)
     assert costs.payload + costs.scales == kind.nbytes(tokens)
     assert costs.block == -(-kind.nbytes(tokens) // 16) * 16
 
@@ -63,7 +66,8 @@ def test_a_ring_has_the_slots_that_the_runtime_gives_it(facts, frames):
     assert len(shape.slots) == work.blocks_per_clip
     assert max(shape.slots) == work.block_tokens
     assert shape.capacity == work.ring_tokens
-    ring = ring_costs(facts("int8").config, work, "int8")
+    config = facts("int8").config
+    ring = ring_costs(config, work, "int8", whole(config, work))
     assert ring.read + ring.written == ring.cell
 
 

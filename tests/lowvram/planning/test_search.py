@@ -24,7 +24,7 @@ def test_indices_are_spread_evenly(total):
 @pytest.mark.parametrize(("steps", "layers"), [(4, 40), (3, 40), (1, 40), (4, 5)])
 def test_rings_are_spread_evenly_over_layers_and_steps(steps, layers):
     for count in range(steps * layers + 1):
-        cells = spread_rings(count, steps, layers)
+        cells = spread_rings(count, range(steps), layers)
         assert len(set(cells)) == count
         assert list(cells) == sorted(cells)
         by_step, by_layer = (Counter(cell[i] for cell in cells) for i in (0, 1))

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from lowvram.fused_block import fuse
+from lowvram.parallel.layout import ParallelLayout, shares
+from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
 from lowvram.planning.costs import decode_operations
 from lowvram.planning.facts import AudioFacts
+from lowvram.planning.share import share_of
 from lowvram_kernels.modules import swap_linear
 from lowvram_models.attention import CrossAttention, Keys
 from lowvram_models.audio_adapter import AudioTokens
@@ -44,8 +47,24 @@ class Memory:
         return torch.empty_like(q)
 
 
-def layer_peak(config, work: Workload, *, quantized: bool, audio: bool) -> int:
-    tokens, dim = work.block_tokens, config.dim
+class Elsewhere:
+    """An exchange that receives as much as it should, from nobody."""
+
+    @dataclasses.dataclass
+    class Pending:
+        flat: Tensor
+        received: int
+
+        def wait(self) -> Tensor:
+            return self.flat.new_empty(self.received)
+
+    def begin(self, flat: Tensor, sent: list[int], received: list[int]) -> Pending:
+        return self.Pending(flat, sum(received))
+
+
+def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: int = 1) -> int:
+    """Of one rank of so many, the first."""
+    tokens, dim = shares(work.tokens_per_frame, ranks)[0] * work.frames_per_block, config.dim
     config = dataclasses.replace(config, num_layers=1, audio_inject_layers=(0,))
     with torch.device("meta"):
         dit = CausalDiT(config).bfloat16()
@@ -57,12 +76,16 @@ def layer_peak(config, work: Workload, *, quantized: bool, audio: bool) -> int:
     fuse(dit)
     x = meta(tokens, dim, dtype=torch.float32)
     rope = Rope(*(meta(tokens, config.head_dim // 2, dtype=torch.float32) for _ in range(2)))
-    memory = Memory(tokens, config.num_heads, config.head_dim)
+    all_of_it = Rope(*(meta(work.block_tokens, config.head_dim // 2, dtype=torch.float32) for _ in range(2)))
+    inner = Memory(work.block_tokens, shares(config.num_heads, ranks)[0], config.head_dim)
+    ulysses = Ulysses(0, ranks, Elsewhere())
+    memory = inner if ranks == 1 else ulysses.around(inner, all_of_it, work.frames_per_block)
     heard = AudioTokens(meta(1, work.frames_per_block, 5, dim), meta(1, work.frames_per_block, dim))
     time = TimeEmbedding(meta(dim, dtype=torch.float32), meta(6, dim, dtype=torch.float32))
     text = meta(config.text_len, dim)
     inputs = LayerInputs(time=time, text=text, rope=rope, frames=work.frames_per_block, audio=heard if audio else None)
-    known = [x, rope.cos, rope.sin, memory.keys, memory.values, heard.frame, heard.clip, time.head, time.blocks, text]
+    known = [x, rope.cos, rope.sin, all_of_it.cos, all_of_it.sin, inner.keys, inner.values]
+    known += [heard.frame, heard.clip, time.head, time.blocks, text]
     with torch.inference_mode(), LiveBytes([*known, *dit.parameters()]) as live:
         dit.layer(0, x, inputs, memory)
     return live.peak
@@ -74,6 +97,32 @@ def test_a_layer_takes_what_is_predicted(facts, size, quantized, audio):
     config, work = facts("int8").config, Workload.of_size(size)
     predicted = workspace.layer_workspace(config, work.block_tokens, quantized=quantized, audio=audio)
     assert predicted.peak == pytest.approx(layer_peak(config, work, quantized=quantized, audio=audio), rel=0.02)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_a_layer_of_one_rank_of_several_takes_no_more_than_predicted(facts, ranks, quantized):
+    config, work = facts("int8").config, Workload.of_size("720*400")
+    share = share_of(config, work, ParallelLayout(num_gpus_dit=ranks, ulysses_size=ranks), 0)
+    attended = workspace.Attended(tokens=work.block_tokens, heads=share.heads)
+    predicted = workspace.layer_workspace(config, share.block_tokens, quantized=quantized, attended=attended)
+    found = layer_peak(config, work, quantized=quantized, audio=True, ranks=ranks)
+    highest = dataclasses.replace(predicted, embed=0).peak  # of the layer alone
+    assert 0.6 * highest < found <= 1.02 * highest
+
+
+def test_an_embedding_of_all_tokens_takes_no_more_than_predicted(facts):
+    config, work = (
+        dataclasses.replace(facts("int8").config, num_layers=1, audio_inject_layers=()),
+        Workload.of_size("704*384"),
+    )
+    with torch.device("meta"):
+        dit = CausalDiT(config).bfloat16()
+    with torch.inference_mode(), LiveBytes(dit.parameters()) as live:
+        dit.embed_latent(meta(16, 3, *work.latent_size))
+    attended = workspace.Attended(tokens=work.block_tokens, heads=1)
+    predicted = workspace.layer_workspace(config, 1, quantized=True, attended=attended).embed
+    assert 0.6 * predicted < live.peak <= 1.02 * predicted
 
 
 @pytest.fixture(scope="module")

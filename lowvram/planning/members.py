@@ -1,0 +1,157 @@
+"""Placements of ranks that share a run: as fast as can be on every card, then lean enough for the machines' memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from lowvram.placement import Placement
+from lowvram.planning.cards import Card
+from lowvram.planning.layout import MachineParts, host_parts, machine_parts
+from lowvram.planning.planner import Budgets
+from lowvram.planning.search import Job, candidates, fastest, fewest_host_rings, least_placement
+from lowvram.planning.timing import slowest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """One rank: its part, its card, what it may take of it, and its machine."""
+
+    job: Job
+    card: Card
+    budgets: Budgets
+    machine: int
+
+    def fastest(self, wave: int) -> Placement | None:
+        """With so many steps in a pass; None where nothing fits on the card."""
+        found = list(candidates(dataclasses.replace(self.job, wave=wave), self.budgets.usable))
+        return fastest(self.job, self.card.rates, found) if found else None
+
+    def streaming(self, layers: int, wave: int) -> Placement | None:
+        """With so many layers from the host, or none where that leaves no more rings there, and as few rings as the
+        card allows; None where nothing fits on it."""
+        if not self.job.share.denoises:
+            return least_placement(self.job)
+        found: list[tuple[int, int]] = []
+        for count in {layers} if self.job.offload_model else {0, layers}:
+            rings = fewest_host_rings(self.job, count, wave, self.budgets.usable)
+            found += [] if rings is None else [(rings, count)]
+        if not found:
+            return None
+        rings, count = min(found)
+        return self.job.placement(count, rings, wave)
+
+    @property
+    def waves(self) -> Sequence[int]:
+        """What it may be asked for: no more steps share a pass than run here."""
+        steps = max(1, len(self.job.share.steps))
+        return [min(self.job.wave, steps)] if self.job.wave else range(1, steps + 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortfall:
+    """Nothing fits: on the card of a ``rank``, or in the memory of a ``machine``, with the leanest ``placements``."""
+
+    placements: tuple[Placement, ...]
+    rank: int | None = None
+    machine: int | None = None
+
+
+def settle(members: Sequence[Member], ram_bytes: Sequence[int]) -> tuple[Placement, ...] | Shortfall:
+    """Placements of all ranks, in their order; the same for the same members.
+
+    Each rank first takes what is fastest on its card. Where that is too much for a machine, all its ranks stream the
+    same layers, which lie on the host once: each of them makes room for rings on every card. Every wave is tried then.
+    """
+    wishes = _fastest_on_cards(members)
+    if wishes is None:
+        return _too_large(members)
+    found = _within(members, wishes, ram_bytes)
+    if found == tuple(wishes) or members[0].job.wave:
+        return found
+    waves = range(1, max(len(member.waves) for member in members) + 1)
+    others = [found, *(_with_wave(members, wave, ram_bytes) for wave in waves)]
+    fitting = [each for each in others if isinstance(each, tuple)]
+    return min(fitting, key=lambda placements: _rank(members, placements)) if fitting else others[1]
+
+
+def _fastest_on_cards(members: Sequence[Member]) -> list[Placement] | None:
+    placements: list[Placement] = []
+    for _, group in itertools.groupby(members, key=lambda member: member.job.share.role.stage):
+        found = _fastest_stage(list(group))
+        if found is None:
+            return None
+        placements.extend(found)
+    return placements
+
+
+def _with_wave(members: Sequence[Member], wave: int, ram_bytes: Sequence[int]) -> tuple[Placement, ...] | Shortfall:
+    """The same, with so many steps in a pass wherever there are so many."""
+    settled = [dataclasses.replace(m, job=dataclasses.replace(m.job, wave=wave)) for m in members]
+    wishes = _fastest_on_cards(settled)
+    return _too_large(settled) if wishes is None else _within(settled, wishes, ram_bytes)
+
+
+def _rank(members: Sequence[Member], placements: Sequence[Placement]) -> tuple[float, float, int]:
+    """As ``fastest`` ranks those of one rank: of ranks that work at once, the slowest counts."""
+    seconds = [m.job.seconds(p, m.card.rates) for m, p in zip(members, placements, strict=True)]
+    most = max(placement.wave for placement in placements)
+    return max(each.block for each in seconds), max(each.pcie for each in seconds), most
+
+
+def _fastest_stage(group: Sequence[Member]) -> list[Placement] | None:
+    """Of ranks that go through the layers together: the same wave for all."""
+    options: list[tuple[tuple[float, float, int], list[Placement]]] = []
+    for wave in group[0].waves:
+        found = [member.fastest(wave) for member in group]
+        placements = [placement for placement in found if placement is not None]
+        if len(placements) == len(group):
+            seconds = slowest(m.job.seconds(p, m.card.rates) for m, p in zip(group, placements, strict=True))
+            options.append(((seconds.block, seconds.pcie, wave), placements))
+    return min(options, key=lambda option: option[0])[1] if options else None
+
+
+def _too_large(members: Sequence[Member]) -> Shortfall:
+    least = tuple(least_placement(member.job) for member in members)
+    over = [m.job.peak(placement) - m.budgets.usable for m, placement in zip(members, least, strict=True)]
+    return Shortfall(placements=least, rank=over.index(max(over)))
+
+
+def host_of(members: Sequence[Member], placements: Sequence[Placement]) -> MachineParts:
+    """Host memory of the ranks of one machine."""
+    pairs = list(zip(members, placements, strict=True))
+    ranks = [host_parts(m.job.facts, m.job.work, p, m.job.text_device, m.job.share) for m, p in pairs]
+    return machine_parts(members[0].job.facts, ranks, [p.streamed_layers for p in placements])
+
+
+def _within(
+    members: Sequence[Member], placements: Sequence[Placement], ram_bytes: Sequence[int]
+) -> tuple[Placement, ...] | Shortfall:
+    """Placements that the machines have room for, from those that the cards have."""
+    result = list(placements)
+    for machine, there in enumerate(ram_bytes):
+        places = [place for place, member in enumerate(members) if member.machine == machine]
+        here = [members[place] for place in places]
+        if not here or host_of(here, [result[place] for place in places]).peak <= there:
+            continue
+        lean = _lean(here, [result[place] for place in places], there)
+        for place, placement in zip(places, lean, strict=True):
+            result[place] = placement
+        if host_of(here, lean).peak > there:
+            return Shortfall(placements=tuple(result), machine=machine)
+    return tuple(result)
+
+
+def _lean(here: Sequence[Member], wishes: Sequence[Placement], there: int) -> list[Placement]:
+    """The fastest where all ranks of a machine stream the same layers; the leanest, or the wishes, where none fits."""
+    job, options = here[0].job, [list(wishes)]
+    for layers in [job.layers] if job.offload_model else range(job.layers + 1):
+        found = [member.streaming(layers, wish.wave) for member, wish in zip(here, wishes, strict=True)]
+        placements = [placement for placement in found if placement is not None]
+        if len(placements) == len(here):
+            options.append(placements)
+
+    return min(
+        options, key=lambda placements: (max(0, host_of(here, placements).peak - there), _rank(here, placements))
+    )

@@ -1,0 +1,240 @@
+"""A plan for several ranks: a plan for each, host memory of their machines, and how fast they are together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lowvram.byte_sizes import gib
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.placement import Placement
+from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
+from lowvram.planning.facts import ModelFacts, facts_of
+from lowvram.planning.layout import RESERVE_BYTES, MachineParts
+from lowvram.planning.members import Member, Shortfall, host_of, settle
+from lowvram.planning.planner import (
+    Budgets,
+    DoesNotFit,
+    Plan,
+    advice,
+    describe,
+    kv_scheme,
+    place_text_encoder,
+    wave_of,
+    words_of,
+)
+from lowvram.planning.search import Job
+from lowvram.planning.timing import Seconds, slowest
+from lowvram.planning.workload import Workload
+from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
+from lowvram_kernels.errors import ConfigError
+from lowvram_quantize.format import Artifact
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeamPlan:
+    """``ranks`` has a plan for every rank, ``machines`` the machine of each; ``host`` and ``ram_bytes`` are what each
+    machine's ranks take of its memory together, and what they may.
+
+    Stages work at once, on blocks that follow each other, and so does the VAE's own rank: in the steady state a block
+    takes as long as the slowest of them.
+    """
+
+    layout: ParallelLayout
+    workload: Workload
+    ranks: tuple[Plan, ...]
+    machines: tuple[int, ...]
+    host: tuple[MachineParts, ...]
+    ram_bytes: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Seconds, ...]:
+        """Of each stage; its ranks wait for each other in every layer."""
+        members = [self.layout.members(stage) for stage in range(self.layout.stages)]
+        return tuple(slowest(self.ranks[rank].seconds for rank in ranks) for ranks in members)
+
+    @property
+    def parts(self) -> dict[str, Seconds]:
+        """All that work at once, by name."""
+        stages = {f"stage {index}": seconds for index, seconds in enumerate(self.stages)}
+        return stages | ({"VAE": self.ranks[-1].seconds} if self.layout.vae_rank else {})
+
+    @property
+    def seconds_per_block(self) -> float:
+        return max(seconds.block for seconds in self.parts.values())
+
+    @property
+    def frames_per_s(self) -> float:
+        return VIDEO_FRAMES_PER_LATENT * self.workload.frames_per_block / self.seconds_per_block
+
+    @property
+    def limited_by(self) -> str:
+        """The slowest part and what takes it longest, as "stage 0: exchange"."""
+        parts = self.parts
+        name = max(parts, key=lambda part: parts[part].block)
+        return f"{name}: {parts[name].limited_by}"
+
+    @property
+    def first_block_s(self) -> float:
+        """From the first denoising step to the first frames: the first block goes through all stages, one after the
+        other. An upper bound, as later blocks are predicted: the first finds its rings empty."""
+        decode = self.ranks[self.layout.media_rank].seconds.decode
+        members = [self.layout.members(stage)[0] for stage in range(self.layout.stages)]
+        waits = (_through(self.ranks[rank], seconds) for rank, seconds in zip(members, self.stages, strict=True))
+        return sum(waits) + decode
+
+    def summary(self) -> str:
+        """The plan in a line."""
+        highest = max(self.ranks, key=lambda plan: plan.peak_vram_bytes)
+        host = ", ".join(
+            f"{gib(parts.peak)} of {gib(there)}" for parts, there in zip(self.host, self.ram_bytes, strict=True)
+        )
+        return (
+            f"plan for {len(self.ranks)} ranks, {self.layout.words()}: predicted are at most "
+            f"{gib(highest.peak_vram_bytes)} of a device ({highest.share.role.name}), {host} on the host, all ranks "
+            f"together, and {self.seconds_per_block:.2f} s a block ({self.limited_by})"
+        )
+
+
+def _through(plan: Plan, seconds: Seconds) -> float:
+    """Seconds that a stage's steps of the first block take: blocks that follow join its passes."""
+    steps, wave = len(plan.share.steps), plan.placement.wave
+    calls = sum(min(step, wave) for step in range(1, steps + 1))
+    computing = (seconds.arithmetic + seconds.exchange) * calls / steps
+    return max(computing, seconds.pcie * wave) + seconds.exposed
+
+
+def plan_team(
+    artifact: Artifact | ModelFacts,
+    workload: Workload,
+    layout: ParallelLayout,
+    *,
+    cards: Sequence[Card],
+    vram_bytes: Sequence[int],
+    machines: Sequence[int],
+    ram_bytes: Sequence[int],
+    kv: str = "auto",
+    wave: str | int = "auto",
+    offload_model: bool = False,
+    offload_kv: bool = False,
+    link_bytes_per_s: float = LINK_BYTES_PER_S,
+    reserve_bytes: int = RESERVE_BYTES,
+) -> TeamPlan:
+    """The fastest predicted placements of all ranks of a layout; of the same arguments always the same.
+
+    Args:
+        artifact: what ``convert`` wrote, or its sizes; only headers are read.
+        cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
+        ram_bytes: bytes of each machine's memory that its ranks may take together.
+        kv, offload_model, offload_kv, reserve_bytes: for all ranks; as ``plan`` has them.
+        wave: as there; a stage with fewer steps than that shares a pass among all it has.
+        link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
+
+    Raises:
+        ConfigError: a layout that does not suit the model, or an option that cannot be used.
+        DoesNotFit: (an OutOfMemoryError) nothing fits; names the rank or the machine, bytes needed and bytes there.
+    """
+    facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
+    layout.check(
+        sample_steps=workload.sample_steps, heads=facts.config.num_heads, tokens_per_frame=workload.tokens_per_frame
+    )
+    _check_ranks(layout, cards, vram_bytes, machines, ram_bytes)
+    job = Job(
+        facts=facts,
+        work=workload,
+        kv=kv_scheme(kv, facts),
+        wave=wave_of(wave, workload.sample_steps),
+        offload_model=offload_model,
+        offload_kv=offload_kv,
+        layout=layout,
+        link_bytes_per_s=link_bytes_per_s,
+    )
+    members = [
+        _member(
+            dataclasses.replace(job, rank=rank),
+            cards[rank],
+            Budgets(vram=vram_bytes[rank], ram=ram_bytes[machines[rank]], reserve=reserve_bytes),
+            machines[rank],
+        )
+        for rank in range(layout.world_size)
+    ]
+    found = settle(members, ram_bytes)
+    if isinstance(found, Shortfall):
+        raise _refusal(members, found, ram_bytes)
+    ranks = tuple(describe(m.job, p, m.budgets, m.card) for m, p in zip(members, found, strict=True))
+    return TeamPlan(
+        layout=layout,
+        workload=workload,
+        ranks=ranks,
+        machines=tuple(machines),
+        host=tuple(_machine(members, found, machine) for machine in range(len(ram_bytes))),
+        ram_bytes=tuple(ram_bytes),
+        notes=_notes(job, ranks),
+    )
+
+
+def _check_ranks(
+    layout: ParallelLayout,
+    cards: Sequence[Card],
+    vram_bytes: Sequence[int],
+    machines: Sequence[int],
+    ram_bytes: Sequence[int],
+) -> None:
+    counts = {"cards": len(cards), "budgets": len(vram_bytes), "machines": len(machines)}
+    for name, count in counts.items():
+        if count != layout.world_size:
+            raise ConfigError(f"{count} {name} for {layout.words()}; expected {layout.world_size}, one for each rank")
+    if set(machines) != set(range(len(ram_bytes))):
+        raise ConfigError(
+            f"ranks are on machines {sorted(set(machines))}, but memory is given of {len(ram_bytes)}; expected "
+            "machines counted from 0, and the memory of each"
+        )
+
+
+def _member(job: Job, card: Card, budgets: Budgets, machine: int) -> Member:
+    return Member(job=place_text_encoder(job, budgets.usable), card=card, budgets=budgets, machine=machine)
+
+
+def _machine(members: Sequence[Member], placements: Sequence[Placement], machine: int) -> MachineParts:
+    here = [place for place, member in enumerate(members) if member.machine == machine]
+    return host_of([members[place] for place in here], [placements[place] for place in here])
+
+
+def _notes(job: Job, ranks: Sequence[Plan]) -> tuple[str, ...]:
+    notes = list(dict.fromkeys(note for plan in ranks for note in plan.notes))
+    if any(plan.traffic.sent for plan in ranks):
+        assumed = ", as is assumed for cards without NVLink" if job.link_bytes_per_s == LINK_BYTES_PER_S else ""
+        notes.append(f"ranks of a stage exchange heads at {job.link_bytes_per_s / GIGA:g} GB/s each way{assumed}")
+    most = max(len(plan.share.steps) for plan in ranks)
+    if job.wave and job.wave > most:
+        notes.append(f"a stage has {most} steps at the most: no more share a pass, though {job.wave} were asked for")
+    return tuple(notes)
+
+
+def _refusal(members: Sequence[Member], short: Shortfall, ram_bytes: Sequence[int]) -> DoesNotFit:
+    pairs = zip(members, short.placements, strict=True)
+    ranks = [describe(m.job, placement, m.budgets, m.card) for m, placement in pairs]
+
+    def fits(changed: Job) -> bool:
+        jobs = [dataclasses.replace(m.job, work=changed.work, kv=changed.kv) for m in members]
+        smaller = [dataclasses.replace(m, job=job) for m, job in zip(members, jobs, strict=True)]
+        return not isinstance(settle(smaller, ram_bytes), Shortfall)
+
+    if short.rank is not None:
+        plan = ranks[short.rank]
+        where, needed, there = plan.share.role.name, plan.peak_vram_bytes, plan.vram_budget_bytes
+        stage = max(plan.stage_peaks, key=lambda name: plan.stage_peaks[name])
+        what = f"of device memory needed at the least ({stage})"
+    else:
+        machine = short.machine or 0
+        plan = max(ranks, key=lambda plan: (members[plan.share.role.rank].machine == machine, plan.peak_host_bytes))
+        needed, there = _machine(members, short.placements, machine).peak, ram_bytes[machine]
+        here = [str(m.job.rank) for m in members if m.machine == machine]
+        where, what = (
+            f"machine {machine}",
+            f"of host memory needed at the least by its ranks {', '.join(here)} together",
+        )
+    said = f"{words_of(members[0].job.work)} does not fit on {where}: {gib(needed)} {what}, {gib(there)} there"
+    host = [_machine(members, short.placements, machine) for machine in range(len(ram_bytes))]
+    return DoesNotFit(f"{said}; {advice(members[0].job, fits)}", plan, ranks, host)

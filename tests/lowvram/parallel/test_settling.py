@@ -1,0 +1,94 @@
+"""Ranks on invented GPUs: all of them come to the same layout from what all of them tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.parallel import settling
+from lowvram.parallel.layout import ParallelLayout, chosen_layout
+from lowvram.parallel.options import RankOptions
+from lowvram.parallel.settling import Settler
+from lowvram.parallel.watch import Person
+from lowvram.placement import MemoryOptions
+from lowvram.planning import CARDS
+from lowvram.request import Request
+from lowvram_quantize.format import Artifact
+from lowvram_quantize.phantom import write_phantom
+
+GIB = 1 << 30
+REQUEST = Request(image=Path("a"), audio=Path("b"), prompt="")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory) -> Artifact:
+    return Artifact.open(write_phantom(tmp_path_factory.mktemp("phantom") / "14b"))
+
+
+class Ranks:
+    """Rank 0 of several, the others of which have the cards given."""
+
+    def __init__(self, others: list[dict], machines: list[str]):
+        world = len(machines)
+        self.layout = chosen_layout(world, sample_steps=4, heads=40)
+        self.others, self.there = others, None
+        self.people = [Person(name=f"rank {i}", host="h", machine=name, pid=1) for i, name in enumerate(machines)]
+
+    def share(self, what: str, value: object) -> list:
+        return json.loads(json.dumps([value, *self.others]))
+
+    def settle(self, layout: ParallelLayout) -> None:
+        self.layout = layout
+
+
+def facts(card: str, vram_gib: float, ram_gib: float) -> dict:
+    return {"card": dataclasses.asdict(CARDS[card]), "vram": int(vram_gib * GIB), "ram": int(ram_gib * GIB)}
+
+
+def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, **options: int) -> Ranks:
+    monkeypatch.setattr(settling, "card_at_hand", lambda device: CARDS["rtx4090"])
+    settler = Settler(
+        options=RankOptions(**options),
+        artifact=artifact,
+        request=REQUEST,
+        memory=memory or MemoryOptions(ram_budget=60 * GIB),
+    )
+    settler.settle(ranks, GPU)
+    return ranks
+
+
+def test_every_rank_is_told_all_cards_and_machines(artifact, monkeypatch):
+    ranks = Ranks([facts("rtx3090", 20, 50), facts("rtx4090", 22, 96)], ["here", "here", "there"])
+    memory = MemoryOptions(vram_budget=21 * GIB, ram_budget=60 * GIB)
+    there = settled(artifact, ranks, monkeypatch, memory=memory).there
+    assert [card.name for card in there.cards] == ["rtx4090", "rtx3090", "rtx4090"]
+    assert there.cards[1].rates == CARDS["rtx3090"].rates
+    assert list(there.vram_bytes) == [21 * GIB, 20 * GIB, 22 * GIB]
+    assert list(there.machines) == [0, 0, 1]
+    assert list(there.ram_bytes) == [50 * GIB, 96 * GIB]  # the least that a rank of the machine may take
+
+
+def test_the_layout_is_the_one_that_the_plan_takes(artifact, monkeypatch):
+    ranks = Ranks([facts("rtx4090", 22.15, 60)] * 3, ["here"] * 4)
+    layout = settled(artifact, ranks, monkeypatch).layout
+    assert (layout.num_gpus_dit, layout.vae_rank) == (3, True)
+    assert layout.ulysses_size in (1, 3)
+
+
+def test_what_was_asked_for_stays(artifact, monkeypatch):
+    ranks = Ranks([facts("rtx4090", 22.15, 60)] * 3, ["here"] * 4)
+    before = ranks.layout = ParallelLayout(num_gpus_dit=3, ulysses_size=1, vae_rank=True)
+    assert settled(artifact, ranks, monkeypatch, num_gpus_dit=3, ulysses_size=1).layout == before
+
+
+def test_on_the_cpu_nothing_is_told(artifact):
+    ranks = Ranks([], ["here"])
+    Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions()).settle(
+        ranks, torch.device("cpu")
+    )
+    assert ranks.there is None
