@@ -34,11 +34,13 @@ bench: setup
 	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/plans.py --out benchmarks/results/plans.json
+	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_cpu.json
 
 # On a machine with a CUDA device; says so and fails elsewhere. FULL_SIZE has options, as "--dir /data --resume".
 bench-gpu: setup
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/full_size.py $(FULL_SIZE)
+	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_gpu.json
 
 lint: setup
 	$(BIN)/ruff check .

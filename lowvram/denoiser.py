@@ -45,7 +45,8 @@ class Denoiser:
             cond_rope_distance=request.cond_rope_distance,
         )
         self.seconds: dict[int, float] = {}
-        """Spent on a block so far, by its index; whoever finishes a block takes its seconds out."""
+        """Spent on a block so far, waiting for other ranks included, by its index; whoever finishes a block takes its
+        seconds out."""
         self.rollout = runtime.relief.attempt("load_dit", self._load, _nothing_yet)
         self.fill_sink(conditions.reference)
 
@@ -86,11 +87,13 @@ class Denoiser:
     def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[tuple[Block, Tensor]]:
         """Yield each block and its latent [C, F, h, w], float32, when it has taken its last step here."""
         for tick in ticks(blocks, len(self.steps), self._runtime.layout.placement.wave):
+            begin = time.perf_counter()
             if tick.refresh:
                 # From the second clip on, the first frame that was generated stands for the portrait.
                 self.fill_sink(chain.reference())
             latent = chain.take(tick.starts) if tick.starts is not None else None
             self._advance(tick, latent)
+            self._note(tick, time.perf_counter() - begin)
             block = tick.finished(len(self.steps))
             if block is not None:
                 latent = self.rollout.finish(block)
@@ -99,7 +102,7 @@ class Denoiser:
 
     def _advance(self, tick: Tick, latent: Tensor | None) -> None:
         self._team.meet()
-        begin, where = time.perf_counter(), ", ".join(f"block {block.index}" for block, _ in tick.items)
+        where = ", ".join(f"block {block.index}" for block, _ in tick.items)
 
         def advance() -> None:
             with self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
@@ -109,9 +112,10 @@ class Denoiser:
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
 
         self._runtime.relief.attempt("denoise", advance, self.give_way)
-        share = (time.perf_counter() - begin) / len(tick.items)
+
+    def _note(self, tick: Tick, seconds: float) -> None:
         for block, _ in tick.items:
-            self.seconds[block.index] = self.seconds.get(block.index, 0.0) + share
+            self.seconds[block.index] = self.seconds.get(block.index, 0.0) + seconds / len(tick.items)
 
     def _noise(self, block: Block) -> Tensor:
         shape = (LATENT_CHANNELS, self.settings.frames_per_clip, *self.settings.latent_size)

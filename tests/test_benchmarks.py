@@ -1,4 +1,4 @@
-"""The full-size benchmark's script on the tiny preset: what a machine without a GPU can run of it."""
+"""Scripts of the full-size and of the parallel benchmark on the tiny preset: what a machine without a GPU can run."""
 
 from __future__ import annotations
 
@@ -125,3 +125,70 @@ def test_without_a_cuda_device_it_says_so_in_one_line():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["no CUDA device here; --preset tiny --device cpu tries the script without one"]
+
+
+@pytest.fixture
+def parallel(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+    import parallel
+
+    return parallel
+
+
+def test_ranks_send_and_hold_what_formulas_say(parallel, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names = ["fsdp-2", "stages-2", "ulysses-2", "ulysses-2-int8-streamed"]
+    tiny = parallel.count(names)
+    rows = {row["name"]: row for row in tiny["rows"]}
+    assert sorted(rows) == names
+    assert all(row["as_expected"] for row in rows.values()), tiny["rows"]
+    assert tiny["same_latents"] == {"fsdp-2 and ulysses-2": True}
+    assert {name for name in names if rows[name]["sent_bytes"]["parameters"]} == {"fsdp-2"}
+    assert {name for name in names if rows[name]["sent_bytes"]["exchange"]} == set(names) - {"stages-2"}
+
+
+def test_a_count_that_differs_is_told(parallel, tmp_path):
+    import parallel_formulas
+
+    from lowvram_quantize.phantom import write_phantom
+
+    path = write_phantom(tmp_path / "tiny", precision="bf16", preset="tiny")
+    (job,) = parallel.chosen(parallel.all_jobs({"bf16": path, "int8": path}), ["stages-2"])
+    first = {"exchange": 0, "latents": 16 * 3 * 16 * 16 * 4, "parameters": 0}
+    reports = [
+        {"role": "", "sent_bytes": sent, "sent_bytes_by_runtime": sent, "parameter_bytes": 1}
+        for sent in (first, dict.fromkeys(first, 0))
+    ]
+    row = parallel_formulas.compared(job, reports)
+    assert not row["as_expected"]
+    expected = [rank["formula"]["parameter_bytes"] for rank in row["by_rank"]]
+    for report, nbytes in zip(reports, expected, strict=True):
+        report["parameter_bytes"] = nbytes
+    assert parallel_formulas.compared(job, reports)["as_expected"]
+    reports[0]["sent_bytes_by_runtime"] = first | {"latents": 0}
+    assert not parallel_formulas.compared(job, reports)["as_expected"]
+
+
+def test_units_are_padded_shards(parallel):
+    import parallel_formulas
+
+    fsdp = parallel_formulas.Fsdp(blocks=[[(3, 2)], [(1, 6), (4,)]], root=[(2, 2)], ranks=2)
+    # Shards of 2 x 2, of 1 x 6 and 2, and of 1 x 2 values in bfloat16.
+    assert fsdp.sent(steps=3) == 3 * 2 * (4 + 8)
+    assert fsdp.held() == 2 * (4 + 8 + 2) + 2 * 2 * (2 + 8)
+
+
+def test_what_can_be_timed_is_and_what_fails_says_why(parallel, monkeypatch, tmp_path):
+    asked = []
+
+    def run(jobs):
+        asked.extend(jobs)
+        if jobs[0].fsdp:
+            raise RuntimeError("ranks ended with [1, 1]")
+        return {jobs[0].name: [{"seconds_per_block": 1.0}, {"seconds_per_block": 2.0}]}
+
+    monkeypatch.setattr(parallel, "run_jobs", run)
+    found = parallel.time_jobs(["*-2", "*-2-vae"], tmp_path, preset="tiny", device="cpu", ranks=2)["found"]
+    times = dict.fromkeys([f"{kind}-2-{name}" for kind in ("ulysses", "stages") for name in ("int8", "bf16")], 2.0)
+    assert found == times | {"fsdp-2-bf16": {"not_measured": "ranks ended with [1, 1]"}}
+    assert not any(job.counts for job in asked)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
+import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
@@ -24,8 +25,10 @@ log = logging.getLogger(__name__)
 
 ADDRESS = "127.0.0.1"
 _POLL_S = 0.1
-# What the others have to end by themselves in, once one rank has ended badly: the watch needs less.
-_GRACE_S = 18.0
+# What the others have to end by themselves in, once one rank has ended badly; then they are told to, then made to.
+_BY_THEMSELVES_S, _GRACE_S = 12.0, 18.0
+# A rank that is stopped for so long does not come back. Once ranks have met they see to that themselves.
+_STOPPED_S = 10.0
 
 
 class RanksFailed(DistributedError):
@@ -94,7 +97,9 @@ def started_by_us(environ: Mapping[str, str]) -> bool:
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
     """The rank that ended badly first; None where all have succeeded."""
+    running: dict[int, float] = {}
     while True:
+        _kill_stopped(processes, running)
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
@@ -106,13 +111,26 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Let the ranks end by themselves, then end them."""
-    until = time.monotonic() + _GRACE_S
-    while any(process.poll() is None for process in processes) and time.monotonic() < until:
-        time.sleep(_POLL_S)
+    begin = time.monotonic()
+    for seconds, then in ((_BY_THEMSELVES_S, signal.SIGTERM), (_GRACE_S, signal.SIGKILL)):
+        while any(process.poll() is None for process in processes) and time.monotonic() < begin + seconds:
+            time.sleep(_POLL_S)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(then)
     for process in processes:
-        if process.poll() is None:
-            process.kill()
         process.wait()
+
+
+def _kill_stopped(processes: list[subprocess.Popen[bytes]], running: dict[int, float]) -> None:
+    """``running`` has, for each rank, when it was last seen to be no stopped process."""
+    now = time.monotonic()
+    for rank, process in enumerate(processes):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                running[rank] = now
+            elif now - running.setdefault(rank, now) > _STOPPED_S:
+                process.kill()
 
 
 def _failure(first: int, codes: list[int], store: Store) -> LowvramError:

@@ -79,6 +79,15 @@ class _Heard:
     seen: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a rank does, since when, and how long it may take: replaced in one piece, as the watch reads it."""
+
+    what: str
+    since: float
+    limit: float = float("inf")
+
+
 class Watch:
     """Watches the ranks ``people`` as number ``rank`` of them.
 
@@ -89,7 +98,7 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, people: list[Person], leave: Callable[[int], None] = os._exit):
         self._store, self._rank, self._people, self._leave = store, rank, people, leave
-        self._doing, self._since, self._limit = "starting", time.monotonic(), float("inf")
+        self._work = _Work("starting", time.monotonic())
         self._longest: dict[str, float] = {}
         self._count = 0
         self._parent = os.getppid()
@@ -108,19 +117,19 @@ class Watch:
     def doing(self, what: str, kind: str, *, limit_s: float | None = None) -> Iterator[None]:
         """Say what this rank does from here on. The first of a kind may take as long as it likes (kernels are compiled,
         files read) unless ``limit_s`` bounds it, later ones are measured by those before."""
-        before = self._doing, self._since, self._limit
+        before, begin = self._work, time.monotonic()
         longest = self._longest.get(kind)
         grown = float("inf") if longest is None else max(HANG_S, HANG_FACTOR * longest)
-        self._doing, self._since, self._limit = what, time.monotonic(), limit_s or grown
+        self._work = _Work(what, begin, limit_s or grown)
         try:
             yield
         except BaseException:
-            self._limit = float("inf")  # its last words stay
+            self._work = _Work(self._work.what, begin)  # its last words stay
             raise
         else:
-            self._longest[kind] = max(longest or 0.0, time.monotonic() - self._since)
-            self._doing, _, self._limit = before
-            self._since = time.monotonic()
+            end = time.monotonic()
+            self._longest[kind] = max(longest or 0.0, end - self._work.since)
+            self._work = dataclasses.replace(before, since=end)
 
     def waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Say that this rank waits for others, which may take as long as they need."""
@@ -160,9 +169,10 @@ class Watch:
     def _own_state(self) -> None:
         if os.getppid() != self._parent:
             self._give_up("the process that started this rank is gone")
-        silent = time.monotonic() - self._since
-        if silent > self._limit:
-            message = f"hangs for {silent:.0f} s: {self._doing}"
+        work = self._work
+        silent = time.monotonic() - work.since
+        if silent > work.limit:
+            message = f"hangs for {silent:.0f} s: {work.what}"
             self.failed(message)
             self._give_up(f"{self._people[self._rank].words} {message}")
 
@@ -181,7 +191,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._count += 1
-        self._store.set(f"beat/{self._rank}", json.dumps([self._count, self._doing]))
+        self._store.set(f"beat/{self._rank}", json.dumps([self._count, self._work.what]))
 
     def _state(self, other: int, heard: _Heard) -> str | None:
         """What is wrong with a rank."""
