@@ -1,4 +1,4 @@
-"""What fits where? Plans of the 14B for usual cards, each also run on a simulated GPU of that size.
+"""What fits where? Plans of the 14B for usual cards, one or several, each also run on simulated GPUs of that size.
 
 python benchmarks/plans.py [--out benchmarks/results/plans.json]
 
@@ -29,6 +29,9 @@ CASES = [
     ("a100-80gb", 78.0, "int8", "704*384"),
     ("a100-80gb", 78.0, "bf16", "704*384"),
 ]
+# Number of cards, each with so many GiB for a process of ours; size. All int8, on one host.
+TEAM_CARD, TEAM_GIB = "rtx4090", 22.15
+TEAMS = [(gpus, size) for size in ("704*384", "720*400") for gpus in (2, 3, 4, 5)]
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(Path(folder), *case) for case in CASES]
-    print(markdown(rows))
+        teams = [measure_team(Path(folder), *case) for case in TEAMS]
+    print(markdown(rows), team_markdown(teams), sep="\n\n")
     result = {
         "question": "what fits where?",
         "command": " ".join(["python", *sys.argv]),
@@ -45,23 +49,21 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "host_gib": RAM_GIB,
         "plans": rows,
+        "teams": teams,
     }
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if over := [f"{row['card']} {row['precision']} {row['size']}" for row in rows if row["given_up"]]:
+    over = [f"{row['card']} {row['precision']} {row['size']}" for row in rows if row["given_up"]]
+    over += [f"{row['gpus']} x {row['card']} {row['size']}" for row in teams if row["given_up"]]
+    if over:
         sys.exit(f"did not fit as planned: {', '.join(over)}")
 
 
 def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> dict[str, Any]:
     from lowvram.dry_run import dry_run
     from lowvram.planning import CARDS, Workload, plan
-    from lowvram_quantize.format import Artifact
-    from lowvram_quantize.phantom import write_phantom
 
-    path = folder / precision
-    if not path.exists():
-        write_phantom(path, precision=precision)
-    artifact = Artifact.open(path)
+    artifact = published(folder, precision)
     found = plan(
         artifact,
         Workload.of_size(size),
@@ -87,6 +89,64 @@ def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> d
     }
 
 
+def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
+    """The layout that is taken by itself; of ranks that do the same, one is simulated."""
+    from lowvram.dry_run import dry_run
+    from lowvram.planning import CARDS, Machines, Workload, alternatives, choose_team
+
+    artifact, work = published(folder, "int8"), Workload.of_size(size)
+    there = Machines(
+        cards=[CARDS[TEAM_CARD]] * gpus,
+        vram_bytes=[int(TEAM_GIB * GIB)] * gpus,
+        machines=[0] * gpus,
+        ram_bytes=[RAM_GIB * GIB],
+    )
+    team = choose_team(artifact, work, there)
+    unlike = {(plan.device, plan.share.block_tokens, plan.share.heads): plan for plan in team.ranks}
+    runs = [dry_run(artifact, plan, layout=team.layout) for plan in unlike.values()]
+    return {
+        "gpus": gpus,
+        "card": TEAM_CARD,
+        "size": size,
+        "budget_gib": TEAM_GIB,
+        "layout": team.layout.words(),
+        "ranks": [
+            {
+                "role": plan.share.role.name,
+                "planned_device_gib": plan.peak_vram_bytes / GIB,
+                "layers_streamed": len(plan.placement.streamed_layers),
+                "rings_on_host": len(plan.placement.host_rings),
+                "rings": plan.rings,
+                "wave": plan.placement.wave,
+                "predicted_seconds_per_block": plan.seconds_per_block,
+            }
+            for plan in team.ranks
+        ],
+        "planned_device_gib": max(plan.peak_vram_bytes for plan in team.ranks) / GIB,
+        "simulated_device_gib": max(run.peak_reserved for run in runs) / GIB,
+        "host_gib": team.host[0].peak / GIB,
+        "predicted_seconds_per_block": team.seconds_per_block,
+        "predicted_frames_per_second": team.frames_per_s,
+        "predicted_first_block_seconds": team.first_block_s,
+        "limited_by": team.limited_by,
+        "alternatives": {
+            each.layout.words(): each.plan.seconds_per_block if each.plan else None
+            for each in alternatives(artifact, work, there)
+        },
+        "given_up": [words for run in runs for words in run.given_up],
+    }
+
+
+def published(folder: Path, precision: str) -> Any:
+    from lowvram_quantize.format import Artifact
+    from lowvram_quantize.phantom import write_phantom
+
+    path = folder / precision
+    if not path.exists():
+        write_phantom(path, precision=precision)
+    return Artifact.open(path)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| card | weights | size | budget | planned | simulated | host | streamed layers, rings | seconds a block |",
@@ -99,6 +159,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['host_gib']:.0f} GiB "
             f"| {row['layers_streamed']} of 40, {row['rings_on_host']} of 160 "
             f"| {row['predicted_seconds_per_block']:.1f} ({row['limited_by']}) |"
+        )
+    return "\n".join(lines)
+
+
+def team_markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| cards | size | layout | planned | simulated | host | rings on host | seconds a block | frames/s | first |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        hosted = ", ".join(f"{rank['rings_on_host']} of {rank['rings']}" for rank in row["ranks"] if rank["rings"])
+        lines.append(
+            f"| {row['gpus']} x {row['card']} | {row['size']} | {row['layout']} "
+            f"| {row['planned_device_gib']:.1f} GiB | {row['simulated_device_gib']:.1f} GiB "
+            f"| {row['host_gib']:.0f} GiB | {hosted} | {row['predicted_seconds_per_block']:.2f} ({row['limited_by']}) "
+            f"| {row['predicted_frames_per_second']:.1f} | {row['predicted_first_block_seconds']:.1f} s |"
         )
     return "\n".join(lines)
 

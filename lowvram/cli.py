@@ -154,6 +154,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
         click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
         click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
+        switch("--cuda-graphs", False, "Replay layers that stay on the GPU as CUDA graphs, from the third clip on."),
         switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
     ]
@@ -269,7 +270,7 @@ def open_pipeline(model: Path, options: dict[str, Any], team: Any = None) -> Any
 def memory_options(options: dict[str, Any]) -> Any:
     from lowvram.placement import MemoryOptions
 
-    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss")
+    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs")
     vram, ram = (parse_bytes(text) if text else None for text in (options["vram_budget"], options["ram_budget"]))
     wave = options["wave"]
     return MemoryOptions(

@@ -44,9 +44,16 @@ class Member:
 
     @property
     def waves(self) -> Sequence[int]:
-        """What it may be asked for: no more steps share a pass than run here."""
-        steps = max(1, len(self.job.share.steps))
-        return [min(self.job.wave, steps)] if self.job.wave else range(1, steps + 1)
+        """Of which one is to be taken."""
+        return [self.job.wave] if self.job.wave else range(1, self._steps + 1)
+
+    def with_wave(self, wave: int) -> Member:
+        """Held to so many steps in a pass, or to all that run here."""
+        return dataclasses.replace(self, job=dataclasses.replace(self.job, wave=min(wave, self._steps)))
+
+    @property
+    def _steps(self) -> int:
+        return max(1, len(self.job.share.steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +95,7 @@ def _fastest_on_cards(members: Sequence[Member]) -> list[Placement] | None:
 
 def _with_wave(members: Sequence[Member], wave: int, ram_bytes: Sequence[int]) -> tuple[Placement, ...] | Shortfall:
     """The same, with so many steps in a pass wherever there are so many."""
-    settled = [dataclasses.replace(m, job=dataclasses.replace(m.job, wave=wave)) for m in members]
+    settled = [member.with_wave(wave) for member in members]
     wishes = _fastest_on_cards(settled)
     return _too_large(settled) if wishes is None else _within(settled, wishes, ram_bytes)
 

@@ -193,7 +193,8 @@ def _check_ranks(
 
 
 def _member(job: Job, card: Card, budgets: Budgets, machine: int) -> Member:
-    return Member(job=place_text_encoder(job, budgets.usable), card=card, budgets=budgets, machine=machine)
+    member = Member(job=place_text_encoder(job, budgets.usable), card=card, budgets=budgets, machine=machine)
+    return member.with_wave(job.wave) if job.wave else member
 
 
 def _machine(members: Sequence[Member], placements: Sequence[Placement], machine: int) -> MachineParts:

@@ -193,3 +193,19 @@ def test_weights_in_float32_are_planned_as_they_are_bound(facts):
     assert result.weight_bytes == pytest.approx(2 * facts("bf16").weight_bytes, rel=0.001)
     assert not result.placement.streamed_layers
     assert result.device.resident_layers == pytest.approx(sum(facts("bf16").layer_bytes), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("card", "gib", "size", "streamed", "hosted", "seconds"),
+    [
+        ("rtx3060", 11.0, "384*256", 20, 157, 4.8),
+        ("rtx4080", 14.5, "704*384", 16, 160, 5.1),
+        ("rtx4090", 22.15, "704*384", 0, 136, 3.0),
+        ("rtx4090", 22.15, "720*400", 0, 139, 3.3),
+        ("rtx5090", 30.0, "704*384", 0, 72, 2.4),
+    ],
+)
+def test_one_card_is_planned_as_the_readme_says(facts, card, gib, size, streamed, hosted, seconds):
+    result = planned(facts("int8"), gib, Workload.of_size(size), ram_gib=64, card=CARDS[card])
+    assert (len(result.placement.streamed_layers), len(result.placement.host_rings)) == (streamed, hosted)
+    assert result.seconds_per_block == pytest.approx(seconds, abs=0.05)
