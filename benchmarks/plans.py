@@ -90,8 +90,8 @@ def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> d
 
 
 def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
-    """The layout that is taken by itself; of ranks that do the same, one is simulated."""
-    from lowvram.dry_run import dry_run
+    """The layout that is taken by itself."""
+    from lowvram.dry_run import dry_run_team
     from lowvram.planning import CARDS, Machines, Workload, alternatives, choose_team
 
     artifact, work = published(folder, "int8"), Workload.of_size(size)
@@ -102,8 +102,7 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
         ram_bytes=[RAM_GIB * GIB],
     )
     team = choose_team(artifact, work, there)
-    unlike = {(plan.device, plan.share.block_tokens, plan.share.heads): plan for plan in team.ranks}
-    runs = [dry_run(artifact, plan, layout=team.layout) for plan in unlike.values()]
+    runs = dry_run_team(artifact, team)
     return {
         "gpus": gpus,
         "card": TEAM_CARD,

@@ -446,13 +446,13 @@ def plan_one(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
 
 def plan_several(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
     """``plan`` for ranks that share the work."""
-    from lowvram.dry_run import dry_run as run_dry
+    from lowvram.dry_run import dry_run_team
     from lowvram.planning.command import plan_team_for
     from lowvram.planning.team_table import compared_to_json, print_team
 
     compared = plan_team_for(path, options)
     team = compared.team
-    simulated = [run_dry(path, each, layout=team.layout) for each in team.ranks] if dry and team else []
+    simulated = dry_run_team(path, team) if dry and team else []
     if not as_json:
         print_team(compared, Console(), simulated)
         return

@@ -102,12 +102,17 @@ def dry_run_team(artifact: Path | Artifact, plan: TeamPlan, *, clips: int = 2) -
     """Run the plan of every rank; see ``dry_run``. Ranks with equal shares and placements take the same: one is run."""
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
     found: dict[Any, DryRun] = {}
-    runs = []
+    runs: list[DryRun] = []
     for rank in plan.ranks:
-        share = dataclasses.replace(
-            rank.share, role=dataclasses.replace(rank.share.role, rank=0, stage=None, index=None)
+        share = rank.share
+        key = (
+            rank.device,
+            rank.placement.wave,
+            share.steps[1:],
+            share.heads,
+            share.block_tokens,
+            rank.vram_budget_bytes,
         )
-        key = (share, rank.share.denoises, rank.placement, rank.vram_budget_bytes)
         if key not in found:
             found[key] = dry_run(opened, rank, clips=clips, layout=plan.layout)
         runs.append(found[key])

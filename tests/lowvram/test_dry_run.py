@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.dry_run import dry_run
+from lowvram.dry_run import dry_run, dry_run_team
+from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan
+from lowvram.planning.team import plan_team
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 
@@ -63,3 +65,35 @@ def test_a_device_smaller_than_the_plan_is_met_by_giving_way(phantoms):
     run = dry_run(artifact, planned, clips=1, capacity=19 * GIB)
     assert run.given_up
     assert run.peak_reserved <= 19 * GIB
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        ("704*384", ParallelLayout(num_gpus_dit=3, ulysses_size=3, vae_rank=True)),
+        ("720*400", ParallelLayout(num_gpus_dit=4, ulysses_size=1, vae_rank=True)),
+    ],
+)
+def test_every_rank_of_several_fits_as_planned(phantoms, size, layout):
+    count, budget = layout.world_size, int(22.15 * GIB)
+    team = plan_team(
+        phantoms["int8"],
+        Workload.of_size(size),
+        layout,
+        cards=[CARDS["rtx4090"]] * count,
+        vram_bytes=[budget] * count,
+        machines=[0] * count,
+        ram_bytes=[64 * GIB],
+    )
+    assert team.host[0].peak <= 64 * GIB
+    runs = dry_run_team(phantoms["int8"], team)
+    assert len(runs) == count
+    for planned, run in zip(team.ranks, runs, strict=True):
+        assert run.given_up == ()
+        assert run.peak_reserved <= budget
+        for stage in {"denoise", "decode"} & set(planned.stage_peaks):
+            assert run.stages[stage] == pytest.approx(planned.stage_peaks[stage], rel=0.03), (planned.share, stage)
+        assert set(run.stages) == set(planned.stage_peaks)
+        if planned.share.denoises and planned.placement.wave == 1:
+            assert run.block_in == pytest.approx(planned.traffic.h2d, rel=0.03)
+            assert bool(run.sent) == (layout.ulysses_size > 1)
