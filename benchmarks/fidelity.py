@@ -32,6 +32,9 @@ class Variant:
 BASELINE = ("--precision", "fp32")
 VARIANTS = {
     "int8-dit": Variant(title="DiT int8, others fp32", options=(*BASELINE, "--dit", "int8"), limit=0.01),
+    "int8-rotated": Variant(
+        title="DiT int8 rotated, others fp32", options=(*BASELINE, "--dit", "int8", "--rotate"), limit=0.01
+    ),
     "fp8-dit": Variant(title="DiT fp8, others fp32", options=(*BASELINE, "--dit", "fp8"), limit=0.04),
     "int8-rings": Variant(title="all fp32, KV rings int8", options=BASELINE, limit=0.005, infer=("--kv", "int8")),
     "int8": Variant(title="every component int8", options=("--precision", "int8"), limit=0.03),

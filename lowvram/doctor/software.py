@@ -71,6 +71,9 @@ def check_driver(probes: Probes) -> Finding:
 
 def check_triton(probes: Probes, *, on_gpu: bool) -> Finding:
     version = probes.triton()
+    if on_gpu and probes.environ().get("LOWVRAM_TRITON") == "0":
+        advice, why = "unset LOWVRAM_TRITON", "PyTorch's own kernels run instead of ours, which takes longer"
+        return warning("triton", "switched off by LOWVRAM_TRITON=0", advice=advice, why=why)
     if version is None and not on_gpu:
         return ok("triton", "not installed, and not needed on the processor")
     if version is None:

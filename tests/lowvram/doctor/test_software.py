@@ -68,6 +68,13 @@ def test_triton(version, on_gpu, status):
     assert check_triton(machine(triton=version), on_gpu=on_gpu).status == status
 
 
+@pytest.mark.parametrize(("value", "status"), [("0", "warning"), ("1", "ok"), ("", "ok")])
+def test_triton_that_is_switched_off(value, status):
+    finding = check_triton(machine(triton="3.6", environ={"LOWVRAM_TRITON": value}), on_gpu=True)
+    assert finding.status == status
+    assert (status == "ok") == ("LOWVRAM_TRITON" not in finding.text())
+
+
 def test_no_libx264():
     found = check_encoders(machine(encoders=frozenset({"aac"})))
     assert found.status == "problem"
