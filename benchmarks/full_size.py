@@ -6,7 +6,8 @@ python benchmarks/full_size.py --preset tiny --device cpu  what a machine withou
 python benchmarks/full_size.py --table                  README's table from the result files that are there
 
 Parts, each a process of its own: random artifacts (no trained values: times and bytes do not depend on them), three
-clips with a budget and without, and one pass over all layers streamed by lowvram and by diffusers' group offloading.
+clips with a budget and without, five with CUDA graphs of the layers that stay on the card, and one pass over all layers
+streamed by lowvram and by diffusers' group offloading.
 A part that cannot run says why in the file and does not stop the others.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 import full_size_table as tables
 from full_size_artifacts import PRECISIONS, artifact_path, say
 
-KINDS = ("artifact", "run-capped", "run-uncapped", "layers", "diffusers")
+KINDS = ("artifact", "run-capped", "run-uncapped", "graphs", "layers", "diffusers")
 PARTS = [f"{kind}-{precision}" for precision in PRECISIONS for kind in KINDS]
 STAMP = ("preset", "gpu", "driver", "torch", "triton", "diffusers")
 

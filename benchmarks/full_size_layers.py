@@ -23,9 +23,9 @@ from full_size_parts import INFER_FRAMES, SIZES, STEPS, Skipped, opened
 from torch import nn
 
 from lowvram.byte_sizes import gib
+from lowvram.chain import LATENT_CHANNELS
 from lowvram.devices import choose_dtype
 from lowvram.engine import Engine, engine_for
-from lowvram.pipeline import LATENT_CHANNELS
 from lowvram.placement import Placement
 from lowvram.planning.measure import rates_of
 from lowvram.request import PIXELS_PER_LATENT

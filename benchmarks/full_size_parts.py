@@ -1,4 +1,4 @@
-"""What the child processes of ``full_size.py`` do: tell the machine, write an artifact, make three clips."""
+"""What the child processes of ``full_size.py`` do: tell the machine, write an artifact, make clips."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lowvram_quantize.phantom import RandomFill, phantom_plans, write_phantom
 from lowvram_quantize.presets import PRESETS
 
 CLIPS, INFER_FRAMES, STEPS = 3, 48, 4
+GRAPH_CLIPS = 5  # eager, eager with a whole ring in sight, captured, and two that are replayed
 SIZES = {"14b": ("704*384", 384, 704), "tiny": ("128*128", 128, 128)}
 SPARE_DISK_BYTES = 4 << 30  # wav2vec2 in float32, a video, and a margin
 # Without a cap a smaller card runs as with one.
@@ -50,6 +51,8 @@ def do(part: str, options: argparse.Namespace) -> dict[str, Any]:
         return write_artifact(options, precision)
     if kind in ("run-capped", "run-uncapped"):
         return run_clips(options, precision, capped=kind == "run-capped")
+    if kind == "graphs":
+        return run_graphs(options, precision)
     import full_size_layers as layers
 
     return layers.stream(options, precision, diffusers=kind == "diffusers")
@@ -157,18 +160,46 @@ def run_clips(options: argparse.Namespace, precision: str, *, capped: bool) -> d
     return summary(pipeline, report, memory.vram_budget)
 
 
-def sample_request(options: argparse.Namespace) -> Request:
+def run_graphs(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Clips with layers replayed as CUDA graphs: seconds of denoising a block, clip by clip, as they get warm."""
+    if options.device != "cuda":
+        raise Skipped("there are no CUDA graphs without a CUDA device")
+    memory = MemoryOptions(kv=precision, cuda_graphs=True)
+    pipeline = Clocked.from_artifact(opened(options, precision), device=options.device, memory=memory)
+    request = sample_request(options, GRAPH_CLIPS)
+    report = infer(pipeline, request, Outputs(video=options.dir / "graphs.mp4"), quiet=True)
+    facts, stages = report["memory"]["cuda_graphs"], {stage["name"]: stage for stage in report["stages"]}
+    if facts is None:
+        raise Skipped("no layer stays on this card together with its KV ring")
+    names = ("first", "eager", "capturing", *(f"replayed_{clip}" for clip in range(3, GRAPH_CLIPS)))
+    seconds = {name: denoise_seconds(report["blocks"], clip) for clip, name in enumerate(names)}
+    return {
+        "denoise_s_per_block": seconds,
+        "speedup": seconds["eager"] / seconds[names[-1]],
+        "graphs": facts,
+        "peak_reserved_bytes": peak(pipeline.marks, stages, "reserved"),
+        "placement": placement_row(report),
+        "predicted": predicted(report["memory"]["plan"]),
+        "given_up": report["memory"]["given_up"],
+    }
+
+
+def denoise_seconds(blocks: list[dict[str, Any]], clip: int) -> float:
+    return statistics.mean(block["denoise_s"] for block in blocks if block["clip"] == clip)
+
+
+def sample_request(options: argparse.Namespace, clips: int = CLIPS) -> Request:
     size, height, width = SIZES[options.preset]
     image, audio = options.dir / f"portrait-{options.preset}.png", options.dir / "voice.wav"
     draw_portrait(height, width).save(image)
-    write_wav(audio, synth_voice(CLIPS * INFER_FRAMES / FPS + 1.0), 16000)
+    write_wav(audio, synth_voice(clips * INFER_FRAMES / FPS + 1.0), 16000)
     return Request(
         image=image,
         audio=audio,
         prompt="A person speaks to the camera",
         size=size,
         infer_frames=INFER_FRAMES,
-        num_clip=CLIPS,
+        num_clip=clips,
         sample_steps=STEPS,
     )
 
@@ -204,12 +235,7 @@ def summary(pipeline: Clocked, report: dict[str, Any], budget: int | None) -> di
         "bytes_in": report["memory"]["bytes_in"],
         "bytes_out": report["memory"]["bytes_out"],
         "rates": {"h2d": plan.card.rates.h2d, "d2h": plan.card.rates.d2h} if plan else None,
-        "placement": {
-            "streamed_layers": len(placement["streamed_layers"]),
-            "host_rings": len(placement["host_rings"]),
-            "kv": placement["kv"],
-            "wave": placement["wave"],
-        },
+        "placement": placement_row(report),
         "predicted": predicted(report["memory"]["plan"]),
         "stages": [stage_row(stage, plan.stage_peaks if plan else {}) for stage in stages.values()],
         "given_up": report["memory"]["given_up"],
@@ -218,6 +244,12 @@ def summary(pipeline: Clocked, report: dict[str, Any], budget: int | None) -> di
         "seconds": report["seconds"],
         "kernels": report["kernels"],
     }
+
+
+def placement_row(report: dict[str, Any]) -> dict[str, Any]:
+    placement = report["memory"]["layout"]["placement"]
+    counts = {name: len(placement[name]) for name in ("streamed_layers", "host_rings")}
+    return counts | {name: placement[name] for name in ("kv", "wave")}
 
 
 def steady_groups(wave: int) -> list[list[int]]:

@@ -1,9 +1,12 @@
-"""One whole DiT block against what its products and its attention would take at the rates measured on the machine."""
+"""One whole DiT block against what its products and its attention would take at the rates measured on the machine, and
+replayed as a CUDA graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +14,9 @@ import torch
 from torch import nn
 
 from lowvram.fused_block import fuse
+from lowvram.graphs import Capture
 from lowvram.kv_format import Bytes, kv_format
+from lowvram_kernels.holding import holding
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
 from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
@@ -41,9 +46,10 @@ SMALL = Sizes(dim=512, ffn_dim=1408, heads=4, text_tokens=64, tokens=192, ring_t
 
 
 class FullRing:
-    """A memory whose ring is full: a block replaces the oldest slot and sees them all, then the sink."""
+    """A memory whose ring is full: a block replaces the oldest slot and sees them all, then the sink. With ``keep`` the
+    sink's rotated keys stand at one address, as graphs want it."""
 
-    def __init__(self, sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device):
+    def __init__(self, sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device, keep: bool = False):
         head_dim = sizes.dim // sizes.heads
         self.kind = kv_format(scheme, sizes.heads, head_dim, dtype)
         self.slots = [
@@ -51,6 +57,7 @@ class FullRing:
         ]
         self.sink = self._random(sizes.sink_tokens, sizes, dtype, device)
         self.rope = random_rope(sizes.sink_tokens, head_dim, device)
+        self.rotated = self.kind.room_for_keys(self.sink) if keep else None
 
     def _random(self, tokens: int, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Bytes:
         block = torch.empty(-(-self.kind.nbytes(tokens) // 16) * 16, dtype=torch.uint8, device=device)
@@ -60,7 +67,7 @@ class FullRing:
 
     def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
         self.kind.write_keys(self.slots[0][0], keys, rope, v_LNH)
-        return self.kind.attend(q_LNH, self.slots, self.sink, self.rope)
+        return self.kind.attend(q_LNH, self.slots, self.sink, self.rope, self.rotated)
 
 
 def random_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:
@@ -121,8 +128,67 @@ def block_row(
     return rows | {"speedup": rows[name]["ms"] / rows["int8"]["ms"]}
 
 
-def block_call(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device, group: int) -> Callable[[], Tensor]:
-    block, memory = fused_block(sizes, scheme, dtype, device, group), FullRing(sizes, scheme, dtype, device)
+def graph_row(
+    median_ms: Callable[[Callable[[], Any]], float],
+    sizes: Sizes,
+    scheme: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    capture: Capture,
+    settle: Callable[[], Any],
+) -> dict[str, Any]:
+    """A block call by call and replayed as a graph: seconds that are spent once (the first call, which may compile, and
+    the capture) apart from milliseconds of every call after that, of the device and of the host that asks it.
+
+    ``settle`` lets the host wait for the device. ``equal``: both give the same values, bit for bit.
+    """
+    call, out = block_call(sizes, scheme, dtype, device, keep=True), torch.empty(sizes.tokens, sizes.dim, device=device)
+
+    def eager() -> None:
+        out.copy_(call())
+
+    first_s = seconds(eager, settle)
+    expected = out.clone()
+    begin = time.perf_counter()
+    with holding() as held:
+        replay = capture(eager)
+    settle()
+    cold = {"first_call_s": first_s, "capture_s": time.perf_counter() - begin}
+    out.zero_()
+    replay()
+    equal = torch.equal(expected, out)
+    warm = {}
+    for name, work in (("eager", eager), ("replayed", replay)):
+        warm |= {f"{name}_ms": median_ms(work), f"{name}_host_ms": host_ms(work, settle)}
+    del held
+    row = {"sizes": dataclasses.asdict(sizes), "scheme": scheme, "cold": cold, "warm": warm, "equal": equal}
+    return row | {"speedup": warm["eager_ms"] / warm["replayed_ms"]}
+
+
+def seconds(work: Callable[[], Any], settle: Callable[[], Any]) -> float:
+    settle()
+    begin = time.perf_counter()
+    work()
+    settle()
+    return time.perf_counter() - begin
+
+
+def host_ms(work: Callable[[], Any], settle: Callable[[], Any], repeats: int = 10) -> float:
+    """How long the host is busy with a call that the device need not have finished."""
+    times = []
+    for _ in range(repeats):
+        settle()
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    settle()
+    return statistics.median(times) * 1e3
+
+
+def block_call(
+    sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.device, group: int = 1, *, keep: bool = False
+) -> Callable[[], Tensor]:
+    block, memory = fused_block(sizes, scheme, dtype, device, group), FullRing(sizes, scheme, dtype, device, keep)
     x = torch.randn(sizes.tokens, sizes.dim, device=device)
     time = TimeEmbedding(torch.randn(sizes.dim, device=device), torch.randn(6, sizes.dim, device=device))
     text = torch.randn(sizes.text_tokens, sizes.dim, dtype=dtype, device=device)

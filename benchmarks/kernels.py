@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_block import PUBLISHED, SMALL, block_row
+from kernel_block import PUBLISHED, SMALL, block_row, graph_row
 from kernel_rivals import linear_rivals
 from kernel_tiles import tuned
 from torch.nn import functional as F
 
+from lowvram.graphs import CudaCapture
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
@@ -105,7 +106,8 @@ def cpu_table() -> dict[str, Any]:
             times = {name: cpu_median_ms(call, 30 if depth > 1000 else 500) for name, call in calls.items()}
         table.append({"M": rows, "K": depth, "N": columns, "ms": times, "speedup": times["float32"] / times["int8"]})
     result = {"processor": processor(), "torch": torch.__version__, "threads": 1, "linear": table}
-    return result | {"block": cpu_block(), "date": time.strftime("%Y-%m-%d")}
+    graphs = "not measured: no CUDA device"
+    return result | {"block": cpu_block(), "graphs": graphs, "date": time.strftime("%Y-%m-%d")}
 
 
 @torch.inference_mode()
@@ -174,6 +176,7 @@ def cuda_table() -> dict[str, Any]:
             "attention": attention_row(watch),
             "passes": passes(watch, ceilings["copy_bytes_per_second"]),
             "block": cuda_block(watch, ceilings),
+            "graphs": graph_rows(watch),
         }
     return result | {"kernels": sorted({f"{operation}: {kernel}" for operation, kernel in kernels})}
 
@@ -216,6 +219,15 @@ def linear_row(watch: Stopwatch, rows: int, depth: int, columns: int) -> dict[st
 def cuda_block(watch: Stopwatch, ceilings: dict[str, float]) -> dict[str, Any]:
     rates = {"int8": ceilings["int8_op_per_second"], "wide": ceilings["bf16_flop_per_second"]}
     return block_row(watch, PUBLISHED, rates, torch.bfloat16, torch.device("cuda"))
+
+
+def graph_rows(watch: Stopwatch) -> list[dict[str, Any]]:
+    """At published sizes, and at small ones where the host may be slower than the device."""
+    device, rows = torch.device("cuda"), []
+    for sizes, scheme in ((PUBLISHED, "int8"), (PUBLISHED, "plain"), (SMALL, "int8")):
+        capture = CudaCapture(device)  # its pool goes with the row
+        rows.append(graph_row(watch, sizes, scheme, torch.bfloat16, device, capture, torch.cuda.synchronize))
+    return rows
 
 
 def random_block(tokens: int) -> KVBlock:

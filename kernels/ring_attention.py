@@ -47,16 +47,23 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
 
 
 def ring_and_sink_attention(
-    q_LNH: Tensor, blocks: Sequence[KVBlock], sink: KVBlock, cos_TP: Tensor, sin_TP: Tensor
+    q_LNH: Tensor,
+    blocks: Sequence[KVBlock],
+    sink: KVBlock,
+    cos_TP: Tensor,
+    sin_TP: Tensor,
+    *,
+    rotated: KVBlock | None = None,
 ) -> Tensor:
     """``ring_attention`` over a ring's blocks and a sink that is kept before RoPE: its keys are rotated by ``cos`` and
     ``sin`` float32 [sink tokens, H / 2] now, because their time position changes from block to block.
 
-    The Triton kernel wants them in 8 bit again (``rotate_block``); PyTorch's path rotates what it decodes.
+    The Triton kernel wants them in 8 bit again (``rotate_block``), in ``rotated`` where it is given; PyTorch's path
+    rotates what it decodes.
     """
     _check(q_LNH[None], [[*blocks, sink]])
     if triton_serves(q_LNH.device):
-        return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP)])
+        return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP, rotated)])
     record("ring_attention", _decoded_name(q_LNH))
     keys = rotate(decode_keys(sink, torch.float32), cos_TP, sin_TP).to(q_LNH.dtype)
     return _decoded_attention(q_LNH, [*blocks, sink], last_keys=keys)

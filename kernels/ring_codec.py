@@ -144,26 +144,31 @@ def decode_keys(block: KVBlock, dtype: torch.dtype) -> Tensor:
     return _decoded(block.k, block.k_scale, compute).add_(block.k_mean).to(dtype)
 
 
-def rotate_block(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> KVBlock:
+def rotate_block(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor, out: KVBlock | None = None) -> KVBlock:
     """The same block with RoPE applied to its keys, encoded anew; values are shared with ``block``.
 
     ``cos`` and ``sin`` float32 [T, head_dim / 2]. The condition keys are kept before RoPE, because their time position
     changes from block to block. Encoding them anew once a (block, step) costs one small pass and a second rounding of
-    half a step; it leaves attention a single format to read.
+    half a step; it leaves attention a single format to read. The keys go into those of ``out`` where it is given (see
+    ``room_for_keys``).
     """
     if cos_TP.shape != (block.tokens, block.k.shape[2] // 2) or sin_TP.shape != cos_TP.shape:
         raise ValueError(
             f"cos {tuple(cos_TP.shape)} and sin {tuple(sin_TP.shape)}; expected "
             f"{(block.tokens, block.k.shape[2] // 2)}, a rotation for each token and pair of channels"
         )
-    out = dataclasses.replace(
-        block,
-        k=torch.empty_like(block.k),
-        k_scale=torch.empty_like(block.k_scale),
-        k_mean=torch.empty_like(block.k_mean),
-    )
-    _encode_keys(_rotated_keys(block, cos_TP, sin_TP), out)
-    return out
+    room = room_for_keys(block) if out is None else out
+    _encode_keys(_rotated_keys(block, cos_TP, sin_TP), room)
+    return dataclasses.replace(block, k=room.k, k_scale=room.k_scale, k_mean=room.k_mean)
+
+
+def room_for_keys(block: KVBlock) -> KVBlock:
+    """A block whose keys, their scales and mean are its own, with undefined values; it shares the values of ``block``.
+
+    Kept and given to ``rotate_block``, it keeps the rotated keys at one address from call to call.
+    """
+    keys = {name: torch.empty_like(getattr(block, name)) for name in ("k", "k_scale", "k_mean")}
+    return dataclasses.replace(block, **keys)
 
 
 def _rotated_keys(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:

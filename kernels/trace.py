@@ -21,7 +21,7 @@ def trace_kernels() -> Iterator[Counter[tuple[str, str]]]:
         _active.reset(token)
 
 
-def record(operation: str, kernel: str) -> None:
+def record(operation: str, kernel: str, calls: int = 1) -> None:
     counts = _active.get()
     if counts is not None:
-        counts[operation, kernel] += 1
+        counts[operation, kernel] += calls

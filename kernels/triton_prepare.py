@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.holding import hold
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, to_8bit
 
@@ -121,7 +122,7 @@ def prepare(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> Prepared:
     longest = max(block.tokens for some in lists for block in some)
     ready = Prepared(
         origin=origin,
-        table=_table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some)),
+        table=hold(_table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some))),
         q8=torch.empty((items, heads, queries, head_dim), dtype=torch.int8, device=device),
         q_scale=torch.empty((items, heads, queries), dtype=torch.float32, device=device),
         q_mean=torch.empty((items, blocks, heads, queries), dtype=torch.float32, device=device),

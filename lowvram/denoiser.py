@@ -6,13 +6,14 @@ Shapes: C latent channels, F latent frames, h x w latent size.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
 from lowvram.fallback import Layout
+from lowvram.graphs import LayerGraphs, layer_graphs
 from lowvram.request import Request
 from lowvram.residency import Layers
 from lowvram.rollout import Rollout, RolloutSettings
@@ -22,6 +23,9 @@ from lowvram.team import Team
 from lowvram.weights import build_dit, check_complete, drop_start, load_shared
 
 Tensor = torch.Tensor
+_TOGETHER = (
+    "the ranks of a stage work in step, so it is not done again: give a smaller --vram-budget, which plans for less"
+)
 
 
 class Denoiser:
@@ -67,9 +71,21 @@ class Denoiser:
                 placement=runtime.layout.placement,
                 sequence=self._team.sequence,
                 steps=self.steps,
+                graphs=self._graphs(dit.config.num_layers) if runtime.memory.cuda_graphs else None,
             )
             drop_start(dit, component)
             return rollout
+
+    def _graphs(self, layers: int) -> LayerGraphs | None:
+        runtime, cells = self._runtime, [(step, layer) for step in self.steps for layer in range(layers)]
+
+        def gave_up(reason: str) -> None:
+            runtime.relief.went_without("cuda_graphs", reason, "layers run without graphs from here on")
+
+        placement = runtime.layout.placement
+        graphs = layer_graphs(runtime.engine, self._team.sequence, placement, cells, gave_up)
+        runtime.cuda_graphs = graphs.facts if graphs else None
+        return graphs
 
     def fill_sink(self, reference: Tensor) -> None:
         """Fill the sink from the reference [C, 1, h, w] and the conditions' motion latents."""
@@ -79,7 +95,13 @@ class Denoiser:
                 self.rollout.prefill(reference, self._conditions.motion)
 
         self._team.meet()
-        self._runtime.relief.attempt("prefill_sink", fill, self.give_way)
+        self._attempt("prefill_sink", fill)
+
+    def _attempt(self, what: str, work: Callable[[], None]) -> None:
+        if self._team.layout.ulysses_size > 1:
+            self._runtime.relief.once(what, work, _TOGETHER)
+        else:
+            self._runtime.relief.attempt(what, work, self.give_way)
 
     def give_way(self, layout: Layout) -> None:
         self.rollout.place(layout.placement)
@@ -111,7 +133,7 @@ class Denoiser:
                     self.rollout.start(block, noise, self._audio(block))
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
 
-        self._runtime.relief.attempt("denoise", advance, self.give_way)
+        self._attempt("denoise", advance)
 
     def _note(self, tick: Tick, seconds: float) -> None:
         for block, _ in tick.items:

@@ -15,7 +15,7 @@ import torch
 from lowvram.fused_block import ProjectedKeys
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_attention import ring_and_sink_attention
-from lowvram_kernels.ring_codec import SlotLayout, decode_block, encode_block
+from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, room_for_keys
 from lowvram_models.attention import Keys
 from lowvram_models.rope import Rope, apply_rope
 
@@ -41,8 +41,15 @@ class KVFormat(Protocol):
         """Keys and values [L, N, H] as attention sees them."""
         ...
 
-    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
-        """Attention over the blocks of a ring and over the sink, whose keys are rotated now; [L, N, H]."""
+    def attend(
+        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+    ) -> Tensor:
+        """Attention over the blocks of a ring and over the sink, whose keys are rotated now; [L, N, H]. ``rotated`` is
+        what ``room_for_keys`` gave."""
+        ...
+
+    def room_for_keys(self, sink: Bytes) -> KVBlock | None:
+        """Where rotated keys of such a sink can stand at one address from call to call; None where that is no use."""
         ...
 
 
@@ -66,12 +73,17 @@ class PlainFormat:
         k, v = self._parts(block, tokens)
         return k.to(dtype), v.to(dtype)
 
-    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
+    def attend(
+        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+    ) -> Tensor:
         parts = [self._parts(*block) for block in blocks]
         sink_k, sink_v = self._parts(*sink)
         keys = torch.cat([*(k for k, _ in parts), apply_rope(sink_k, sink_rope)])
         values = torch.cat([*(v for _, v in parts), sink_v])
         return attention(q_LNH, keys, values)
+
+    def room_for_keys(self, sink: Bytes) -> None:
+        return None
 
     def _parts(self, block: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         k, v = block[: self.nbytes(tokens)].view(self._dtype).view(2, tokens, *self._shape)
@@ -99,9 +111,15 @@ class Int8Format:
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return decode_block(self._layout(tokens).block(block), dtype)
 
-    def attend(self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope) -> Tensor:
-        encoded = [self._layout(tokens).block(block) for block, tokens in (*blocks, sink)]
-        return ring_and_sink_attention(q_LNH, encoded[:-1], encoded[-1], sink_rope.cos, sink_rope.sin)
+    def attend(
+        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+    ) -> Tensor:
+        *encoded, last = [self._layout(tokens).block(block) for block, tokens in (*blocks, sink)]
+        return ring_and_sink_attention(q_LNH, encoded, last, sink_rope.cos, sink_rope.sin, rotated=rotated)
+
+    def room_for_keys(self, sink: Bytes) -> KVBlock:
+        block, tokens = sink
+        return room_for_keys(self._layout(tokens).block(block))
 
     def _layout(self, tokens: int) -> SlotLayout:
         return SlotLayout(tokens=tokens, heads=self._heads, head_dim=self._head_dim)

@@ -70,6 +70,7 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         wave=options.wave,
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
+        cuda_graphs=options.cuda_graphs,
     )
     return LaidOut(placement=found.placement, plan=found)
 
@@ -87,6 +88,7 @@ def _of_team(artifact: Artifact, work: Workload, options: MemoryOptions, team: T
         wave=options.wave,
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
+        cuda_graphs=options.cuda_graphs,
     )
     mine = planned.ranks[team.role.rank]
     return LaidOut(placement=mine.placement, plan=mine, team=planned)

@@ -99,8 +99,7 @@ class AvatarPipeline:
         clips = _clips(request, conditions)
         denoiser = self._denoiser(request, size, conditions) if self.team.role.denoises else None
         seconds = denoiser.seconds if denoiser else {}
-        latents = self._latents(request, size, clips, denoiser)
-        latents = latents if denoiser else _waited(latents, seconds)
+        latents = self._latents(request, size, clips, denoiser, seconds)
         decoder = BlockDecoder(self.runtime, conditions.motion, denoiser.give_way if denoiser else _nothing_else)
         recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
         waiting: list[tuple[Block, Tensor]] = []
@@ -118,7 +117,7 @@ class AvatarPipeline:
         self._lay_out(request, size)
         conditions = self.team.share_conditions(None)
         denoiser = self._denoiser(request, size, conditions)
-        for block, _ in self._latents(request, size, _clips(request, conditions), denoiser):
+        for block, _ in self._latents(request, size, _clips(request, conditions), denoiser, denoiser.seconds):
             del denoiser.seconds[block.index]
             yield block
 
@@ -135,9 +134,7 @@ class AvatarPipeline:
             plan_log.info("%s", found.summary())
         layout = Layout(placement=found.placement, online_decode=request.online_decode)
         layers = runtime.dit_config["num_layers"]
-        # A rank that does its work again would leave those waiting that share its attention.
-        allowed = runtime.memory.fallback and team.layout.ulysses_size == 1
-        runtime.relief = Relief(layout, layers=layers, steps=self._steps(request), allowed=allowed)
+        runtime.relief = Relief(layout, layers=layers, steps=self._steps(request), allowed=runtime.memory.fallback)
 
     def _steps(self, request: Request) -> range:
         stage = self.team.role.stage
@@ -178,15 +175,20 @@ class AvatarPipeline:
         return Denoiser(self.runtime, request, latent_size, conditions, self.team, self._steps(request))
 
     def _latents(
-        self, request: Request, latent_size: LatentSize, clips: int, denoiser: Denoiser | None
+        self,
+        request: Request,
+        latent_size: LatentSize,
+        clips: int,
+        denoiser: Denoiser | None,
+        seconds: dict[int, float],
     ) -> Iterator[tuple[Block, Tensor]]:
-        """Each block and its latent: denoised here, or by other ranks."""
+        """Each block and its latent: denoised here, or by other ranks. Notes how long each took."""
 
         def blocks() -> Iterator[Block]:
             return blocks_of(clips, latent_frames_per_clip(request.infer_frames))
 
         if denoiser is None:
-            return self.team.arriving(blocks(), latent_size)
+            return _waited(self.team.arriving(blocks(), latent_size), seconds)
         return denoiser.run(blocks(), self.team.chain(blocks(), latent_size, clips=clips))
 
     def _decode(

@@ -52,7 +52,8 @@ class MemoryOptions:
 
     ``vram_budget`` and ``ram_budget`` are bytes. ``kv`` is auto, int8 or bf16 (which stands for the dtype that is
     computed in, float32 on a CPU). ``fallback`` allows to give up speed when memory runs out, ``allow_quality_loss``
-    also length, size and steps. ``placement`` lays a run out by hand, without a plan.
+    also length, size and steps. ``placement`` lays a run out by hand, without a plan. ``cuda_graphs`` replays layers
+    that stay on the GPU from the third clip on, and takes memory for it.
     """
 
     vram_budget: int | None = None
@@ -64,6 +65,7 @@ class MemoryOptions:
     fallback: bool = True
     allow_quality_loss: bool = False
     placement: Placement | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in ("auto", "int8", "bf16"):
@@ -74,6 +76,12 @@ class MemoryOptions:
             raise ConfigError(
                 "--allow-quality-loss and --no-fallback contradict each other; expected one of them at most"
             )
+        for name in ("offload_model", "offload_kv_cache"):
+            if self.cuda_graphs and getattr(self, name):
+                raise ConfigError(
+                    f"--cuda-graphs are of layers whose weights and KV rings stay on the GPU, and --{name} takes all "
+                    "of them to the host; expected one of both at most"
+                )
         for name in ("vram_budget", "ram_budget"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -44,23 +44,42 @@ class Relief:
                     give_way(self.layout)
                 return work()
             except torch.cuda.OutOfMemoryError as error:
-                reason = _first_sentences(error)
+                reason = first_sentences(error)
             # Outside the handler: what failed is not held by its traceback any more.
             free_cached()
             self._step_down(what, reason)
             changed = True
+
+    def once(self, what: str, work: Callable[[], T], why: str) -> T:
+        """Do ``work``, which cannot be done again; ``why``, and what to do, is said where memory runs out.
+
+        Raises:
+            OutOfMemoryError: it did.
+        """
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError as error:
+            raise _out_of_memory(what, first_sentences(error), why) from error
 
     def on_host_instead(self, what: str, work: Callable[[torch.device], T], device: torch.device) -> T:
         """Do ``work`` on the device, and where it does not fit there, on the host: for what runs once a video."""
         try:
             return work(device)
         except torch.cuda.OutOfMemoryError as error:
-            reason = _first_sentences(error)
+            reason = first_sentences(error)
         free_cached()
+        self.went_without(what, reason, "it runs on the host now, which takes longer")
+        return work(torch.device("cpu"))
+
+    def went_without(self, what: str, reason: str, words: str) -> None:
+        """Note what a piece of work gave up by itself.
+
+        Raises:
+            OutOfMemoryError: nothing may be given up.
+        """
         if not self._allowed:
             raise _out_of_memory(what, reason, "--no-fallback forbids to go on slower")
-        self._say(what, reason, "it runs on the host now, which takes longer")
-        return work(torch.device("cpu"))
+        self._say(what, reason, words)
 
     def _step_down(self, what: str, reason: str) -> None:
         if not self._allowed:
@@ -89,7 +108,7 @@ def _out_of_memory(what: str, reason: str, advice: str) -> OutOfMemoryError:
     return OutOfMemoryError(f"the device's memory ran out in {what}: {reason}; {advice}")
 
 
-def _first_sentences(error: BaseException) -> str:
+def first_sentences(error: BaseException) -> str:
     """What torch says of bytes wanted, there and free; not its hints behind that."""
     text = " ".join(str(error).split())
     return text.split(" If reserved but unallocated", 1)[0].rstrip(".")

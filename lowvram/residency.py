@@ -59,6 +59,10 @@ class Layers:
             self._conveyor = Conveyor(self._engine, buffers)
             self._conveyor.load(self._jobs())
 
+    def resident(self, index: int) -> bool:
+        """Whether the layer's weights stay where they are until the next ``place``."""
+        return index in self._present
+
     def enter(self, index: int) -> None:
         """Make the layer's weights those of the model; what is computed from here on waits for them."""
         if index in self._on_host:

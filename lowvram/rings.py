@@ -15,6 +15,7 @@ from lowvram.conveyor import Conveyor, Fill
 from lowvram.engine import DONE, Engine, Moment
 from lowvram.kv_format import Bytes, KVFormat
 from lowvram_kernels.attention import attention
+from lowvram_kernels.ring_codec import KVBlock
 from lowvram_models.attention import Keys
 from lowvram_models.rope import Rope, apply_rope
 
@@ -31,9 +32,15 @@ class Sink:
     def __init__(self, kind: KVFormat, layers: int, tokens: int, device: torch.device):
         self._kind, self.tokens = kind, tokens
         self._blocks = torch.empty(layers, _aligned(kind.nbytes(tokens)), dtype=torch.uint8, device=device)
+        self.rotated: KVBlock | None = None
+        """Where a layer's rotated keys stand while they are read; see ``keep_rotated``."""
 
     def block(self, layer: int) -> Bytes:
         return self._blocks[layer], self.tokens
+
+    def keep_rotated(self) -> None:
+        """From now on rotated keys stand at one address, as far as addresses matter: all layers take turns there."""
+        self.rotated = self._kind.room_for_keys(self.block(0))
 
     def recorder(self, layer: int) -> SinkRecorder:
         return SinkRecorder(self, layer)
@@ -128,6 +135,9 @@ class Rings:
             slots = [torch.empty(self.cell_nbytes, dtype=torch.uint8, device=device) for _ in range(staging)]
             self._conveyor = Conveyor(self._engine, slots)
 
+    def on_device(self, cell: Cell) -> bool:
+        return cell in self._device
+
     def expect(self, cells: Iterable[tuple[Cell, Window]]) -> None:
         """Say which cells the coming pass uses, in order, so that those on the host are on their way in time."""
         if self._host:
@@ -191,7 +201,8 @@ class RingMemory:
         kind, window = self.rings.kind, self.window
         slots = self.rings.open(self.cell)
         kind.write_keys(slots[window.slot][0], keys, rope, v_LNH)
-        out = kind.attend(q_LNH, slots[: window.visible], self.sink.block(self.cell[1]), self.sink_rope)
+        sink, rotated = self.sink.block(self.cell[1]), self.sink.rotated
+        out = kind.attend(q_LNH, slots[: window.visible], sink, self.sink_rope, rotated)
         self.rings.close(self.cell, window, slots)
         return out
 

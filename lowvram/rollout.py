@@ -16,6 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lowvram.engine import Engine
+from lowvram.graphs import Lane, LayerGraphs
 from lowvram.kv_format import kv_format
 from lowvram.placement import Placement
 from lowvram.residency import Layers
@@ -82,6 +83,7 @@ class _Call:
     rope: Rope
     window: Window
     sink_rope: Rope
+    lane: Lane | None = None
 
 
 class Rollout:
@@ -89,6 +91,7 @@ class Rollout:
 
     ``layers`` makes a layer's weights present while it runs; ``dtype`` is that of the matrix products. ``sequence``
     says which tokens and heads are this rank's, ``steps`` which denoising steps run here (None: all of them).
+    ``graphs`` replay layers that stay on the device, from the third clip on.
     ``on_prediction(block, step, velocity)`` sees every output of the DiT.
     """
 
@@ -104,10 +107,12 @@ class Rollout:
         placement: Placement,
         sequence: Sequence | None = None,
         steps: range | None = None,
+        graphs: LayerGraphs | None = None,
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
     ):
         self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
         self.engine, self.device, self.on_prediction = engine, engine.device, on_prediction
+        self.graphs = graphs
         self.sequence: Sequence = sequence or Whole()
         self.steps = range(settings.sample_steps) if steps is None else steps
         scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
@@ -127,10 +132,14 @@ class Rollout:
         sink_tokens = len(condition_rope(*grid, config.head_dim).cos)
         self.sink = Sink(kind, config.num_layers, sink_tokens, self.device)
         self.rings = Rings(shape, kind, self.engine, self.steps, config.num_layers)
+        if self.graphs is not None:
+            self.sink.keep_rotated()
         self.place(placement)
 
     def place(self, placement: Placement) -> None:
         """Move weights and rings to where ``placement`` wants them; what they hold stays. Between two passes only."""
+        if self.graphs is not None:
+            self.graphs.drop()
         self.layers.place(placement.streamed_layers, placement.weight_slots)
         self.rings.place(placement.host_rings, placement.ring_slots)
 
@@ -180,14 +189,13 @@ class Rollout:
         blocks write again.
         """
         calls = [self._call(self._under_way[block.index], step) for block, step in items]
+        self._keep_in_lanes(calls)
         layers = range(self.layers.count)
         self.rings.expect(((call.step, layer), call.window) for layer in layers for call in calls)
         for layer in layers:
             self.layers.enter(layer)
             for call in calls:
-                memory = RingMemory(self.rings, self.sink, (call.step, layer), call.window, call.sink_rope)
-                shared = self.sequence.around(memory, call.rope, call.block.frames)
-                call.x_LD = self.dit.layer(layer, call.x_LD, call.inputs, shared)
+                call.x_LD = self._through(layer, call)
             self.layers.leave(layer)
         latents = [self._stepped(call) for call in calls]
         for call, latent in zip(calls, latents, strict=True):
@@ -223,6 +231,32 @@ class Rollout:
             window=self.rings.shape.window(block.clip, block.slot),
             sink_rope=self._sink_rope(block, step),
         )
+
+    def _keep_in_lanes(self, calls: list[_Call]) -> None:
+        """Move what later calls of the same steps will replace to where graphs find it."""
+        steps = {call.step for call in calls}
+        if self.graphs is None or len(steps) < len(calls):  # two blocks at one step would share a lane
+            return
+        for call in calls:
+            if call.block.clip == 0:  # it sees a part of the ring
+                continue
+            call.lane = lane = self.graphs.lane(call.step, call.x_LD, call.inputs, call.sink_rope)
+            if lane is not None:
+                call.x_LD, call.inputs, call.sink_rope = lane.x_LD, lane.inputs, lane.sink_rope
+
+    def _through(self, layer: int, call: _Call) -> Tensor:
+        cell = (call.step, layer)
+        memory = RingMemory(self.rings, self.sink, cell, call.window, call.sink_rope)
+        shared = self.sequence.around(memory, call.rope, call.block.frames)
+
+        def run(x_LD: Tensor) -> Tensor:
+            return self.dit.layer(layer, x_LD, call.inputs, shared)
+
+        if self.graphs is None or call.lane is None:
+            return run(call.x_LD)
+        if not (self.layers.resident(layer) and self.rings.on_device(cell)):
+            return run(call.x_LD)
+        return self.graphs.through(call.lane, (layer, call.window.slot), call.x_LD, run)
 
     def _own_masks(self, masks_AFT1: Tensor) -> Tensor:
         frames = masks_AFT1.shape[1]

@@ -28,6 +28,8 @@ class Runtime:
         self.engine: Engine = engine_for(device)
         self.stages = StageLog(device)
         self.kernels: dict[tuple[str, str], int] = {}
+        self.cuda_graphs: dict[str, float] | None = None
+        """How many graphs were captured, the seconds of it, and their replays; None where there are none."""
         self._relief: Relief | None = None
 
     @property
@@ -63,6 +65,7 @@ class Runtime:
             "options": dataclasses.asdict(self.memory),
             "layout": dataclasses.asdict(self._relief.layout) if self._relief else None,
             "given_up": self._relief.events if self._relief else [],
+            "cuda_graphs": self.cuda_graphs,
             "bytes_in": self.engine.bytes_in,
             "bytes_out": self.engine.bytes_out,
         }

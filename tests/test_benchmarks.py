@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.lowvram.fake_capture import FakeCapture
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "full_size.py"
 
@@ -81,6 +83,34 @@ def test_what_fails_is_recorded_and_stops_nothing(full_size, tmp_path):
     parts = json.loads((tmp_path / "result.json").read_text())["parts"]
     assert {part["not_measured"] for part in parts.values()} == {"took longer than 0 s"}
     assert list(parts) == ["artifact-int8", "artifact-bf16"]
+
+
+def test_graphs_are_not_measured_without_a_cuda_device(full_size, tmp_path):
+    full_size.measure(options(tmp_path, ["graphs-int8"]), here(full_size, []))
+    parts = json.loads((tmp_path / "result.json").read_text())["parts"]
+    assert parts["graphs-int8"]["not_measured"] == "there are no CUDA graphs without a CUDA device"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "plain"])
+@torch.inference_mode()
+def test_a_block_is_timed_cold_and_warm_and_replayed_to_the_same_values(full_size, scheme):
+    import kernel_block
+
+    sizes = kernel_block.Sizes(dim=32, ffn_dim=64, heads=2, text_tokens=8, tokens=8, ring_tokens=16, sink_tokens=8)
+    calls: list[str] = []
+
+    def median_ms(work) -> float:
+        calls.append(work.__name__)
+        return float(len(calls))
+
+    capture, cpu = FakeCapture(), torch.device("cpu")
+    row = kernel_block.graph_row(median_ms, sizes, scheme, torch.float32, cpu, capture, lambda: None)
+    assert calls == ["eager", "replay"]
+    assert row["equal"]
+    assert row["speedup"] == 0.5
+    assert row["cold"].keys() == {"first_call_s", "capture_s"}
+    assert row["warm"].keys() == {"eager_ms", "eager_host_ms", "replayed_ms", "replayed_host_ms"}
+    assert len(capture.graphs) == 1
 
 
 @pytest.mark.parametrize(("wave", "groups"), [(1, 7), (2, 3), (3, 1), (4, 4)])

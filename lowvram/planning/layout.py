@@ -9,6 +9,7 @@ from lowvram.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, GIB, MIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.facts import ModelFacts
+from lowvram.planning.graphs import graph_bytes
 from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
 
@@ -35,6 +36,7 @@ class DeviceParts:
     ring_slots: int = 0
     sink: int = 0
     rollout_inputs: int = 0
+    graphs: int = 0
     vae: int = 0
     decoder_cache: int = 0
 
@@ -43,7 +45,9 @@ class DeviceParts:
         return sum(dataclasses.asdict(self).values())
 
 
-def device_parts(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> DeviceParts:
+def device_parts(
+    facts: ModelFacts, work: Workload, placement: Placement, share: Share, *, cuda_graphs: bool = False
+) -> DeviceParts:
     config, streamed = facts.config, placement.streamed_layers
     vae = allocated(facts.vae_bytes) if share.media else 0
     cache = workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0
@@ -61,6 +65,7 @@ def device_parts(facts: ModelFacts, work: Workload, placement: Placement, share:
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
         rollout_inputs=workspace.rollout_inputs(config, work, placement.wave, share),
+        graphs=graph_bytes(facts, work, placement, share) if cuda_graphs else 0,
         vae=vae,
         decoder_cache=cache,
     )

@@ -16,7 +16,6 @@ from lowvram.planning.layout import (
     HostParts,
     MachineParts,
     ReferenceParts,
-    device_parts,
     host_parts,
     reference_parts,
     stage_peaks,
@@ -145,6 +144,7 @@ def plan(
     wave: str | int = "auto",
     offload_model: bool = False,
     offload_kv: bool = False,
+    cuda_graphs: bool = False,
     reserve_bytes: int = RESERVE_BYTES,
 ) -> Plan:
     """The fastest predicted placement of an artifact's model within device and host memory.
@@ -158,6 +158,7 @@ def plan(
         wave: steps of different blocks that share a pass over the layers: 1 to ``sample_steps``, or "auto".
         offload_model: all layers on the host.
         offload_kv: all rings on the host.
+        cuda_graphs: leave room for graphs of the layers that stay on the device.
         reserve_bytes: kept free on the device; see ``layout.RESERVE_BYTES``.
 
     Raises:
@@ -173,6 +174,7 @@ def plan(
         wave=wave_of(wave, workload.sample_steps),
         offload_model=offload_model,
         offload_kv=offload_kv,
+        cuda_graphs=cuda_graphs,
     )
     job = place_text_encoder(job, budgets.usable)
     fitting = list(candidates(job, budgets.usable))
@@ -211,7 +213,7 @@ def place_text_encoder(job: Job, usable_bytes: int) -> Job:
 def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
     """Everything that is predicted of a placement."""
     facts, work, share = job.facts, job.work, job.share
-    parts = device_parts(facts, work, placement, share)
+    parts = job.device_parts(placement)
     host = host_parts(facts, work, placement, job.text_device, share)
     ring = ring_costs(facts.config, work, placement.kv, share)
     sink = sink_bytes(facts.config, work, placement.kv, share)

@@ -12,7 +12,7 @@ from lowvram.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.costs import allocated, ring_costs
 from lowvram.planning.facts import ModelFacts
-from lowvram.planning.layout import device_parts, host_parts, stage_peaks
+from lowvram.planning.layout import DeviceParts, device_parts, host_parts, stage_peaks
 from lowvram.planning.share import Share, share_of
 from lowvram.planning.timing import Seconds, seconds_of
 from lowvram.planning.workload import Workload
@@ -24,7 +24,8 @@ _ENCODERS = ("encode_text", "encode_audio", "encode_image")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """One rank's part of a model and a workload, with what is settled about it: ``kv`` "plain" or "int8", ``wave`` None
-    for any, all layers or all rings on the host, and where the text encoder runs ("cuda" or "cpu").
+    for any, all layers or all rings on the host, where the text encoder runs ("cuda" or "cpu"), and whether layers that
+    stay on the device are replayed as CUDA graphs.
 
     ``link_bytes_per_s`` is what it sends other ranks in a second, while it receives as much."""
 
@@ -35,6 +36,7 @@ class Job:
     offload_model: bool = False
     offload_kv: bool = False
     text_device: str = "cuda"
+    cuda_graphs: bool = False
     layout: ParallelLayout = dataclasses.field(default_factory=ParallelLayout)
     rank: int = 0
     link_bytes_per_s: float = LINK_BYTES_PER_S
@@ -63,8 +65,10 @@ class Job:
 
     def stage_peaks(self, placement: Placement) -> dict[str, int]:
         """Device bytes of each stage, without the reserve."""
-        parts = device_parts(self.facts, self.work, placement, self.share)
-        return stage_peaks(self.facts, self.work, parts, self.text_device, self.share)
+        return stage_peaks(self.facts, self.work, self.device_parts(placement), self.text_device, self.share)
+
+    def device_parts(self, placement: Placement) -> DeviceParts:
+        return device_parts(self.facts, self.work, placement, self.share, cuda_graphs=self.cuda_graphs)
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())

@@ -19,6 +19,7 @@ _PART_NAMES = {
     "ring_slots": "staging slots of KV rings",
     "sink": "attention sink",
     "rollout_inputs": "blocks under way",
+    "graphs": "CUDA graphs",
     "vae": "VAE",
     "decoder_cache": "VAE decoder's cache",
 }

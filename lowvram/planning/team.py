@@ -118,6 +118,7 @@ def plan_team(
     wave: str | int = "auto",
     offload_model: bool = False,
     offload_kv: bool = False,
+    cuda_graphs: bool = False,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
     reserve_bytes: int = RESERVE_BYTES,
 ) -> TeamPlan:
@@ -127,7 +128,7 @@ def plan_team(
         artifact: what ``convert`` wrote, or its sizes; only headers are read.
         cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
         ram_bytes: bytes of each machine's memory that its ranks may take together.
-        kv, offload_model, offload_kv, reserve_bytes: for all ranks; as ``plan`` has them.
+        kv, offload_model, offload_kv, cuda_graphs, reserve_bytes: for all ranks; as ``plan`` has them.
         wave: as there; a stage with fewer steps than that shares a pass among all it has.
         link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
 
@@ -147,6 +148,7 @@ def plan_team(
         wave=wave_of(wave, workload.sample_steps),
         offload_model=offload_model,
         offload_kv=offload_kv,
+        cuda_graphs=cuda_graphs,
         layout=layout,
         link_bytes_per_s=link_bytes_per_s,
     )

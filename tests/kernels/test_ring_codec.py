@@ -9,6 +9,7 @@ from lowvram_kernels.ring_codec import (
     decode_keys,
     encode_block,
     encode_projected,
+    room_for_keys,
     rotate_block,
 )
 from lowvram_kernels.rope import norm_rope, rotate
@@ -81,6 +82,18 @@ def test_rotated_block_shares_its_values_and_turns_its_keys():
     expected = rotate(decode_keys(block, torch.float64), angle.cos().double(), angle.sin().double())
     assert (decode_keys(out, torch.float64) - expected).norm() / expected.norm() < 0.008
     assert not torch.equal(out.k, block.k)
+
+
+def test_rotated_keys_stand_where_room_is_kept():
+    blocks = [encoded(torch.randn(T, N, H) + 2, torch.randn(T, N, H)) for _ in range(2)]
+    angle = torch.rand(T, H // 2) * 6
+    room = room_for_keys(blocks[0])
+    for block in blocks:
+        kept, own = (rotate_block(block, angle.cos(), angle.sin(), out) for out in (room, None))
+        assert (kept.k.data_ptr(), kept.k_scale.data_ptr()) == (room.k.data_ptr(), room.k_scale.data_ptr())
+        assert kept.v is block.v
+        for name in ("k", "k_scale", "k_mean"):
+            assert torch.equal(getattr(kept, name), getattr(own, name))
 
 
 @pytest.mark.parametrize("rope", [False, True])

@@ -33,7 +33,7 @@ def plain(tiny) -> torch.Tensor:
 
 def test_the_tiny_model_has_the_layers_these_tests_speak_of(tiny):
     pipeline = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu")
-    assert pipeline.artifact.component("dit").config["num_layers"] == LAYERS
+    assert pipeline.runtime.artifact.component("dit").config["num_layers"] == LAYERS
 
 
 @pytest.mark.parametrize(

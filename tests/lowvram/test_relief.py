@@ -154,3 +154,15 @@ def test_a_layout_that_does_not_fit_itself_is_the_next_to_go():
 
     assert relief.attempt("denoise", work, give_way) == "done"
     assert [len(layout.placement.streamed_layers) for layout in tried] == [1, 2, 3]
+
+
+def test_work_that_ranks_do_together_is_not_done_again():
+    relief = Relief(Layout(placement=Placement(), online_decode=True), layers=4, steps=range(1), allowed=True)
+    assert relief.once("denoise", lambda: 5, "why") == 5
+    with pytest.raises(OutOfMemoryError, match=r"ran out in denoise: CUDA out of memory.*22\.15 GiB.*; why"):
+        relief.once("denoise", _fails, "why")
+    assert relief.events == []
+
+
+def _fails() -> None:
+    raise full()

@@ -6,8 +6,17 @@ import pytest
 import torch
 from where import DEVICE, relative_error
 
+from lowvram_kernels.holding import holding
 from lowvram_kernels.ring_attention import reference_ring_attention
-from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, decode_keys, reference_encode
+from lowvram_kernels.ring_codec import (
+    KVBlock,
+    SlotLayout,
+    decode_block,
+    decode_keys,
+    reference_encode,
+    room_for_keys,
+    rotate_block,
+)
 from lowvram_kernels.rope import reference_norm_rope, rotate
 from lowvram_kernels.triton_attention import TILES, Tile, ring_attention_triton
 from lowvram_kernels.triton_rope import encode_triton, norm_rope_triton, rotated_keys_triton
@@ -140,6 +149,20 @@ def test_large_scores_neither_overflow_nor_vanish():
     q = torch.randn(16, 1, 32, device=DEVICE) * 30
     out = ring_attention_triton(q[None], [blocks], SMALL)[0]
     assert out.isfinite().all()
+
+
+def test_what_attention_reads_beside_its_blocks_is_made_once_and_held():
+    """A captured launch copies nothing from the host, and what it reads must not be let go."""
+    ring, sink = [block(40, 2, 32), block(16, 2, 32)], block(24, 2, 32)
+    q, room, tables = torch.randn(18, 2, 32, device=DEVICE), room_for_keys(sink), []
+    for _ in range(2):
+        blocks = [*ring, rotate_block(sink, *rotation(24, 32), room)]
+        with holding() as held:
+            out = ring_attention_triton(q[None], [blocks], SMALL)[0]
+        assert relative_error(out, reference_ring_attention(q, blocks)) < 0.03
+        tables.append(held)
+    assert [len(held) for held in tables] == [1, 1]
+    assert tables[0][0] is tables[1][0]
 
 
 def test_parts_off_their_alignment_are_refused():
