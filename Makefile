@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu" tests
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile tests
 
 test-golden: setup
 	$(BIN)/python -m pytest -m golden tests

@@ -16,7 +16,7 @@ from lowvram_quantize.synthetic import write_checkpoint
 
 # As many threads as CI has cores, unless somebody said how many: more of them than cores only wait for each other.
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(2)
+    torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @dataclasses.dataclass(frozen=True)

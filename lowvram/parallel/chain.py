@@ -6,16 +6,19 @@ Shapes: C latent channels, F latent frames, h x w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
 from lowvram.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout, Role
-from lowvram.parallel.wire import Mail
+from lowvram.parallel.wire import Mail, Received
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor
+Waiting = Callable[[str], AbstractContextManager[None]]
+"""Says what this rank waits for while the context is entered."""
 _REFERENCE = 0  # the tag of the first latent frame; blocks have 1 and more
 
 
@@ -32,14 +35,18 @@ class StageChain:
         latent_size: tuple[int, int],
         *,
         clips: int,
+        waiting: Waiting,
     ):
         if role.stage is None or role.index is None:
             raise ValueError(f"{role.name} denoises nothing; expected a rank of a stage")
         self._mail, self._layout, self._latent_size, self._clips = mail, layout, latent_size, clips
+        self._waiting = waiting
         self._stage, self._index = role.stage, role.index
         self._last = layout.stages - 1
         self._reference: Tensor | None = None
-        self._arriving = None if role.stage == 0 else _ahead(mail, self._rank(role.stage - 1), blocks, latent_size)
+        self._arriving: Iterator[tuple[Block, Tensor]] | None = None
+        if role.stage > 0:
+            self._arriving = _ahead(mail, self._rank(role.stage - 1), blocks, latent_size, waiting)
 
     def take(self, block: Block) -> Tensor | None:
         if self._arriving is None:
@@ -63,7 +70,9 @@ class StageChain:
     def reference(self) -> Tensor:
         if self._reference is None:
             shape = (LATENT_CHANNELS, 1, *self._latent_size)
-            self._reference = self._mail.expect(shape, self._rank(self._last), _REFERENCE).wait()
+            coming = self._mail.expect(shape, self._rank(self._last), _REFERENCE)
+            with self._waiting("the first latent frame"):
+                self._reference = coming.wait()
         return self._reference
 
     def _rank(self, stage: int) -> int:
@@ -71,24 +80,29 @@ class StageChain:
 
 
 def arriving(
-    mail: Mail, layout: ParallelLayout, blocks: Iterable[Block], latent_size: tuple[int, int]
+    mail: Mail, layout: ParallelLayout, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
 ) -> Iterator[tuple[Block, Tensor]]:
     """Finished blocks as they reach the VAE's rank."""
-    return _ahead(mail, layout.members(layout.stages - 1)[0], blocks, latent_size)
+    return _ahead(mail, layout.members(layout.stages - 1)[0], blocks, latent_size, waiting)
 
 
 def _ahead(
-    mail: Mail, sender: int, blocks: Iterable[Block], latent_size: tuple[int, int]
+    mail: Mail, sender: int, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
 ) -> Iterator[tuple[Block, Tensor]]:
     """Receive each block's latent; the next is on its way while one is worked on."""
-    waiting = None
+
+    def arrived(block: Block, coming: Received) -> tuple[Block, Tensor]:
+        with waiting(f"block {block.index} from rank {sender}"):
+            return block, coming.wait()
+
+    last = None
     for block in blocks:
         coming = mail.expect((LATENT_CHANNELS, block.frames, *latent_size), sender, _tag(block))
-        if waiting is not None:
-            yield waiting[0], waiting[1].wait()
-        waiting = block, coming
-    if waiting is not None:
-        yield waiting[0], waiting[1].wait()
+        if last is not None:
+            yield arrived(*last)
+        last = block, coming
+    if last is not None:
+        yield arrived(*last)
 
 
 def _tag(block: Block) -> int:

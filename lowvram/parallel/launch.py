@@ -18,7 +18,7 @@ import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
-from lowvram.parallel.meeting import prefix
+from lowvram.parallel.meeting import GONE, prefix
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ def launch(ranks: int, arguments: Sequence[str], *, port: int = 0) -> None:
                 command = [sys.executable, "-m", "lowvram", *arguments]
                 processes.append(subprocess.Popen(command, env=_environ(rank, ranks, store.port)))
             first = _wait(processes)
+            if first is not None:
+                _words(store).set(GONE, _end_of(first, [process.poll() for process in processes], store))
         except BaseException:
             for process in processes:
                 process.terminate()
@@ -96,14 +98,13 @@ def started_by_us(environ: Mapping[str, str]) -> bool:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The rank that ended badly first; None where all have succeeded."""
+    """The rank that ended badly first, of several rather one that was killed; None where all have succeeded."""
     running: dict[int, float] = {}
     while True:
         _kill_stopped(processes, running)
         codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
+        if bad := [rank for rank, code in enumerate(codes) if code]:
+            return min(bad, key=lambda rank: codes[rank] or 0)
         if all(code == 0 for code in codes):
             return None
         time.sleep(_POLL_S)
@@ -135,7 +136,7 @@ def _kill_stopped(processes: list[subprocess.Popen[bytes]], running: dict[int, f
 
 def _failure(first: int, codes: list[int], store: Store) -> LowvramError:
     """What the rank says that failed by itself; else how the one ended that was first."""
-    words = PrefixStore(prefix("0"), store)
+    words = _words(store)
     for rank, code in enumerate(codes):
         if code and words.check([f"end/{rank}"]):
             said = json.loads(words.get(f"end/{rank}"))
@@ -144,11 +145,18 @@ def _failure(first: int, codes: list[int], store: Store) -> LowvramError:
     for rank, code in enumerate(codes):
         if code and words.check([f"found/{rank}"]):
             return RanksFailed(words.get(f"found/{rank}").decode(), 1)
-    killed = [rank for rank, code in enumerate(codes) if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)]
-    rank = killed[0] if killed else first
-    code = codes[rank]
+    # Not just any rank that was killed: after the first one, those were that did not end by themselves.
+    return RanksFailed(_end_of(first, codes, store), 1)
+
+
+def _end_of(rank: int, codes: Sequence[int | None], store: Store) -> str:
+    code = codes[rank] or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return RanksFailed(f"rank {rank} of {len(codes)} on this machine {how}; last it was {_doing(words, rank)}", 1)
+    return f"rank {rank} of {len(codes)} on this machine {how}; last it was {_doing(_words(store), rank)}"
+
+
+def _words(store: Store) -> Store:
+    return PrefixStore(prefix("0"), store)
 
 
 def _doing(words: Store, rank: int) -> str:

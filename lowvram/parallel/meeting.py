@@ -17,6 +17,8 @@ from lowvram_kernels.errors import DistributedError
 
 MEETING_S = 60
 _POLL_S = 0.02
+GONE = "gone"
+"""Where the starter leaves word of a rank that has ended."""
 
 
 class Meeting:
@@ -32,6 +34,10 @@ class Meeting:
         starter = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.store = self._connect(keeps=seat.rank == 0 and not starter)
         self._told = 0
+
+    def gone(self) -> str | None:
+        """What the starter says of a rank that has ended badly: nobody else knows before all have met."""
+        return self.store.get(GONE).decode() if self.store.check([GONE]) else None
 
     def another_connection(self) -> Store:
         """For another thread: a connection answers one question at a time."""

@@ -52,7 +52,8 @@ class RankTeam:
         self.sent = Sent()
         self._meeting = Meeting(seat)
         me = dataclasses.asdict(Person.me(self.role.name))
-        self.people = [Person(**person) for person in self._meeting.tell("people", me, within_s=MEETING_S)]
+        people = self._meeting.tell("people", me, cause=self._meeting.gone, within_s=MEETING_S)
+        self.people = [Person(**person) for person in people]
         self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
         self._watch.begin()
         self.host_weights: Shared | None = None
@@ -152,10 +153,12 @@ class RankTeam:
         return conditions or Conditions(**tensors)
 
     def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
-        return StageChain(self._mail, self.layout, self.role, blocks, latent_size, clips=clips)
+        return StageChain(
+            self._mail, self.layout, self.role, blocks, latent_size, clips=clips, waiting=self._watch.waiting
+        )
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
-        return arriving(self._mail, self.layout, blocks, latent_size)
+        return arriving(self._mail, self.layout, blocks, latent_size, self._watch.waiting)
 
     def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
         """Say what this rank does, for the others and for those who look for what went wrong."""
@@ -184,7 +187,9 @@ class RankTeam:
             self._watch.wait_for_cause(_TOLD_S)
         elif isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
             self._watch.wait_for_cause(_CAUSE_S)
-        if (cause := self._watch.cause) is not None:
+        # What has to change before a run can succeed is no other rank's doing, whoever found it first.
+        to_change = isinstance(error, LowvramError) and error.exit_code == 2
+        if (cause := self._watch.cause) is not None and not to_change:
             return DistributedError(f"the run ended: {cause}")
         self._watch.failed(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         return None

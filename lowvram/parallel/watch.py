@@ -81,11 +81,13 @@ class _Heard:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a rank does, since when, and how long it may take: replaced in one piece, as the watch reads it."""
+    """What a rank does, since when, and how long it may take: replaced in one piece, as the watch reads it. Between two
+    pieces of work a rank is ``idle``."""
 
     what: str
     since: float
     limit: float = float("inf")
+    idle: bool = False
 
 
 class Watch:
@@ -98,7 +100,7 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, people: list[Person], leave: Callable[[int], None] = os._exit):
         self._store, self._rank, self._people, self._leave = store, rank, people, leave
-        self._work = _Work("starting", time.monotonic())
+        self._work = _Work("starting", time.monotonic(), idle=True)
         self._longest: dict[str, float] = {}
         self._count = 0
         self._parent = os.getppid()
@@ -129,7 +131,9 @@ class Watch:
         else:
             end = time.monotonic()
             self._longest[kind] = max(longest or 0.0, end - self._work.since)
-            self._work = dataclasses.replace(before, since=end)
+            self._work = dataclasses.replace(
+                before, what=f"done with {what}" if before.idle else before.what, since=end
+            )
 
     def waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Say that this rank waits for others, which may take as long as they need."""

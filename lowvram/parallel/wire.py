@@ -28,7 +28,9 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Received:
+class Received:
+    """Something on its way to this rank."""
+
     work: dist.Work
     received: Tensor
     sent: Tensor  # has to stay until it is sent
@@ -44,11 +46,11 @@ class StageExchange:
     def __init__(self, group: dist.ProcessGroup, index: int, count: Sent):
         self._group, self._index, self._count = group, index, count
 
-    def begin(self, flat: Tensor, sent: list[int], received: list[int]) -> _Received:
+    def begin(self, flat: Tensor, sent: list[int], received: list[int]) -> Received:
         out = flat.new_empty(sum(received))
         self._count.exchange += (sum(sent) - sent[self._index]) * flat.element_size()
         work = dist.all_to_all_single(out, flat, received, sent, group=self._group, async_op=True)
-        return _Received(work, out, flat)
+        return Received(work, out, flat)
 
 
 class Mail:
@@ -66,10 +68,10 @@ class Mail:
         while len(self._under_way) > _AHEAD:
             self._under_way.popleft()[0].wait()
 
-    def expect(self, shape: tuple[int, ...], sender: int, tag: int) -> _Received:
+    def expect(self, shape: tuple[int, ...], sender: int, tag: int) -> Received:
         """Begin to receive float32 of ``shape`` on the CPU."""
         letter = torch.empty(shape)
-        return _Received(_there(dist.irecv(letter, sender, group=self._group, tag=tag)), letter, letter)
+        return Received(_there(dist.irecv(letter, sender, group=self._group, tag=tag)), letter, letter)
 
     def settle(self) -> None:
         """Wait until everything sent is received."""
