@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/plans.py --out benchmarks/results/plans.json
+	$(BIN)/python benchmarks/faults.py --out benchmarks/results/faults_cpu.json
 	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_cpu.json
 
 # On a machine with a CUDA device; says so and fails elsewhere. FULL_SIZE has options, as "--dir /data --resume".

@@ -245,10 +245,13 @@ def start_ranks(layout: Any, request: Any, options: dict[str, Any]) -> None:
     from lowvram.parallel.launch import launch
     from lowvram.parallel.options import check_for_ranks, check_gpus
     from lowvram.request import read_inputs
+    from lowvram_quantize.format import Artifact
 
     check_for_ranks(layout, memory_options(options))
     check_gpus(options["device"], layout.world_size)
-    read_inputs(request)
+    height, width = read_inputs(request).latent_size
+    heads = Artifact.open(options["model"]).component("dit").config["num_heads"]
+    layout.check(sample_steps=request.sample_steps, heads=heads, tokens_per_frame=height // 2 * (width // 2))
     launch(layout.world_size, click.get_current_context().meta["arguments"], port=options["port"] or 0)
 
 

@@ -144,9 +144,10 @@ def chosen_layout(
     dit = gpus - vae_rank if num_gpus_dit is None else num_gpus_dit
     if dit + vae_rank != gpus:
         vae = " and one for the VAE (--enable_vae_parallel)" if vae_rank else ""
+        fitting = f", or give --num_gpus_dit {gpus - vae_rank}" if gpus > vae_rank else ""
         raise ConfigError(
-            f"{gpus} ranks were started, but --num_gpus_dit {dit}{vae} are {dit + vae_rank}; start as many ranks, or "
-            f"give --num_gpus_dit {gpus - vae_rank}"
+            f"{gpus} ranks were started, but --num_gpus_dit {dit}{vae} are {dit + vae_rank}; start as many "
+            f"ranks{fitting}"
         )
     if ulysses_size is not None:
         return ParallelLayout(num_gpus_dit=dit, ulysses_size=ulysses_size, vae_rank=vae_rank)
