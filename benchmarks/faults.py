@@ -1,11 +1,11 @@
 """What becomes of a run of several ranks when one of them dies or stops? Tiny model, gloo on the CPU, real processes.
 
-python benchmarks/faults.py [--runs 20] [--seed 0] [--out benchmarks/results/faults_cpu.json]
+python benchmarks/faults.py [--kills 20] [--early 3] [--stops 3] [--seed 0] [--out benchmarks/results/faults_cpu.json]
 
-Each run is ``lowvram infer --gpus N`` in a session of its own. At a random moment, while processes start or later, one
-random rank is sent SIGKILL; every fifth time SIGSTOP, after which it is there but does nothing. Then the run has to
-end within 30 s, with an exit code that is not 0 and a line that names the rank and what it did last; no process of it
-may be left; and the frames that were in the file have to play.
+Each run is ``lowvram infer --gpus N`` in a session of its own. At a random moment while blocks are made, one rank, each
+in turn, is sent SIGKILL; in further runs that happens while processes start, or it is SIGSTOP, after which the rank is
+there but does nothing. Then the run has to end within 30 s, with an exit code that is not 0 and a line that names the
+rank and what it did last; no process of it may be left; and the frames that were in the file have to play.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -61,7 +62,9 @@ class Fault:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--early", type=int, default=3)
+    parser.add_argument("--stops", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -69,7 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_model(folder)
-        rows = [told(one(fault, model, folder)) for fault in drawn_faults(options.runs, options.seed)]
+        faults = drawn_faults(options.kills, options.early, options.stops, options.seed)
+        rows = [told(one(fault, model, folder)) for fault in faults]
     result = report(rows, options.seed)
     text = json.dumps(result, indent=1, allow_nan=False)
     if options.out:
@@ -79,15 +83,17 @@ def main() -> None:
         sys.exit(f"{result['summary']['wrong']} of {len(rows)} runs did not end as they should")
 
 
-def drawn_faults(runs: int, seed: int) -> Iterator[Fault]:
-    """Layouts in turn; three of four faults come while blocks are made, the others anywhere in the start."""
+def drawn_faults(kills: int, early: int, stops: int, seed: int) -> Iterator[Fault]:
+    """Kills while blocks are made, of every rank of every layout in turn; then early ones, then stops."""
     draw = random.Random(seed)
-    for run in range(runs):
-        layout, running = DRAWN[run % len(DRAWN)], run % 4 != 0
+    every = itertools.cycle([(layout, rank) for layout in DRAWN for rank in range(ranks_of(layout))])
+    for number in range(kills + early + stops):
+        layout, victim = next(every)
+        running = not kills <= number < kills + early
         yield Fault(
             layout=layout,
-            victim=draw.randrange(ranks_of(layout)),
-            signal="SIGSTOP" if run % 5 == 4 else "SIGKILL",
+            victim=victim,
+            signal="SIGSTOP" if number >= kills + early else "SIGKILL",
             running=running,
             after_s=draw.uniform(0, 4 if running else 15),
         )

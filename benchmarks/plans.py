@@ -113,13 +113,14 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
             {
                 "role": plan.share.role.name,
                 "planned_device_gib": plan.peak_vram_bytes / GIB,
+                "simulated_device_gib": run.peak_reserved / GIB,
                 "layers_streamed": len(plan.placement.streamed_layers),
                 "rings_on_host": len(plan.placement.host_rings),
                 "rings": plan.rings,
                 "wave": plan.placement.wave,
                 "predicted_seconds_per_block": plan.seconds_per_block,
             }
-            for plan in team.ranks
+            for plan, run in zip(team.ranks, runs, strict=True)
         ],
         "planned_device_gib": max(plan.peak_vram_bytes for plan in team.ranks) / GIB,
         "simulated_device_gib": max(run.peak_reserved for run in runs) / GIB,

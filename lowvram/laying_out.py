@@ -9,11 +9,11 @@ import psutil
 import torch
 
 from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
-from lowvram.planning.choice import Machines
+from lowvram.planning.choice import Wishes, plan_layout
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.planner import Plan, plan
 from lowvram.planning.table import to_json
-from lowvram.planning.team import TeamPlan, plan_team
+from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram.team import Team
 from lowvram_quantize.format import Artifact
@@ -58,7 +58,9 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         steps = range(0) if stage is None else team.layout.steps(stage, work.sample_steps)
         return LaidOut(placement=placement_on_cpu(options, config["num_layers"], steps, work.sample_steps))
     if team.there is not None:
-        return _of_team(artifact, work, options, team, team.there)
+        planned = plan_layout(artifact, work, team.layout, team.there, Wishes.of(options))
+        mine = planned.ranks[team.role.rank]
+        return LaidOut(placement=mine.placement, plan=mine, team=planned)
     card = card_at_hand(device)
     found = plan(
         artifact,
@@ -73,22 +75,3 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         cuda_graphs=options.cuda_graphs,
     )
     return LaidOut(placement=found.placement, plan=found)
-
-
-def _of_team(artifact: Artifact, work: Workload, options: MemoryOptions, team: Team, there: Machines) -> LaidOut:
-    planned = plan_team(
-        artifact,
-        work,
-        team.layout,
-        cards=there.cards,
-        vram_bytes=there.vram_bytes,
-        machines=there.machines,
-        ram_bytes=there.ram_bytes,
-        kv=options.kv,
-        wave=options.wave,
-        offload_model=options.offload_model,
-        offload_kv=options.offload_kv_cache,
-        cuda_graphs=options.cuda_graphs,
-    )
-    mine = planned.ranks[team.role.rank]
-    return LaidOut(placement=mine.placement, plan=mine, team=planned)

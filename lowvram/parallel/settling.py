@@ -46,14 +46,8 @@ class Settler:
         work = Workload.of_size(
             self.request.size, infer_frames=self.request.infer_frames, sample_steps=self.request.sample_steps
         )
-        wishes = Wishes(
-            kv=self.memory.kv,
-            wave=self.memory.wave,
-            offload_model=self.memory.offload_model,
-            offload_kv=self.memory.offload_kv_cache,
-            num_gpus_dit=self.options.num_gpus_dit,
-            vae_rank=self.options.enable_vae_parallel,
-        )
+        options = self.options
+        wishes = Wishes.of(self.memory, num_gpus_dit=options.num_gpus_dit, vae_rank=options.enable_vae_parallel)
         return choose_team(self.artifact, work, there, wishes).layout
 
 

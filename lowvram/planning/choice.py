@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from lowvram.parallel.layout import ParallelLayout, chosen_layout, layouts
+from lowvram.placement import MemoryOptions
 from lowvram.planning.cards import Card
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.planner import DoesNotFit
@@ -36,9 +37,31 @@ class Wishes:
     wave: str | int = "auto"
     offload_model: bool = False
     offload_kv: bool = False
+    cuda_graphs: bool = False
     num_gpus_dit: int | None = None
     ulysses_size: int | None = None
     vae_rank: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        memory: MemoryOptions,
+        *,
+        num_gpus_dit: int | None = None,
+        ulysses_size: int | None = None,
+        vae_rank: bool | None = None,
+    ) -> Wishes:
+        """What a run's options ask for."""
+        return cls(
+            kv=memory.kv,
+            wave=memory.wave,
+            offload_model=memory.offload_model,
+            offload_kv=memory.offload_kv_cache,
+            cuda_graphs=memory.cuda_graphs,
+            num_gpus_dit=num_gpus_dit,
+            ulysses_size=ulysses_size,
+            vae_rank=vae_rank,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +87,7 @@ def alternatives(
         ConfigError: a wish that cannot be met.
     """
     facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
-    return _planned(_layouts(facts, workload, there), _planner(facts, workload, there, wishes or Wishes()))
+    return _planned(_layouts(facts, workload, there), facts, workload, there, wishes or Wishes())
 
 
 def choose_team(
@@ -91,7 +114,7 @@ def choose_team(
     if wishes.ulysses_size is None:
         every = _layouts(facts, workload, there)
         allowed += [layout for layout in every if layout.vae_rank == first.vae_rank and layout != first]
-    found = _planned(allowed, _planner(facts, workload, there, wishes))
+    found = _planned(allowed, facts, workload, there, wishes)
     best = min(found, key=lambda alternative: alternative.rank)
     if best.plan is not None:
         return best.plan
@@ -104,32 +127,37 @@ def _layouts(facts: ModelFacts, workload: Workload, there: Machines) -> list[Par
     return [layout for layout in every if layout.ulysses_size <= workload.tokens_per_frame]
 
 
-def _planner(
-    facts: ModelFacts, workload: Workload, there: Machines, wishes: Wishes
-) -> Callable[[ParallelLayout], TeamPlan]:
-    def planned(layout: ParallelLayout) -> TeamPlan:
-        return plan_team(
-            facts,
-            workload,
-            layout,
-            cards=there.cards,
-            vram_bytes=there.vram_bytes,
-            machines=there.machines,
-            ram_bytes=there.ram_bytes,
-            kv=wishes.kv,
-            wave=wishes.wave,
-            offload_model=wishes.offload_model,
-            offload_kv=wishes.offload_kv,
-        )
+def plan_layout(
+    artifact: Artifact | ModelFacts, workload: Workload, layout: ParallelLayout, there: Machines, wishes: Wishes
+) -> TeamPlan:
+    """``plan_team`` of one layout; of ``wishes`` those for layouts do not count.
 
-    return planned
+    Raises:
+        ConfigError, DoesNotFit: as there.
+    """
+    return plan_team(
+        artifact,
+        workload,
+        layout,
+        cards=there.cards,
+        vram_bytes=there.vram_bytes,
+        machines=there.machines,
+        ram_bytes=there.ram_bytes,
+        kv=wishes.kv,
+        wave=wishes.wave,
+        offload_model=wishes.offload_model,
+        offload_kv=wishes.offload_kv,
+        cuda_graphs=wishes.cuda_graphs,
+    )
 
 
-def _planned(every: Iterable[ParallelLayout], plan: Callable[[ParallelLayout], TeamPlan]) -> tuple[Alternative, ...]:
+def _planned(
+    every: Iterable[ParallelLayout], facts: ModelFacts, workload: Workload, there: Machines, wishes: Wishes
+) -> tuple[Alternative, ...]:
     found = []
     for layout in every:
         try:
-            found.append(Alternative(layout=layout, plan=plan(layout)))
+            found.append(Alternative(layout=layout, plan=plan_layout(facts, workload, layout, there, wishes)))
         except DoesNotFit as refusal:
             found.append(Alternative(layout=layout, plan=None, refusal=refusal))
     return tuple(found)

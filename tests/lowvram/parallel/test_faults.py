@@ -41,11 +41,14 @@ def test_what_is_wrong_is_seen(faults):
     assert faults.wrong(fault, found | {"exit_code": None}) == ["ended with exit code None"]
 
 
-def test_every_layout_signal_and_moment_is_drawn(faults):
-    drawn = list(faults.drawn_faults(20, 0))
-    assert {fault.layout for fault in drawn} == set(faults.DRAWN)
-    assert [fault.signal for fault in drawn].count("SIGSTOP") == 4
-    assert [fault.running for fault in drawn].count(False) == 5
-    assert all(fault.victim < faults.ranks_of(fault.layout) for fault in drawn)
-    assert drawn == list(faults.drawn_faults(20, 0))
-    assert drawn != list(faults.drawn_faults(20, 1))
+def test_every_rank_is_killed_and_the_moments_are_drawn(faults):
+    drawn = list(faults.drawn_faults(20, 3, 2, 0))
+    kills, early, stops = drawn[:20], drawn[20:23], drawn[23:]
+    assert all(fault.running and fault.signal == "SIGKILL" for fault in kills)
+    ranks = {(layout, rank) for layout in faults.DRAWN for rank in range(faults.ranks_of(layout))}
+    assert {(fault.layout, fault.victim) for fault in kills} == ranks
+    assert [(fault.running, fault.signal) for fault in early] == [(False, "SIGKILL")] * 3
+    assert [(fault.running, fault.signal) for fault in stops] == [(True, "SIGSTOP")] * 2
+    assert len({fault.after_s for fault in drawn}) == 25
+    assert drawn == list(faults.drawn_faults(20, 3, 2, 0))
+    assert drawn != list(faults.drawn_faults(20, 3, 2, 1))
