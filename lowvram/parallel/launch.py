@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import psutil
@@ -86,15 +86,11 @@ def _environ(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": port,
         # As torchrun says it: the store is kept by the starter.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # This process says what went wrong, once for all ranks: see ``lowvram.cli.fail``.
         "LOWVRAM_STARTED": "1",
     }
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     return threads | dict(os.environ) | {name: str(value) for name, value in told.items()}
-
-
-def started_by_us(environ: Mapping[str, str]) -> bool:
-    """Whether ``launch`` started this rank, and will say what went wrong."""
-    return environ.get("LOWVRAM_STARTED") == "1"
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
