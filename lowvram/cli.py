@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,20 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lowvram.byte_sizes import parse_bytes
+from lowvram.options import (
+    FILE,
+    SETTINGS,
+    make_rank_options,
+    make_request,
+    memory_options,
+    open_pipeline,
+    rank_options,
+    request_options,
+    switch,
+)
 from lowvram_kernels.errors import InputError, LowvramError
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
-FILE = click.Path(path_type=Path)
 
 
 class ErrorsToExitCodes(click.Group):
@@ -56,28 +64,10 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def either_spelling(name: str) -> str:
-    """Both ``--infer_frames`` and ``--infer-frames``."""
-    return name.replace("_", "-")
-
-
-SETTINGS: dict[str, Any] = {
-    "token_normalize_func": either_spelling,
-    "help_option_names": ["-h", "--help"],
-    "show_default": True,
-    "max_content_width": 110,
-}
-
-
 def log_as(prefix: str) -> None:
     """Begin every line of the log with who says it."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
-
-
-def switch(name: str, default: bool | None, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A switch that may stand alone or with a value: ``--offload_model``, ``--offload_model True``."""
-    return click.option(name, is_flag=False, flag_value="true", type=bool, default=default, help=text)
 
 
 @click.group(cls=ErrorsToExitCodes, context_settings=SETTINGS)
@@ -132,53 +122,6 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else summary(facts))
 
 
-def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what to make: shared by ``infer`` and ``compare --model``."""
-    options: list[Callable[..., Any]] = [
-        click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
-        click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
-        click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
-        click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
-        click.option("--sample-solver", type=click.Choice(["euler"]), default="euler", help="The solver."),
-        click.option("--base-seed", type=int, default=420, help="Clip r's noise is seeded with base_seed + r."),
-        click.option(
-            "--cond-rope-distance", default="30", help='How far a block sees the reference frame: 0..30 or "random".'
-        ),
-        switch("--enable-online-decode", True, "Decode each block at once; False decodes a clip at a time."),
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
-        switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
-        switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
-        click.option("--vram-budget", help='GPU memory to stay within, as "22.15GiB"; default: what is free.'),
-        click.option("--ram-budget", help='Host memory to stay within, as "48GiB"; default: what is free.'),
-        click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
-        click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
-        click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
-        switch("--cuda-graphs", False, "Replay layers that stay on the GPU as CUDA graphs, from the third clip on."),
-        switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
-        click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say how several GPUs share the work."""
-    options: list[Callable[..., Any]] = [
-        click.option("--gpus", type=int, help="Start so many ranks here, one a GPU; torchrun starts them otherwise."),
-        click.option(
-            "--num-gpus-dit", type=int, help="GPUs for the DiT: stages x ulysses_size; default: all but VAE's."
-        ),
-        click.option("--ulysses-size", type=int, help="GPUs that share tokens and heads of a denoising step."),
-        switch("--enable-vae-parallel", None, "One GPU more decodes meanwhile; default: from 4 GPUs on."),
-        click.option("--port", type=int, help="Where --gpus lets ranks meet; default: any that is free."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command(context_settings=SETTINGS)
 @click.option("--model", type=FILE, required=True, help="Artifact that convert wrote.")
 @click.option("--image", type=FILE, required=True, help="Portrait: JPEG, PNG or WebP.")
@@ -197,104 +140,32 @@ def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool
     """
     from lowvram.infer import Outputs
     from lowvram.infer import infer as run
+    from lowvram.parallel.command import RankRun
     from lowvram.parallel.seat import Seat
     from lowvram_quantize.format import Artifact
 
     outputs, request = Outputs(video=out, dump_tensors=dump_tensors, report=report), make_request(options)
-    seat = Seat.from_environ(os.environ)
-    layout = make_rank_options(options).layout(seat, Artifact.open(options["model"]), request.sample_steps)
-    if seat is not None and layout.world_size > 1:
-        infer_as_rank(seat, layout, request, outputs, quiet, options)
+    seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
+    layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
+    if layout.world_size > 1:
+        several = RankRun(
+            request=request,
+            outputs=outputs,
+            memory=memory_options(options),
+            options=ranks,
+            quiet=quiet,
+            **{name: options[name] for name in ("model", "device", "dtype", "verify")},
+        )
+        if seat is None:
+            several.start(layout, click.get_current_context().meta["arguments"])
+            return
+        log_as(f"rank {seat.rank}: ")
+        if several.take_part(seat, layout):
+            click.echo(out)
         return
     outputs.check()
-    if layout.world_size > 1:
-        start_ranks(layout, request, options)
-        return
-    run(open_pipeline(options["model"], options), request, outputs, quiet=quiet)
+    run(open_pipeline(options), request, outputs, quiet=quiet)
     click.echo(out)
-
-
-def infer_as_rank(seat: Any, layout: Any, request: Any, outputs: Any, quiet: bool, options: dict[str, Any]) -> None:
-    """Be one of several ranks; the one that writes prints the video's name."""
-    from lowvram.infer import infer as run
-    from lowvram.parallel.options import check_for_ranks
-    from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
-    from lowvram.parallel.settling import Settler
-    from lowvram_quantize.format import Artifact
-
-    memory = memory_options(options)
-    check_for_ranks(layout, memory)
-    log_as(f"rank {seat.rank}: ")
-    settler = Settler(
-        options=make_rank_options(options), artifact=Artifact.open(options["model"]), request=request, memory=memory
-    )
-    with joined(seat, layout, options["device"], settler.settle) as (team, device):
-        if team.role.media:
-            outputs.check()
-        pipeline = open_pipeline(options["model"], options | {"device": device}, team=team)
-        facts = facts_to_agree_on(settler.artifact, request, memory, team.layout, device, options["dtype"])
-        team.agree(facts)
-        share_weights(team, pipeline.runtime)
-        run(pipeline, request, outputs, quiet=quiet)
-    if team.role.media:
-        click.echo(outputs.video)
-
-
-def start_ranks(layout: Any, request: Any, options: dict[str, Any]) -> None:
-    """Everything that can be told beforehand is told here, once, before processes start."""
-    from lowvram.parallel.launch import launch
-    from lowvram.parallel.options import check_for_ranks, check_gpus
-    from lowvram.request import read_inputs
-    from lowvram_quantize.format import Artifact
-
-    check_for_ranks(layout, memory_options(options))
-    check_gpus(options["device"], layout.world_size)
-    height, width = read_inputs(request).latent_size
-    heads = Artifact.open(options["model"]).component("dit").config["num_heads"]
-    layout.check(sample_steps=request.sample_steps, heads=heads, tokens_per_frame=height // 2 * (width // 2))
-    launch(layout.world_size, click.get_current_context().meta["arguments"], port=options["port"] or 0)
-
-
-def make_rank_options(options: dict[str, Any]) -> Any:
-    from lowvram.parallel.options import RankOptions
-
-    return RankOptions(**{field.name: options[field.name] for field in dataclasses.fields(RankOptions)})
-
-
-def open_pipeline(model: Path, options: dict[str, Any], team: Any = None) -> Any:
-    from lowvram.pipeline import AvatarPipeline
-
-    memory = memory_options(options)
-
-    names = ("device", "dtype", "verify")
-    return AvatarPipeline.from_artifact(model, memory=memory, team=team, **{name: options[name] for name in names})
-
-
-def memory_options(options: dict[str, Any]) -> Any:
-    from lowvram.placement import MemoryOptions
-
-    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs")
-    vram, ram = (parse_bytes(text) if text else None for text in (options["vram_budget"], options["ram_budget"]))
-    wave = options["wave"]
-    return MemoryOptions(
-        **{name: options[name] for name in names},
-        vram_budget=vram,
-        ram_budget=ram,
-        wave=int(wave) if wave.isdigit() else wave,
-        fallback=not options["no_fallback"],
-    )
-
-
-def make_request(options: dict[str, Any]) -> Any:
-    from lowvram.pipeline import Request
-
-    distance = options["cond_rope_distance"]
-    names = ("image", "audio", "prompt", "size", "infer_frames", "num_clip", "sample_steps", "base_seed")
-    return Request(
-        **{name: options[name] for name in names},
-        cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
-        online_decode=options["enable_online_decode"],
-    )
 
 
 @main.command(context_settings=SETTINGS)
@@ -373,7 +244,7 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
             report=folder / f"{name}.json",
         )
         kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
-        run(open_pipeline(options[name], options | {"kv": kv}), request, outputs)
+        run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)
         reports.append(folder / f"{name}.json")
     return reports[0], reports[1]
 

@@ -108,7 +108,7 @@ def dry_run_team(artifact: Path | Artifact, plan: TeamPlan, *, clips: int = 2) -
         key = (
             rank.device,
             rank.placement.wave,
-            share.steps[1:],
+            len(share.steps),
             share.heads,
             share.block_tokens,
             rank.vram_budget_bytes,

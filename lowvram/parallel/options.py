@@ -39,6 +39,8 @@ class RankOptions:
         """
         if seat is not None and self.gpus not in (None, seat.world_size):
             raise ConfigError(f"--gpus is {self.gpus}, but {seat.world_size} ranks were started; leave --gpus out")
+        if seat is not None and self.port not in (None, 0, seat.port):
+            raise ConfigError(f"--port is {self.port}, but the ranks were told {seat.port}; leave --port out")
         world = seat.world_size if seat else self.gpus or 1
         if seat is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
             wanted = (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel)

@@ -31,7 +31,10 @@ class Seat:
             return None
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in names if not environ.get(name)]:
-            raise ConfigError(f"{', '.join(missing)} is not set for a rank; expected torchrun or --gpus to set it")
+            raise ConfigError(
+                f"RANK or WORLD_SIZE is set, as for one of several ranks, and {', '.join(missing)} is not; expected "
+                "torchrun or --gpus to set them: unset RANK and WORLD_SIZE for a run of one"
+            )
         try:
             rank, world, local, port = (int(environ[name]) for name in names if name != "MASTER_ADDR")
         except ValueError as error:

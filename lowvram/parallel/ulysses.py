@@ -52,7 +52,8 @@ class Ulysses:
         of_group = x.unflatten(0, (groups, -1))
         mine = span(of_group.shape[1], self.size, self.index)
         # A copy: a part of a larger tensor would keep all of it in memory.
-        return of_group[:, mine.start : mine.stop].flatten(0, 1).clone()
+        own = of_group[:, mine.start : mine.stop].clone(memory_format=torch.contiguous_format)
+        return own.flatten(0, 1)
 
     def whole(self, own: Tensor, total: int, groups: int) -> Tensor:
         counts = self.tokens(total, groups)

@@ -43,14 +43,7 @@ class Wishes:
     vae_rank: bool | None = None
 
     @classmethod
-    def of(
-        cls,
-        memory: MemoryOptions,
-        *,
-        num_gpus_dit: int | None = None,
-        ulysses_size: int | None = None,
-        vae_rank: bool | None = None,
-    ) -> Wishes:
+    def of(cls, memory: MemoryOptions, *, num_gpus_dit: int | None = None, vae_rank: bool | None = None) -> Wishes:
         """What a run's options ask for."""
         return cls(
             kv=memory.kv,
@@ -59,7 +52,6 @@ class Wishes:
             offload_kv=memory.offload_kv_cache,
             cuda_graphs=memory.cuda_graphs,
             num_gpus_dit=num_gpus_dit,
-            ulysses_size=ulysses_size,
             vae_rank=vae_rank,
         )
 

@@ -15,12 +15,12 @@ import torch
 
 from lowvram import denoiser as denoiser_module
 from lowvram.chain import Alone
-from lowvram.cli import SETTINGS, memory_options, request_options
 from lowvram.conditions import Conditions
 from lowvram.denoiser import Denoiser
 from lowvram.engine import Engine
 from lowvram.fallback import Layout
 from lowvram.graphs import CudaCapture, LayerGraphs, layer_graphs
+from lowvram.options import SETTINGS, memory_options, request_options
 from lowvram.placement import MemoryOptions, Placement
 from lowvram.relief import Relief
 from lowvram.runtime import Runtime

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowvram_kernels.errors import LowvramError
+from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.source import BASE_FOLDER
 
@@ -155,3 +156,31 @@ def tensors_left(artifact: Path, finished: dict[str, set[str]]) -> int:
             stored = {spec.name.removesuffix("._data") for spec in component.slab_specs(slab)}
             count += len(stored & set(component.facts["tensors"]))
     return count
+
+
+# What is quick to convert, for tests in which the other components would only repeat it.
+SOME = ("dit", "audio_encoder", "tokenizer")
+
+
+def run(checkpoint: Path, out: Path, **options: object) -> Path:
+    """Convert some components, with the checkpoint's LoRA."""
+    return convert(checkpoint, out, **{"lora": lora_of(checkpoint), "lora_alpha": 2.0, "components": SOME} | options)
+
+
+def lora_of(checkpoint: Path) -> Path:
+    return checkpoint / "LiveAvatar" / "liveavatar.safetensors"
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(count: int) -> Callable[..., None]:
+    """A progress display that ends the run at its ``count``-th call."""
+    calls = iter(range(count - 1))
+
+    def progress(*_state: object) -> None:
+        if next(calls, None) is None:
+            raise Stop
+
+    return progress

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import lowvram_quantize.convert as module
+from tests.quantize.checkpoints import clone, contents, run
 
 
 @pytest.fixture
@@ -27,3 +30,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path) -> Path:
+    return clone(tiny.checkpoint, tmp_path / "ckpt")
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="package")
+def reference(tiny, tmp_path_factory) -> dict[str, bytes]:
+    """What an undisturbed run writes of some components."""
+    return contents(run(tiny.checkpoint, tmp_path_factory.mktemp("reference") / "out"))

@@ -1,11 +1,10 @@
-"""A checkpoint to an artifact: refused when something is wrong, continued when interrupted, never half there."""
+"""A checkpoint to an artifact: refused when something is wrong, never half there."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import lowvram_quantize.convert as module
 from lowvram.cli import main
 from lowvram_kernels.errors import CheckpointError, ConfigError, InputError, LowvramError, OutputError
 from lowvram_quantize import copied
-from lowvram_quantize.convert import COMPONENTS, convert
+from lowvram_quantize.convert import COMPONENTS
 from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.source import TEXT_ENCODER_FILE, VAE_FILE
 from lowvram_quantize.writer import SlabWriter
@@ -27,54 +25,29 @@ from tests.quantize.checkpoints import (
     SHARDS,
     FullDisk,
     Payload,
+    Stop,
     base_of,
     change_dit,
     change_pth,
-    clone,
     contents,
-    journaled,
+    lora_of,
     refusal,
     replace,
     replace_json,
     replace_pth,
     replace_tensors,
+    run,
     spoil,
-    tensors_left,
+    stop_at,
 )
 
 NAN, INF = float("nan"), float("inf")
-# What is quick to convert, for tests in which the other components would only repeat it.
-SOME = ("dit", "audio_encoder", "tokenizer")
-
-
-@pytest.fixture
-def checkpoint(tiny, tmp_path) -> Path:
-    return clone(tiny.checkpoint, tmp_path / "ckpt")
-
-
-@pytest.fixture
-def out(tmp_path) -> Path:
-    return tmp_path / "out"
 
 
 @pytest.fixture(scope="module")
 def whole(tiny) -> dict[str, bytes]:
     """What an undisturbed run writes."""
     return contents(tiny.artifact("int8"))
-
-
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory) -> dict[str, bytes]:
-    """What an undisturbed run writes of some components."""
-    return contents(run(tiny.checkpoint, tmp_path_factory.mktemp("reference") / "out"))
-
-
-def run(checkpoint: Path, out: Path, **options: object) -> Path:
-    return convert(checkpoint, out, **{"lora": lora_of(checkpoint), "lora_alpha": 2.0, "components": SOME} | options)
-
-
-def lora_of(checkpoint: Path) -> Path:
-    return checkpoint / "LiveAvatar" / "liveavatar.safetensors"
 
 
 def refused(checkpoint: Path, out: Path, *parts: str, kind: type[LowvramError] = CheckpointError, **options) -> None:
@@ -420,130 +393,3 @@ def test_an_empty_folder_may_become_the_artifact(tiny, out, reference):
     out.mkdir()
     run(tiny.checkpoint, out)
     assert contents(out) == reference
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(count: int) -> Callable[..., None]:
-    """A progress display that ends the run at its ``count``-th call."""
-    calls = iter(range(count - 1))
-
-    def progress(*_state: object) -> None:
-        if next(calls, None) is None:
-            raise Stop
-
-    return progress
-
-
-@pytest.mark.parametrize("count", [1, 70, 140])
-def test_an_interrupted_run_is_continued(tiny, out, reference, written, count):
-    with pytest.raises(Stop):
-        run(tiny.checkpoint, out, progress=stop_at(count))
-    assert not out.exists()
-    finished = journaled(out.with_name("out.partial"))
-    assert len(written) == count
-    written.clear()
-    run(tiny.checkpoint, out)
-    assert contents(out) == reference
-    assert len(written) == tensors_left(out, finished)
-    assert count < 70 or len(written) < len(tensors_of(out, "dit"))
-
-
-def test_a_run_interrupted_again_and_again(tiny, out, reference, written):
-    while True:
-        try:
-            run(tiny.checkpoint, out, progress=stop_at(len(written) % 40 + 70))
-        except Stop:
-            continue
-        break
-    assert contents(out) == reference
-
-
-def test_a_run_interrupted_while_it_copies(tiny, out, reference, written, monkeypatch):
-    def stop(*_args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "copy_tokenizer", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny.checkpoint, out)
-    assert not out.exists()
-    written.clear()
-    run(tiny.checkpoint, out)
-    assert written == []
-    assert contents(out) == reference
-
-
-TWO = ("dit", "text_encoder")
-
-
-def interrupt_late(checkpoint: Path, out: Path, **options: object) -> None:
-    """End a run in the text encoder: the DiT is done."""
-
-    def progress(_done: int, _total: int, what: str) -> None:
-        if what.startswith("text_encoder"):
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(checkpoint, out, progress=progress, components=TWO, **options)
-
-
-def tensors_of(artifact: Path, component: str) -> set[str]:
-    return set(Artifact.open(artifact).component(component).facts["tensors"])
-
-
-@pytest.mark.parametrize("change", [{"lora_alpha": 3.0}, {"lora": None}, {"dit": "fp8"}, {"rotate": True}])
-def test_other_options_do_not_reuse_what_they_change(tiny, out, written, tmp_path, change):
-    interrupt_late(tiny.checkpoint, out)
-    written.clear()
-    run(tiny.checkpoint, out, components=TWO, **change)
-    assert set(written) >= tensors_of(out, "dit")
-    run(tiny.checkpoint, tmp_path / "fresh", components=TWO, **change)
-    assert contents(out) == contents(tmp_path / "fresh")
-
-
-def test_an_interrupted_rotation_is_not_continued_without(tiny, out, written, tmp_path):
-    interrupt_late(tiny.checkpoint, out, rotate=True)
-    written.clear()
-    run(tiny.checkpoint, out, components=TWO)
-    assert set(written) >= tensors_of(out, "dit")
-    run(tiny.checkpoint, tmp_path / "fresh", components=TWO)
-    assert contents(out) == contents(tmp_path / "fresh")
-
-
-def test_options_of_one_component_let_the_others_be(tiny, out, written):
-    interrupt_late(tiny.checkpoint, out)
-    written.clear()
-    run(tiny.checkpoint, out, components=TWO, text_encoder="bf16")
-    assert set(written) == tensors_of(out, "text_encoder")
-
-
-def test_another_source_is_not_taken_for_the_old_one(checkpoint, out, written, tmp_path):
-    interrupt_late(checkpoint, out)
-    # The same size, names and shapes: only the time of the file tells.
-    change_dit(base_of(checkpoint), "blocks.0.self_attn.q.weight", lambda t: t * 2)
-    written.clear()
-    run(checkpoint, out, components=TWO)
-    assert set(written) >= tensors_of(out, "dit")
-    run(checkpoint, tmp_path / "fresh", components=TWO)
-    assert contents(out) == contents(tmp_path / "fresh")
-
-
-def test_another_lora_is_not_taken_for_the_old_one(checkpoint, out, tmp_path):
-    interrupt_late(checkpoint, out)
-    replace_tensors(lora_of(checkpoint), {n: t * 2 for n, t in load_file(lora_of(checkpoint)).items()})
-    run(checkpoint, out, components=TWO)
-    run(checkpoint, tmp_path / "fresh", components=TWO)
-    assert contents(out) == contents(tmp_path / "fresh")
-
-
-def test_what_an_interrupted_run_left_is_no_part_of_the_artifact(tiny, out, tmp_path):
-    interrupt_late(tiny.checkpoint, out)
-    partial = out.with_name("out.partial")
-    (partial / "audio_encoder").mkdir(exist_ok=True)
-    (partial / "audio_encoder" / ".tmpAbCdEf").write_bytes(b"half of a file")
-    run(tiny.checkpoint, out, components=("dit",))
-    assert set(contents(out)) == {"dit.safetensors", MANIFEST}
-    assert sorted(p.name for p in out.iterdir()) == ["dit.safetensors", MANIFEST]

@@ -1,0 +1,134 @@
+"""Options that several commands share, and what they become: a request, memory options, ranks, a pipeline.
+
+Libraries are imported in the functions that need them: ``--help`` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowvram.byte_sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from lowvram.parallel.options import RankOptions
+    from lowvram.pipeline import AvatarPipeline
+    from lowvram.placement import MemoryOptions
+    from lowvram.request import Request
+
+FILE = click.Path(path_type=Path)
+
+
+def either_spelling(name: str) -> str:
+    """Both ``--infer_frames`` and ``--infer-frames``."""
+    return name.replace("_", "-")
+
+
+SETTINGS: dict[str, Any] = {
+    "token_normalize_func": either_spelling,
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "max_content_width": 110,
+}
+
+
+def switch(name: str, default: bool | None, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A switch that may stand alone or with a value: ``--offload_model``, ``--offload_model True``."""
+    return click.option(name, is_flag=False, flag_value="true", type=bool, default=default, help=text)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what to make: shared by ``infer`` and ``compare --model``."""
+    options: list[Callable[..., Any]] = [
+        click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
+        click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
+        click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
+        click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
+        click.option("--sample-solver", type=click.Choice(["euler"]), default="euler", help="The solver."),
+        click.option("--base-seed", type=int, default=420, help="Clip r's noise is seeded with base_seed + r."),
+        click.option(
+            "--cond-rope-distance", default="30", help='How far a block sees the reference frame: 0..30 or "random".'
+        ),
+        switch("--enable-online-decode", True, "Decode each block at once; False decodes a clip at a time."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
+        switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
+        switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
+        click.option("--vram-budget", help='GPU memory to stay within, as "22.15GiB"; default: what is free.'),
+        click.option("--ram-budget", help='Host memory to stay within, as "48GiB"; default: what is free.'),
+        click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
+        click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
+        click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
+        switch("--cuda-graphs", False, "Replay layers that stay on the GPU as CUDA graphs, from the third clip on."),
+        switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
+        click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how several GPUs share the work."""
+    options: list[Callable[..., Any]] = [
+        click.option("--gpus", type=int, help="Start so many ranks here, one a GPU; torchrun starts them otherwise."),
+        click.option(
+            "--num-gpus-dit", type=int, help="GPUs for the DiT: stages x ulysses_size; default: all but VAE's."
+        ),
+        click.option("--ulysses-size", type=int, help="GPUs that share tokens and heads of a denoising step."),
+        switch("--enable-vae-parallel", None, "One GPU more decodes meanwhile; default: from 4 GPUs on."),
+        click.option("--port", type=int, help="Where --gpus lets ranks meet; default: any that is free."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_rank_options(options: dict[str, Any]) -> RankOptions:
+    """How several GPUs share the work."""
+    from lowvram.parallel.options import RankOptions
+
+    return RankOptions(**{field.name: options[field.name] for field in dataclasses.fields(RankOptions)})
+
+
+def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
+    """The artifact of ``--model``."""
+    from lowvram.pipeline import AvatarPipeline
+
+    names = ("device", "dtype", "verify")
+    return AvatarPipeline.from_artifact(
+        options["model"], memory=memory_options(options), **{name: options[name] for name in names}
+    )
+
+
+def memory_options(options: dict[str, Any]) -> MemoryOptions:
+    """What is said of memory."""
+    from lowvram.placement import MemoryOptions
+
+    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs")
+    vram, ram = (parse_bytes(text) if text else None for text in (options["vram_budget"], options["ram_budget"]))
+    wave = options["wave"]
+    return MemoryOptions(
+        **{name: options[name] for name in names},
+        vram_budget=vram,
+        ram_budget=ram,
+        wave=int(wave) if wave.isdigit() else wave,
+        fallback=not options["no_fallback"],
+    )
+
+
+def make_request(options: dict[str, Any]) -> Request:
+    """What to make."""
+    from lowvram.request import Request
+
+    distance = options["cond_rope_distance"]
+    names = ("image", "audio", "prompt", "size", "infer_frames", "num_clip", "sample_steps", "base_seed")
+    return Request(
+        **{name: options[name] for name in names},
+        cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
+        online_decode=options["enable_online_decode"],
+    )

@@ -1,0 +1,68 @@
+"""What ``lowvram infer`` does where several ranks share the work: start them, or be one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowvram.infer import Outputs, infer
+from lowvram.parallel.launch import launch
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
+from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
+from lowvram.parallel.seat import Seat
+from lowvram.parallel.settling import Settler
+from lowvram.pipeline import AvatarPipeline
+from lowvram.placement import MemoryOptions
+from lowvram.request import Request, read_inputs
+from lowvram_quantize.format import Artifact
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankRun:
+    """One run, as every rank is told it; ``model`` is the artifact's folder."""
+
+    model: Path
+    request: Request
+    outputs: Outputs
+    memory: MemoryOptions
+    options: RankOptions
+    device: str
+    dtype: str
+    verify: bool
+    quiet: bool
+
+    def start(self, layout: ParallelLayout, arguments: Sequence[str]) -> None:
+        """Start the ranks of ``layout`` here, each as ``lowvram`` with ``arguments``, and wait for them.
+
+        Raises:
+            LowvramError: what can be told beforehand is told once, before processes start; or a rank failed.
+        """
+        self.outputs.check()
+        check_for_ranks(layout, self.memory)
+        check_gpus(self.device, layout.world_size)
+        height, width = read_inputs(self.request).latent_size
+        heads = Artifact.open(self.model).component("dit").config["num_heads"]
+        layout.check(sample_steps=self.request.sample_steps, heads=heads, tokens_per_frame=height // 2 * (width // 2))
+        launch(layout.world_size, arguments, port=self.options.port or 0)
+
+    def take_part(self, seat: Seat, layout: ParallelLayout) -> bool:
+        """Be one of the ranks, to the end of the run; whether it is the one that writes.
+
+        Raises:
+            LowvramError: this rank failed, or another one did.
+        """
+        check_for_ranks(layout, self.memory)
+        artifact = Artifact.open(self.model)
+        settler = Settler(options=self.options, artifact=artifact, request=self.request, memory=self.memory)
+        with joined(seat, layout, self.device, settler.settle) as (team, device):
+            if team.role.media:
+                self.outputs.check()
+            pipeline = AvatarPipeline.from_artifact(
+                self.model, device=device, dtype=self.dtype, memory=self.memory, team=team, verify=self.verify
+            )
+            team.agree(facts_to_agree_on(artifact, self.request, self.memory, team.layout, device, self.dtype))
+            share_weights(team, pipeline.runtime)
+            infer(pipeline, self.request, self.outputs, quiet=self.quiet)
+        return team.role.media
