@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test test-golden test-gpu bench bench-gpu lint typecheck format clean
+.PHONY: setup check-install demo test test-golden test-gpu bench bench-gpu lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# Whether what setup installs resolves on a user's machine: against the package index alone, with CUDA and CPU builds of
+# torch, on every supported Python that is here. INSTALL has options, as "--python 3.11 --build cuda".
+check-install:
+	$(PYTHON) tests/install/check_install.py $(INSTALL)
 
 demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
