@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
 
 log = logging.getLogger(__name__)
@@ -158,19 +156,11 @@ def card_at_hand(device: torch.device, *, runner: Runner | None = None, file: Pa
 
 
 def cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lowvram" / "cards.json"
+    return cache_folder() / "cards.json"
 
 
 def _read(file: Path) -> dict[str, Rates]:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {key: _rates(values) for key, values in stored.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be used (%s): rates are measured again", file, error)
-        return {}
+    return read_cache(file, "rates", _rates)
 
 
 def _rates(values: dict[str, Any]) -> Rates:
@@ -184,12 +174,4 @@ def _rates(values: dict[str, Any]) -> Rates:
 
 
 def _write(file: Path, rates: dict[str, Rates]) -> None:
-    text = json.dumps({key: dataclasses.asdict(value) for key, value in rates.items()}, indent=1)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may write at once: each replaces the file as a whole.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            partial.write(text)
-        os.replace(partial.name, file)
-    except OSError as error:
-        log.warning("%s cannot be written (%s): rates are measured again the next time", file, error)
+    write_cache(file, "rates", {key: dataclasses.asdict(value) for key, value in rates.items()})
