@@ -116,7 +116,7 @@ def _attend_kernel(
             inside = seen[None, :] if DIM_P2 == HEAD_DIM else seen[None, :] & (dims < HEAD_DIM)[:, None]
             keys = tl.load(k + token[None, :] * (HEADS * HEAD_DIM) + dims[:, None], mask=inside, other=0)
             step = tl.load(k_scale + token)
-            product = tl.dot(q, keys, tl.full((BLOCK_L, BLOCK_T), MAGIC_BITS, tl.int32))
+            product = tl.dot(q, keys, tl.full((BLOCK_L, BLOCK_T), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
             score = (product.to(tl.float32, bitcast=True) - MAGIC) * step[None, :]
             score = tl.where(seen[None, :], score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, 1) * scale + shift)

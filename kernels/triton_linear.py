@@ -87,10 +87,9 @@ def _linear_kernel(
     w_from = weight + first_column.to(tl.int64) * stride_wn
     w_at = w_from + tl.where(column_there, columns, 0)[None, :] * stride_wn + depth[:, None]
 
-    if x.dtype.element_ty == tl.int8:
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    else:
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Named to tl.dot too: Triton before 3.8 would take float32 for the result whatever the accumulator is.
+    SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    product = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for start in range(0, K, BLOCK_K * PARTS):
         for part in tl.static_range(PARTS):
             if EVEN_K:
@@ -99,7 +98,7 @@ def _linear_kernel(
                 left = depth < K - start - part * BLOCK_K
                 a = tl.load(x_at, mask=left[None, :], other=0.0)
                 b = tl.load(w_at, mask=left[:, None], other=0.0)
-            product = tl.dot(a, b, product)
+            product = tl.dot(a, b, product, out_dtype=SUM)
             x_at += BLOCK_K
             w_at += BLOCK_K
 
