@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/plans.py --out benchmarks/results/plans.json
 	$(BIN)/python benchmarks/faults.py --out benchmarks/results/faults_cpu.json
 	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_cpu.json
+	$(BIN)/python benchmarks/host_time.py --out benchmarks/results/host_time.json
 
 # On a machine with a CUDA device; says so and fails elsewhere. FULL_SIZE has options, as "--dir /data --resume".
 bench-gpu: setup

@@ -1,0 +1,257 @@
+"""What a rollout asks of a GPU, counted without one: its own code for CUDA on ``meta``, each kernel of ours a counter.
+
+Shapes decide everything here, values nothing. A launch is a Triton kernel, or an ATen operation on the device that is
+neither a view nor an allocation; a dispatcher call is what a ``TorchDispatchMode`` sees, composite operations and their
+parts each. A synchronisation is whatever would let the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lowvram_kernels
+from lowvram.engine import Engine
+from lowvram.placement import Placement
+from lowvram.residency import Layers
+from lowvram.rollout import Rollout, RolloutSettings
+from lowvram.schedule import Block, blocks_of
+from lowvram.simulate import SimulatedDevice
+from lowvram.weights import build_dit, check_complete, load_shared
+from lowvram_models.config import DiTConfig
+from lowvram_quantize.format import Artifact
+
+Tensor = torch.Tensor
+META = torch.device("meta")
+FRAMES_PER_CLIP, STEPS, MOTION_LATENTS = 12, 4, 19
+_WITHOUT_LAUNCH = ("empty", "new_empty", "lift", "_unsafe_view", "_reshape_alias", "set_", "resize_")
+_ASKS_A_VALUE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of one stretch of a run. ``launches`` by the kernel's name, ``syncs`` by what caused them."""
+
+    dispatched: int = 0
+    launches: Counter[str] = dataclasses.field(default_factory=Counter)
+    syncs: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def launched(self) -> int:
+        return sum(self.launches.values())
+
+
+class Counting(TorchDispatchMode):
+    """``scopes`` collects by the name of the innermost ``scope``; all names of a stack are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scopes: dict[str, list[Counts]] = {}
+        self._open: list[Counts] = []
+        self.pinned: set[int] = set()
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        counts = Counts()
+        self.scopes.setdefault(name, []).append(counts)
+        self._open.append(counts)
+        try:
+            yield
+        finally:
+            self._open.remove(counts)
+
+    def launched(self, name: str) -> None:
+        for counts in self._open:
+            counts.launches[name] += 1
+
+    def waited(self, why: str) -> None:
+        for counts in self._open:
+            counts.syncs[why] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for counts in self._open:
+            counts.dispatched += 1
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = func._schema.name.partition("::")[2]
+        here = [t for t in _tensors((args, kwargs)) if t.is_meta]
+        if here and _asks_a_value(name, args):
+            self.waited(name)
+        result = func(*args, **kwargs)
+        self._note_copy(name, args, kwargs, result)
+        made = here or [t for t in _tensors(result) if t.is_meta]
+        if made and not func.is_view and not name.startswith(_WITHOUT_LAUNCH):
+            self.launched(name)
+        return result
+
+    def _note_copy(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if name not in ("_to_copy", "copy_"):
+            return
+        target, source = (result, args[0]) if name == "_to_copy" else args[:2]
+        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        if source.is_meta and not target.is_meta:
+            self.waited("copy to the host")
+        elif target.is_meta and not source.is_meta and (source.ndim or name == "_to_copy"):
+            if blocking:
+                self.waited("blocking copy to the device")
+            elif source.untyped_storage()._cdata not in self.pinned:
+                self.waited("copy from memory that is not pinned")
+
+
+def _asks_a_value(name: str, args: tuple[Any, ...]) -> bool:
+    if name in ("index", "index_put_", "index_put"):
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+    return name in _ASKS_A_VALUE
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+class _Launcher:
+    """Stands for a Triton kernel: ``kernel[grid](...)`` is one launch and computes nothing."""
+
+    def __init__(self, name: str, launched: Callable[[str], None]):
+        self._name, self._launched = name, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._launch
+
+    def _launch(self, *_: Any, **__: Any) -> None:
+        self._launched(self._name)
+
+
+class _WatchedEngine(Engine):
+    def __init__(self, waited: Callable[[str], None]):
+        super().__init__(META)
+        self._waited = waited
+
+    def settle(self) -> None:
+        self._waited("settle")
+
+
+@contextlib.contextmanager
+def as_if_cuda(counting: Counting) -> Iterator[None]:
+    """Let ``meta`` pass for a CUDA device with Triton: dispatchers choose as they would there."""
+    import triton
+
+    with contextlib.ExitStack() as patches:
+        for info in pkgutil.iter_modules(lowvram_kernels.__path__, "lowvram_kernels."):
+            module = importlib.import_module(info.name)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.runtime.jit.JITFunction):
+                    launcher = _Launcher(name.strip("_"), counting.launched)
+                    patches.enter_context(mock.patch.object(module, name, launcher))
+                elif name == "triton_serves":
+                    patches.enter_context(mock.patch.object(module, name, lambda device: device.type == "meta"))
+        patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta)))
+        patches.enter_context(mock.patch.object(torch, "tensor", _watched_tensor(counting)))
+        if (choices := sys.modules.get("lowvram_kernels.choices")) is not None:
+            choices.reset()
+            patches.callback(choices.reset)
+        yield
+
+
+def _watched_tensor(counting: Counting) -> Callable[..., Tensor]:
+    made = torch.tensor
+
+    def tensor(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            counting.waited("torch.tensor on the device")
+        return made(*args, **kwargs)
+
+    return tensor
+
+
+class _Scoped(Rollout):
+    """A rollout whose layers are counted apart, once ``counting`` is set."""
+
+    counting: Counting | None = None
+
+    def _through(self, layer: int, call: Any) -> Tensor:
+        if self.counting is None:
+            return super()._through(layer, call)
+        heard = layer in self.dit.config.audio_inject_layers
+        with self.counting.scope("audio layer" if heard else "plain layer"):
+            return super()._through(layer, call)
+
+
+class Host:
+    """A rollout of ``artifact``'s DiT, everything on the device, KV rings "int8" or "plain", that has two clips behind
+    it: what is prepared once is prepared. Size in latents (h, w)."""
+
+    def __init__(self, artifact: Path, kv: str, latent_size: tuple[int, int], counting: Counting):
+        component = Artifact.open(artifact).component("dit")
+        dit = build_dit(component)
+        check_complete(dit, component)
+        load_shared(dit, component, META, torch.bfloat16)
+        self.config: DiTConfig = dit.config
+        self.settings = RolloutSettings(frames_per_clip=FRAMES_PER_CLIP, latent_size=latent_size, sample_steps=STEPS)
+        engine = _WatchedEngine(counting.waited)
+        self.counting = counting
+        self.rollout = _Scoped(
+            dit,
+            Layers(dit, component, engine, torch.bfloat16),
+            torch.zeros(self.config.text_len, self.config.text_dim),
+            self.settings,
+            dtype=torch.bfloat16,
+            engine=engine,
+            placement=Placement(kv=kv),
+        )
+        size = self.settings.latent_size
+        self.rollout.prefill(torch.zeros(16, 1, *size), torch.zeros(16, MOTION_LATENTS, *size))
+        blocks = list(blocks_of(4, FRAMES_PER_CLIP))
+        self._blocks = iter(blocks[len(blocks) // 2 :])
+        for block in blocks[: len(blocks) // 2]:
+            self.denoise(block)
+
+    def denoise(self, block: Block) -> None:
+        noise = torch.zeros(16, block.frames, *self.settings.latent_size)
+        audio = torch.zeros(1, self.config.audio_layers, self.config.audio_dim, block.frames * 4)
+        self.rollout.start(block, noise, audio)
+        for step in range(STEPS):
+            with self.counting.scope("step"):
+                self.rollout.advance([(block, step)])
+        self.rollout.finish(block)
+
+    def count(self) -> dict[str, Counts]:
+        """One block: of each kind of stretch the largest, by launches."""
+        self.counting.scopes.clear()
+        self.rollout.counting = self.counting
+        with SimulatedDevice(), self.counting, self.counting.scope("block"):
+            self.denoise(next(self._blocks))
+        self.rollout.counting = None
+        return {
+            name: max(some, key=lambda c: (c.launched, c.dispatched)) for name, some in self.counting.scopes.items()
+        }
+
+    def seconds(self) -> float:
+        """Processor time of a block, nothing counted but our own launches; the least of three."""
+        found = []
+        for _ in range(3):
+            begin = time.process_time()
+            self.denoise(next(self._blocks))
+            found.append(time.process_time() - begin)
+        return min(found)
