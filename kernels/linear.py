@@ -1,12 +1,12 @@
 """W8A8 linear layers: activations quantized per token at run time, weights per output channel beforehand.
 
-Order of preference:
+Order of preference, which ``choices`` may change:
 
 - int8: the Triton kernel on CUDA from sm_80 on, scales, bias and GELU in its epilogue; then ``torch._int_mm`` (CUDA
-  without Triton, and the CPU, where AVX512-VNNI or AMX make it fast).
+  without Triton, and the CPU, where AVX512-VNNI or AMX make it fast); then a float32 product, see ``wide_product``.
 - fp8: row-wise ``torch._scaled_mm`` on sm_89, sm_90 and sm_120 (and the CPU); the Triton kernel where GELU follows,
-  since only it fuses that. A GPU without FP8 units runs fp8 weights weight-only; the kernel's name in the run's report
-  says so, and a warning is given once.
+  since only it fuses that; then a float32 product. A GPU without FP8 units runs fp8 weights weight-only; the kernel's
+  name in the run's report says so, and a warning is given once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,27 @@ import logging
 import torch
 from torch.nn import functional as F
 
-from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.chips import has_fp8_units
+from lowvram_kernels.choices import FLOAT32, INT_MM, SCALED_MM, TRITON, choose
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
+from lowvram_kernels.wide_product import wide_product
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
+
+# By dtype, and whether GELU follows: what ``choices`` is asked for, and how the run's report calls each answer.
+_OPERATIONS = {
+    (dtype, gelu): f"linear_w8a8 {name}{' gelu' if gelu else ''}"
+    for dtype, name in NAMES.items()
+    for gelu in (False, True)
+}
+_REPORTED = {
+    (dtype, backend): f"{name}: {backend}"
+    for dtype, name in NAMES.items()
+    for backend in (TRITON, INT_MM, SCALED_MM, FLOAT32)
+}
 
 
 def linear_w8a8(
@@ -90,14 +104,14 @@ def _product(
     gelu: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    int8 = q_MK.dtype is torch.int8
-    if q_MK.is_cuda and (int8 or gelu) and triton_serves(q_MK.device):
+    backend = choose(_OPERATIONS[q_MK.dtype, gelu], q_MK.device)
+    record("linear_w8a8", _REPORTED[q_MK.dtype, backend])
+    if backend == TRITON:
         from lowvram_kernels.triton_linear import linear_triton
 
-        record("linear_w8a8", f"{NAMES[q_MK.dtype]}: triton")
         return linear_triton(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu=gelu, dtype=dtype)
-    record("linear_w8a8", "int8: torch._int_mm" if int8 else "fp8: torch._scaled_mm")
-    out = (int8_mm if int8 else fp8_mm)(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
+    product = {INT_MM: int8_mm, SCALED_MM: fp8_mm, FLOAT32: wide_mm}[backend]
+    out = product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
     return F.gelu(out, approximate="tanh") if gelu else out
 
 
@@ -146,6 +160,12 @@ def fp8_mm(
     one = scale_M1.new_ones(())
     product = torch._scaled_mm(q_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
     return _epilogue(product.mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
+
+
+def wide_mm(
+    q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return _epilogue(wide_product(q_MK, weight_NK).mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
 
 def _fp8_rowwise(q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.choices import TRITON, choose, rows_operation
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import QMAX, kind_name, reference_rows
 from lowvram_kernels.trace import record
@@ -32,7 +32,7 @@ def norm_rows(
         ValueError: shapes do not fit, or D cannot be rotated in such groups.
     """
     _check(x_LD, None, gain=gain, offset=offset, dtype=dtype, group=group)
-    if _serves(x_LD, dtype):
+    if _takes_triton(rows_operation("norm_rows", dtype, group), x_LD):
         from lowvram_kernels.triton_norm import fused_triton
 
         record("norm_rows", f"{_name(dtype, group)}: triton")
@@ -48,7 +48,7 @@ def add_gated(x_LD: Tensor, y_LD: Tensor, gate: Tensor | None, *, out: Tensor | 
         ValueError: shapes do not fit.
     """
     _check(x_LD, y_LD, gate=gate)
-    if _serves(x_LD, None):
+    if _takes_triton("add_gated", x_LD):
         from lowvram_kernels.triton_norm import fused_triton
 
         record("add_gated", "triton")
@@ -71,7 +71,7 @@ def add_gated_norm_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both in one pass: the new residual x + gate * y, then ``norm_rows`` of it as (residual, values, scale)."""
     _check(x_LD, y_LD, gate=gate, gain=gain, offset=offset, dtype=dtype, group=group)
-    if _serves(x_LD, dtype):
+    if _takes_triton(rows_operation("add_gated_norm_rows", dtype, group), x_LD):
         from lowvram_kernels.triton_norm import fused_triton
 
         record("add_gated_norm_rows", f"{_name(dtype, group)}: triton")
@@ -100,10 +100,8 @@ def _rows_of(vectors: Tensor, rows: int) -> Tensor:
     return vectors if vectors.ndim == 1 else vectors.repeat_interleave(rows // len(vectors), dim=0)
 
 
-def _serves(x: Tensor, dtype: torch.dtype | None) -> bool:
-    if not x.is_cuda or not x.numel() or x.dtype is torch.float64 or not triton_serves(x.device):
-        return False
-    return dtype is not torch.float8_e4m3fn or has_fp8_units(x.device)
+def _takes_triton(operation: str, x: Tensor) -> bool:
+    return bool(x.numel()) and x.dtype is not torch.float64 and choose(operation, x.device) == TRITON
 
 
 def _name(dtype: torch.dtype, group: int) -> str:

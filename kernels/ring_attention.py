@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lowvram_kernels.attention import sdpa
-from lowvram_kernels.chips import triton_serves
+from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.ring_codec import KVBlock, decode_block, decode_keys, rotate_block
 from lowvram_kernels.rope import rotate
 from lowvram_kernels.trace import record
@@ -37,7 +37,7 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
     _check(items, lists)
     if not items.numel():
         return torch.empty_like(q)
-    if triton_serves(q.device):
+    if choose("ring_attention", q.device) == TRITON:
         from lowvram_kernels.triton_attention import ring_attention_triton
 
         record("ring_attention", "int8: triton")
@@ -62,7 +62,7 @@ def ring_and_sink_attention(
     rotates what it decodes.
     """
     _check(q_LNH[None], [[*blocks, sink]])
-    if triton_serves(q_LNH.device):
+    if choose("ring_attention", q_LNH.device) == TRITON:
         return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP, rotated)])
     record("ring_attention", _decoded_name(q_LNH))
     keys = rotate(decode_keys(sink, torch.float32), cos_TP, sin_TP).to(q_LNH.dtype)

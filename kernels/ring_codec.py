@@ -14,7 +14,7 @@ import dataclasses
 
 import torch
 
-from lowvram_kernels.chips import triton_serves
+from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.rope import check_norm_rope, norm_rope, rotate
 from lowvram_kernels.rows import FLOOR
 from lowvram_kernels.trace import record
@@ -125,7 +125,7 @@ def encode_projected(
             "that [tokens, heads * head_dim] and its own shape are expected"
         )
     check_norm_rope(k_TD, weight_D, heads, cos_TP, sin_TP)
-    if triton_serves(k_TD.device):
+    if choose("encode_projected", k_TD.device) == TRITON:
         from lowvram_kernels.triton_keys import encode_projected_triton
 
         record("encode_projected", "int8: triton")
@@ -172,7 +172,7 @@ def room_for_keys(block: KVBlock) -> KVBlock:
 
 
 def _rotated_keys(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    if triton_serves(block.k.device):
+    if choose("rotate_keys", block.k.device) == TRITON:
         from lowvram_kernels.triton_rope import rotated_keys_triton
 
         record("rotate_keys", "int8: triton")
@@ -187,7 +187,7 @@ def _encode_keys(k_TNH: Tensor, out: KVBlock) -> None:
 
 
 def _encode(x_TNH: Tensor, mean_NH: Tensor | None, q_TNH: Tensor, scale_TN: Tensor) -> None:
-    if triton_serves(x_TNH.device):
+    if choose("encode_kv", x_TNH.device) == TRITON:
         from lowvram_kernels.triton_rope import encode_triton
 
         record("encode_kv", "int8: triton")

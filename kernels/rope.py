@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowvram_kernels.chips import triton_serves
+from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -24,7 +24,7 @@ def norm_rope(
         ValueError: shapes do not fit.
     """
     check_norm_rope(x_TD, weight_D, heads, cos_TP, sin_TP)
-    if x_TD.is_cuda and len(x_TD) and triton_serves(x_TD.device):
+    if len(x_TD) and choose("norm_rope", x_TD.device) == TRITON:
         from lowvram_kernels.triton_rope import norm_rope_triton
 
         record("norm_rope", "triton")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.choices import TRITON, choose, rows_operation
 from lowvram_kernels.rotation import check_group, rotated
 from lowvram_kernels.trace import record
 
@@ -40,12 +40,7 @@ def quantize_rows(x_MK: Tensor, dtype: torch.dtype, *, group: int = 1) -> tuple[
         raise ValueError(f"x is {tuple(x_MK.shape)}; expected rows [M, K]: flatten the leading dimensions first")
     check_group(group, x_MK.shape[1], dtype)
     kind = kind_name(dtype, group)
-    if (
-        x_MK.is_cuda
-        and x_MK.numel()
-        and triton_serves(x_MK.device)
-        and (dtype is torch.int8 or has_fp8_units(x_MK.device))
-    ):
+    if x_MK.numel() and choose(rows_operation("quantize_rows", dtype, group), x_MK.device) == TRITON:
         from lowvram_kernels.triton_rows import quantize_rows_triton
 
         record("quantize_rows", f"{kind}: triton")

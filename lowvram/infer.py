@@ -20,6 +20,7 @@ from lowvram.media.video import VideoWriter
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
+from lowvram_kernels import choices
 from lowvram_kernels.errors import InputError, OutOfMemoryError, OutputError
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def make_report(
         "stages": pipeline.runtime.stages.to_json(),
         "blocks": [dataclasses.asdict(block) for block in recorder.blocks],
         "kernels": kernels_of(pipeline),
+        "kernel_choices": [dataclasses.asdict(note) for note in choices.noted()],
     }
 
 
@@ -144,6 +146,7 @@ def rank_report(pipeline: AvatarPipeline) -> dict[str, Any]:
         "memory": pipeline.memory_report(),
         "stages": pipeline.runtime.stages.to_json(),
         "kernels": kernels_of(pipeline),
+        "kernel_choices": [dataclasses.asdict(note) for note in choices.noted()],
         "sent_bytes": pipeline.team.sent_bytes(),
     }
 

@@ -11,6 +11,7 @@ import torch
 
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.pipeline import Request
+from lowvram_kernels import choices
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
 
@@ -60,3 +61,10 @@ def tiny(tmp_path_factory) -> Tiny:
     draw_portrait(128, 128).save(root / "portrait.png")
     write_wav(root / "voice.wav", synth_voice(1.5), 16000)
     return Tiny(root)
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_they_were():
+    """What a test switches off or prefers is set back behind it."""
+    with choices.restored():
+        yield

@@ -121,7 +121,7 @@ def functions_that_import_triton() -> dict[str, set[str]]:
 def test_every_dispatcher_asks_before_it_takes_a_triton_kernel():
     found = functions_that_import_triton()
     assert {"rows.quantize_rows", "norm.norm_rows", "linear._product", "ring_attention.ring_attention"} <= set(found)
-    assert [name for name, calls in found.items() if not calls & {"triton_serves", "_serves"}] == []
+    assert [name for name, calls in found.items() if not calls & {"choose", "_takes_triton"}] == []
 
 
 @pytest.mark.gpu

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from lowvram.cli import main
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.media.video import probe
+from lowvram_kernels import choices
 
 
 def run(*args) -> Result:
@@ -39,6 +41,7 @@ def one_line(result: Result, *parts: str) -> None:
 
 def test_a_video_with_sound_and_a_report(tiny, tmp_path):
     out, report = tmp_path / "a.mp4", tmp_path / "a.json"
+    choices.switch_off("norm_rope", choices.TRITON, torch.device("cuda", 0), "returned NaN")
     result = run(*infer_args(tiny, out), "--report", report)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(out)
@@ -52,6 +55,8 @@ def test_a_video_with_sound_and_a_report(tiny, tmp_path):
     assert {s["name"] for s in facts["stages"]} >= {"encode_text", "encode_audio", "encode_image", "denoise", "decode"}
     assert all(s["seconds"] >= 0 and s["peak_bytes"] > 0 for s in facts["stages"])
     assert facts["settings"]["base_seed"] == 420
+    off = [note["operation"] for note in facts["kernel_choices"] if note["reason"] == "returned NaN"]
+    assert off == ["norm_rope"]
     assert sorted(tmp_path.iterdir()) == [report, out]
 
 
