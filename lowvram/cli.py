@@ -35,6 +35,7 @@ from lowvram.options import (
     request_options,
     switch,
 )
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram_kernels.errors import InputError, LowvramError
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
@@ -52,9 +53,11 @@ class ErrorsToExitCodes(click.Group):
             return super().invoke(ctx)
         except LowvramError as error:
             fail(str(error), error.exit_code)
-        except torch.cuda.OutOfMemoryError as error:
-            fail(f"the GPU's memory ran out: {error}; give a smaller --vram-budget, which plans for less", 1)
-        except torch.AcceleratorError as error:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                fail(f"the GPU's memory ran out: {error}; give a smaller --vram-budget, which plans for less", 1)
+            if not isinstance(error, torch.AcceleratorError):
+                raise
             fail(f"the GPU failed: {error}; what was written before is kept, the card may have to be reset", 1)
 
 

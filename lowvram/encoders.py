@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
 
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram.text_linears import swap_text_linears
 from lowvram.weights import bind, load_slabs, swap_quantized
 from lowvram_kernels.errors import CheckpointError
@@ -82,5 +83,7 @@ def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Ve
         state = wav2vec2_state(load_file(folder / "model.safetensors"))
         model.load_state_dict({k: v.to(device, torch.float32) for k, v in state.items()}, assign=True, strict=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{folder} is no usable wav2vec2: {error}; convert the checkpoint again") from error
     return model, bool(preprocessor.get("do_normalize", True))

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from lowvram.byte_sizes import gib
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 Tensor = torch.Tensor
@@ -168,9 +169,9 @@ class CudaEngine(Engine):
 def _failing(way: str, nbytes: int) -> Iterator[None]:
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise DeviceError(
             f"a copy of {nbytes} bytes {way} the device failed ({error}); the device may have to be reset, and what "
             "was written before is kept"

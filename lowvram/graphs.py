@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from lowvram.engine import Engine
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram.placement import Placement
 from lowvram.relief import first_sentences, free_cached
 from lowvram.rings import Cell
@@ -141,13 +142,13 @@ class LayerGraphs:
         try:
             with trace_kernels() as kernels, holding() as held:
                 replay = self._capture(work)
-        except torch.cuda.OutOfMemoryError as error:
-            reason = first_sentences(error)
         except RuntimeError as error:
-            raise DeviceError(
-                f"layer {key[0]} could not be captured as a CUDA graph ({error}); leave --cuda-graphs out, and what "
-                "was written before is kept"
-            ) from error
+            if not is_out_of_memory(error):
+                raise DeviceError(
+                    f"layer {key[0]} could not be captured as a CUDA graph ({error}); leave --cuda-graphs out, and "
+                    "what was written before is kept"
+                ) from error
+            reason = first_sentences(error)
         else:
             lane.captured[key] = Captured(replay=replay, kernels=kernels, held=held)
             self.facts["captured"] += 1

@@ -17,6 +17,7 @@ import torch
 
 from lowvram.fallback import smaller_request
 from lowvram.media.video import VideoWriter
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
@@ -65,7 +66,9 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
         try:
             recorder, written = _make(pipeline, request, outputs, quiet)
             break
-        except OutOfMemoryError as error:
+        except (OutOfMemoryError, RuntimeError) as error:
+            if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)):
+                raise
             rung = smaller_request(request.size, request.infer_frames, request.sample_steps)
             if rung is None or not pipeline.runtime.memory.allow_quality_loss:
                 raise

@@ -6,6 +6,7 @@ and decoder hold moves along.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import TypeVar
 import torch
 
 from lowvram.fallback import Layout, next_rung
+from lowvram.out_of_memory import allocator_refusals, is_out_of_memory
 from lowvram.simulate import simulated_device
-from lowvram_kernels.errors import OutOfMemoryError
+from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,18 +39,16 @@ class Relief:
         Raises:
             OutOfMemoryError: nothing is left to give up, or nothing may be.
         """
-        changed = False
-        while True:
-            try:
-                if changed:
-                    give_way(self.layout)
-                return work()
-            except torch.cuda.OutOfMemoryError as error:
-                reason = first_sentences(error)
-            # Outside the handler: what failed is not held by its traceback any more.
-            free_cached()
-            self._step_down(what, reason)
-            changed = True
+
+        def again() -> T:
+            give_way(self.layout)
+            return work()
+
+        done = attempted(what, work)
+        while isinstance(done, RanOut):
+            self._step_down(what, done.reason)
+            done = attempted(what, again)
+        return done
 
     def once(self, what: str, work: Callable[[], T], why: str) -> T:
         """Do ``work``, which cannot be done again; ``why``, and what to do, is said where memory runs out.
@@ -56,19 +56,17 @@ class Relief:
         Raises:
             OutOfMemoryError: it did.
         """
-        try:
-            return work()
-        except torch.cuda.OutOfMemoryError as error:
-            raise _out_of_memory(what, first_sentences(error), why) from error
+        done = attempted(what, work)
+        if isinstance(done, RanOut):
+            raise _out_of_memory(what, done.reason, why)
+        return done
 
     def on_host_instead(self, what: str, work: Callable[[torch.device], T], device: torch.device) -> T:
         """Do ``work`` on the device, and where it does not fit there, on the host: for what runs once a video."""
-        try:
-            return work(device)
-        except torch.cuda.OutOfMemoryError as error:
-            reason = first_sentences(error)
-        free_cached()
-        self.went_without(what, reason, "it runs on the host now, which takes longer")
+        done = attempted(what, lambda: work(device))
+        if not isinstance(done, RanOut):
+            return done
+        self.went_without(what, done.reason, "it runs on the host now, which takes longer")
         return work(torch.device("cpu"))
 
     def went_without(self, what: str, reason: str, words: str) -> None:
@@ -95,6 +93,40 @@ class Relief:
         log.warning("the device's memory ran out in %s (%s): %s", what, reason, words)
 
 
+@dataclasses.dataclass(frozen=True)
+class RanOut:
+    """Memory ran out; ``reason`` is what was said of it."""
+
+    reason: str
+
+
+def attempted(what: str, work: Callable[[], T]) -> T | RanOut:
+    """Do ``work``, and where the device's memory runs out, give back what it took.
+
+    Raises:
+        DeviceError: memory ran out, and the device does not answer any more.
+    """
+    before = allocator_refusals()
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error, refused=allocator_refusals() > before):
+            raise
+        ran_out = RanOut(first_sentences(error))
+    # Outside the handler: what failed is not held by its traceback any more.
+    try:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        free_cached()
+    except RuntimeError as error:
+        raise DeviceError(
+            f"the device's memory ran out in {what} ({ran_out.reason}), and it does not answer since "
+            f"({first_sentences(error)}): nothing on it can be used by this process any more; start again with a "
+            "smaller --vram-budget, what was written before is kept"
+        ) from error
+    return ran_out
+
+
 def free_cached() -> None:
     """Give back what nobody holds any more."""
     gc.collect()
@@ -108,7 +140,17 @@ def _out_of_memory(what: str, reason: str, advice: str) -> OutOfMemoryError:
     return OutOfMemoryError(f"the device's memory ran out in {what}: {reason}; {advice}")
 
 
+_HINTS = (
+    " If reserved but unallocated",
+    " Search for `cuda",
+    " CUDA kernel errors might be",
+    " For debugging consider",
+)
+
+
 def first_sentences(error: BaseException) -> str:
     """What torch says of bytes wanted, there and free; not its hints behind that."""
     text = " ".join(str(error).split())
-    return text.split(" If reserved but unallocated", 1)[0].rstrip(".")
+    for hint in _HINTS:
+        text = text.split(hint, 1)[0]
+    return text.rstrip(".")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lowvram.chain import Chain
 from lowvram.conditions import Conditions
 from lowvram.host_copies import Shared
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram.parallel.chain import StageChain, arriving
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.meeting import MEETING_S, Meeting
@@ -205,7 +206,7 @@ def _shared_slabs(sizes: list[int]) -> SharedSlabs | None:
 
 def _own(error: RuntimeError) -> bool:
     """Whether an error cannot come from an exchange that broke off."""
-    return isinstance(error, torch.cuda.OutOfMemoryError)
+    return is_out_of_memory(error)
 
 
 def _group(ranks: Iterable[int], backend: str) -> Any:
