@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup check-install demo test test-golden test-gpu bench bench-gpu lint typecheck format clean
+.PHONY: setup check-install demo test test-golden test-triton test-gpu bench bench-gpu lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: setup
 
 test-golden: setup
 	$(BIN)/python -m pytest -m golden tests
+
+# The kernels under every version of Triton that the supported versions of PyTorch bring, and the newest.
+test-triton: setup
+	$(BIN)/python tests/kernels/versions.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests
