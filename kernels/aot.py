@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lowvram_kernels.chips import SHARED_BYTES
+from lowvram_kernels.machine_code import Loop, Pipeline, inner_loop, matrix_opcodes, pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Usage:
     shared_limit: int
     num_warps: int
     matrix_instructions: tuple[str, ...]
+    loop: Loop | None
+    pipeline: Pipeline
 
     def fits(self) -> bool:
         return self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
@@ -95,7 +98,7 @@ def compile_case(case: Case, generation: int) -> Usage:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     options["enable_fp_fusion"] = case.fp_fusion
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"], case.name)
+    registers, stack, sass = _disassembled(compiled.asm["cubin"], case.name)
     return Usage(
         name=case.name,
         generation=generation,
@@ -104,30 +107,28 @@ def compile_case(case: Case, generation: int) -> Usage:
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_BYTES[generation],
         num_warps=case.num_warps,
-        matrix_instructions=_matrix_instructions(compiled.asm["ptx"]),
+        matrix_instructions=matrix_opcodes(sass),
+        loop=inner_loop(sass),
+        pipeline=pipeline(compiled.asm["ttgir"]),
     )
 
 
-def _resources(cubin: bytes, name: str) -> tuple[int, int]:
+def _disassembled(cubin: bytes, name: str) -> tuple[int, int, str]:
+    """Registers, bytes of stack and local memory, and SASS, by the tools that Triton brings."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = _output(knobs.nvidia.nvdisasm.path, "--print-code", file.name)
     finally:
         os.unlink(file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"{name}: cuobjdump named no registers: {text.strip()!r}")
-    return int(found[1]), int(found[2]) + int(found[3])
+    return int(found[1]), int(found[2]) + int(found[3]), sass
 
 
-def _matrix_instructions(ptx: str) -> tuple[str, ...]:
-    """The tensor cores' instructions by operand types, such as "mma s8 s8" or "wgmma bf16 bf16"."""
-    found = set()
-    for line in re.findall(r"\b(?:wgmma\.mma_async|mma)\.[\w.:]+", ptx):
-        types = re.findall(r"\.(s8|bf16|f16|tf32|e4m3)\b", line)
-        found.add(" ".join([line.split(".")[0], *types]))
-    return tuple(sorted(found))
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
