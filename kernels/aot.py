@@ -54,8 +54,9 @@ class Usage:
         return self.stack_bytes == 0 and self.shared_bytes <= self.shared_limit
 
 
-def cases(generation: int) -> list[Case]:
-    """Every launch of every Triton kernel on a chip of this generation."""
+def cases(generation: int, *, more: bool = False) -> list[Case]:
+    """Every launch of every Triton kernel on a chip of this generation; ``more``: also at sizes, numbers of heads and
+    types for which the compiler makes another program, and which are seldom met."""
     from lowvram_kernels import (
         triton_attention,
         triton_keys,
@@ -67,12 +68,15 @@ def cases(generation: int) -> list[Case]:
     )
 
     modules = (triton_rows, triton_linear, triton_norm, triton_rope, triton_keys, triton_prepare, triton_attention)
-    return [case for module in modules for case in module.aot_cases(generation)]
+    found = [case for module in modules for case in module.aot_cases(generation)]
+    if more:
+        found += [case for module in modules for case in getattr(module, "more_aot_cases", lambda _: [])(generation)]
+    return found
 
 
-def compile_all(generations: Iterable[int]) -> list[Usage]:
+def compile_all(generations: Iterable[int], *, more: bool = False) -> list[Usage]:
     """Every case of every generation, in this order. The compiler lets several threads work at a time."""
-    jobs = [(case, generation) for generation in generations for case in cases(generation)]
+    jobs = [(case, generation) for generation in generations for case in cases(generation, more=more)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: compile_case(*job), jobs))
 

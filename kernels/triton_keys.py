@@ -8,6 +8,8 @@ and RoPE, 2 for the mean, 2 + 1 to encode.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -131,16 +133,25 @@ def encode_projected_triton(
 
 
 def aot_cases(generation: int) -> list[Case]:
-    heads, head_dim = 40, 128
+    return _aot_cases(40, "*bf16", "i32:16")
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    cases = [case for heads in (13, 20) for case in _aot_cases(heads, "*fp32", "i32")]
+    return [dataclasses.replace(case, name=f"{case.name} {case.constants['HEADS']} heads") for case in cases]
+
+
+def _aot_cases(heads: int, x: str, number: str) -> list[Case]:
+    head_dim = 128
     shape = block_shape(heads, head_dim) | {"ROPE": True}
-    keys = {"x": "*bf16", "weight": "*bf16", "cos": "*fp32", "sin": "*fp32", "stride_x": "i32:16", "eps": "fp32"}
+    keys = {"x": x, "weight": "*bf16", "cos": "*fp32", "sin": "*fp32", "stride_x": "i32:16", "eps": "fp32"}
     blocks = {"mean": "*bf16", "v": "*bf16", "k8": "*i8", "k_scale": "*bf16", "v8": "*i8", "v_scale": "*bf16"}
     warps = row_warps(heads * head_dim)
     return [
         Case(
             name="encode_projected sums",
             kernel=_sum_kernel,
-            types=keys | {"sums": "*fp32", "tokens": "i32:16"},
+            types=keys | {"sums": "*fp32", "tokens": number},
             constants=shape | {"SUM_TOKENS": SUM_TOKENS},
             num_warps=warps,
             fp_fusion=False,

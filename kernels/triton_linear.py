@@ -37,6 +37,9 @@ TILES = {
     120: Tile(128, 256, 128, 8, 3),
 }
 FEW_ROWS = Tile(64, 128, 64, 4, 3, parts=2)
+# A wgmma may run on into the next step only where a step has one; with an int32 sum Triton waits for each (``Rule 2.1``
+# of its WGMMAPipeline.cpp), which leaves fp8 the faster there.
+FEW_ROWS_90 = Tile(64, 128, 128, 4, 3)
 
 
 @triton.jit
@@ -115,7 +118,9 @@ def _linear_kernel(
 
 
 def tile_for(generation: int, rows: int) -> Tile:
-    return FEW_ROWS if rows <= 64 else TILES[generation]
+    if rows > 64:
+        return TILES[generation]
+    return FEW_ROWS_90 if generation == 90 else FEW_ROWS
 
 
 def linear_triton(
@@ -164,10 +169,12 @@ def linear_triton(
     return out
 
 
-def aot_case(name: str, operand: str, tile: Tile, *, gelu: bool = False, out: str = "*bf16") -> Case:
+def aot_case(name: str, operand: str, tile: Tile, *, gelu: bool = False, odd: bool = False) -> Case:
+    """``odd``: a number of rows that is no multiple of 16, with bias and result in float32."""
+    out = "*fp32" if odd else "*bf16"
     types = {"x": operand, "weight": operand, "out": out}
-    types |= dict.fromkeys(("x_scale", "weight_scale"), "*fp32") | {"bias": "*bf16"}
-    types |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn"), "i32:16")
+    types |= dict.fromkeys(("x_scale", "weight_scale"), "*fp32") | {"bias": out}
+    types |= dict.fromkeys(("N", "K", "stride_xm", "stride_wn"), "i32:16") | {"M": "i32" if odd else "i32:16"}
     constants = {"HAS_BIAS": True, "GELU": gelu, "EVEN_K": True, "GROUP_M": 8, "PARTS": tile.parts}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     return Case(
@@ -186,5 +193,21 @@ def aot_cases(generation: int) -> list[Case]:
         kind = "int8" if operand == "*i8" else "fp8"
         cases.append(aot_case(f"linear {kind}", operand, TILES[generation]))
         cases.append(aot_case(f"linear {kind} gelu", operand, TILES[generation], gelu=True))
-        cases.append(aot_case(f"linear {kind} few rows", operand, FEW_ROWS))
+        cases.append(aot_case(f"linear {kind} few rows", operand, tile_for(generation, 64)))
+        cases.append(aot_case(f"linear {kind} odd", operand, TILES[generation], odd=True))
     return cases
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    kinds = {"int8": "*i8"} | ({"fp8": "*fp8e4nv"} if generation >= 89 else {})
+    return [
+        aot_case(
+            f"linear {kind}{' gelu' if gelu else ''}{' few rows' if rows == 1 else ''} odd",
+            operand,
+            tile_for(generation, rows),
+            gelu=gelu,
+            odd=True,
+        )
+        for kind, operand in kinds.items()
+        for gelu, rows in ((True, 65), (False, 1), (True, 1))
+    ]

@@ -181,14 +181,23 @@ def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
 
 
 def aot_cases(generation: int) -> list[Case]:
-    types = {"q": "*bf16", "origin": "*i8", "table": "*i64", "q8": "*i8", "q_scale": "*fp32", "q_mean": "*fp32"}
-    types |= {"queries": "i32:16", "blocks": "i32", "softmax_scale": "fp32"}
+    return _aot_cases(40, "*bf16", "i32:16")
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    cases = [case for heads in (13, 20) for case in _aot_cases(heads, "*fp32", "i32")]
+    return [dataclasses.replace(case, name=f"{case.name} {case.constants['HEADS']} heads") for case in cases]
+
+
+def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
+    types = {"q": q, "origin": "*i8", "table": "*i64", "q8": "*i8", "q_scale": "*fp32", "q_mean": "*fp32"}
+    types |= {"queries": number, "blocks": "i32", "softmax_scale": "fp32"}
     types |= dict.fromkeys(("stride_qi", "stride_ql", "stride_qn"), "i32:16")
     queries = Case(
         name="ring_attention queries",
         kernel=_prepare_kernel,
         types=types,
-        constants={"HEADS": 40, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": QUERIES},
+        constants={"HEADS": heads, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": QUERIES},
         num_warps=4,
         fp_fusion=False,
     )
@@ -196,7 +205,7 @@ def aot_cases(generation: int) -> list[Case]:
         name="ring_attention scales",
         kernel=_scales_kernel,
         types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "padded": "i32:16"},
-        constants={"HEADS": 40, "HEADS_P2": 64, "BLOCK_T": PAD_TOKENS},
+        constants={"HEADS": heads, "HEADS_P2": triton.next_power_of_2(heads), "BLOCK_T": PAD_TOKENS},
         num_warps=4,
         fp_fusion=False,
     )

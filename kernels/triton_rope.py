@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -225,7 +227,16 @@ def encode_triton(x_TNH: Tensor, mean_NH: Tensor | None, q_TNH: Tensor, scale_TN
 
 
 def aot_cases(generation: int) -> list[Case]:
-    heads, head_dim = 40, 128
+    return _aot_cases(40, "*bf16")
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    cases = [case for heads in (13, 20) for case in _aot_cases(heads, "*fp32")]
+    return [dataclasses.replace(case, name=f"{case.name} {case.constants['HEADS']} heads") for case in cases]
+
+
+def _aot_cases(heads: int, x: str) -> list[Case]:
+    head_dim = 128
     warps = row_warps(heads * head_dim)
     tables = {"cos": "*fp32", "sin": "*fp32", "out": "*bf16"}
     shape = block_shape(heads, head_dim)
@@ -233,7 +244,7 @@ def aot_cases(generation: int) -> list[Case]:
         Case(
             name="norm_rope",
             kernel=_norm_rope_kernel,
-            types=tables | {"x": "*bf16", "weight": "*bf16", "stride_x": "i32:16", "eps": "fp32"},
+            types=tables | {"x": x, "weight": "*bf16", "stride_x": "i32:16", "eps": "fp32"},
             constants=shape | {"ROPE": True},
             num_warps=warps,
         ),
@@ -247,7 +258,7 @@ def aot_cases(generation: int) -> list[Case]:
         Case(
             name="encode_kv",
             kernel=_encode_kernel,
-            types={"x": "*bf16", "mean": "*bf16", "q": "*i8", "scale": "*bf16"}
+            types={"x": x, "mean": "*bf16", "q": "*i8", "scale": "*bf16"}
             | {"stride_xt": "i32:16", "stride_xn": "i32:16"},
             constants=_encode_shape(heads, head_dim) | {"HAS_MEAN": True},
             num_warps=warps,
