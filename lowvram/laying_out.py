@@ -10,7 +10,9 @@ import torch
 
 from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.planning.choice import Wishes, plan_layout
-from lowvram.planning.measure import card_at_hand
+from lowvram.planning.costs import GIB
+from lowvram.planning.measure import card_at_hand, free_bytes
+from lowvram.planning.outside import MODULES_BYTES
 from lowvram.planning.planner import Plan, plan
 from lowvram.planning.table import to_json
 from lowvram.planning.team import TeamPlan
@@ -39,7 +41,9 @@ class LaidOut:
 def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, team: Team) -> LaidOut:
     """The placement of this rank's part of a run.
 
-    On a GPU, ``options.vram_budget`` caps the process: what goes beyond it fails as on a card of that size.
+    On a GPU the process is capped at what was planned for: what goes beyond fails as on a card of that size, and is
+    met by giving way, instead of taking memory from other programs, or spilling into the host's as Windows' driver
+    lets it. What an earlier run of this process still holds counts against ``options.vram_budget``.
 
     Raises:
         OutOfMemoryError: nothing fits; with bytes needed and there.
@@ -47,25 +51,31 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
     """
     config = artifact.component("dit").config
     team.layout.check(sample_steps=work.sample_steps, heads=config["num_heads"], tokens_per_frame=work.tokens_per_frame)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        # Also where there is no budget: an earlier run of this process may have set one.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (options.vram_budget or total) / total), device)
     if options.placement is not None:
+        if device.type == "cuda":
+            cap_process(device, options.vram_budget)
         return LaidOut(placement=options.placement)
-    if device.type == "cpu":
+    if device.type != "cuda":
         stage = team.role.stage
         steps = range(0) if stage is None else team.layout.steps(stage, work.sample_steps)
         return LaidOut(placement=placement_on_cpu(options, config["num_layers"], steps, work.sample_steps))
+    cap_process(device, None)  # an earlier run of this process may have been capped lower
     if team.there is not None:
-        planned = plan_layout(artifact, work, team.layout, team.there, Wishes.of(options))
+        # What is free by now: groups of ranks are made, and have taken their part.
+        free = free_bytes(device)
+        held = torch.cuda.memory_reserved(device)
+        told = team.share("room", allowed_bytes(free, options.vram_budget, held))
+        there = dataclasses.replace(team.there, vram_bytes=told, grouped=True)
+        planned = plan_layout(artifact, work, team.layout, there, Wishes.of(options))
         mine = planned.ranks[team.role.rank]
+        cap_process(device, held + allocator_bytes(mine))
         return LaidOut(placement=mine.placement, plan=mine, team=planned)
     card = card_at_hand(device)
+    held = torch.cuda.memory_reserved(device)
     found = plan(
         artifact,
         work,
-        vram_bytes=min(options.vram_budget or card.usable_bytes, card.usable_bytes),
+        vram_bytes=allowed_bytes(card.usable_bytes, options.vram_budget, held),
         ram_bytes=options.ram_budget or psutil.virtual_memory().available,
         card=card,
         kv=options.kv,
@@ -74,4 +84,26 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         offload_kv=options.offload_kv_cache,
         cuda_graphs=options.cuda_graphs,
     )
+    cap_process(device, held + allocator_bytes(found))
     return LaidOut(placement=found.placement, plan=found)
+
+
+def allowed_bytes(free: int, budget: int | None, held: int) -> int:
+    """What a new run may take of a card, of which this process holds ``held`` bytes already: the rest of its budget,
+    and no more than is free."""
+    return free if budget is None else max(0, min(budget - held, free))
+
+
+def allocator_bytes(plan: Plan) -> int:
+    """What torch's allocator may take for a plan. All that the plan may, where it fills that; of a card with more room
+    a sixteenth and a GiB above the plan, because an allocator that nothing presses joins less. Modules of kernels lie
+    outside of it."""
+    modules = MODULES_BYTES if plan.card.outside is None else plan.card.outside.modules
+    peak = plan.peak_vram_bytes
+    return min(plan.vram_budget_bytes, peak + peak // 16 + GIB) - modules
+
+
+def cap_process(device: torch.device, nbytes: int | None) -> None:
+    """Let torch's allocator take so many bytes of the card and no more; None lifts what was set before."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)

@@ -14,7 +14,9 @@ from lowvram.parallel.team import RankTeam
 from lowvram.placement import MemoryOptions
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.choice import Machines, Wishes, choose_team
-from lowvram.planning.measure import card_at_hand
+from lowvram.planning.contended import contended_rates
+from lowvram.planning.measure import CudaRunner, card_at_hand
+from lowvram.planning.outside import parse_outside
 from lowvram.planning.workload import Workload
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
@@ -53,7 +55,7 @@ class Settler:
 
 def machines_of(team: RankTeam, device: torch.device, memory: MemoryOptions) -> Machines:
     """What all ranks run on; every rank is told the same."""
-    card = card_at_hand(device)
+    card = _card_in_turn(team, device)
     told = team.share(
         "cards",
         {
@@ -72,5 +74,26 @@ def machines_of(team: RankTeam, device: torch.device, memory: MemoryOptions) -> 
     )
 
 
+def _card_in_turn(team: RankTeam, device: torch.device) -> Card:
+    """This rank's card. Its own rates, which single runs read too, are measured while no other card of the machine
+    works; copies of a run on several are those that it reaches while all of them copy."""
+    machines = [person.machine for person in team.people]
+    mine, here = machines[team.role.rank], max(machines.count(machine) for machine in machines)
+    place = machines[: team.role.rank].count(mine)
+    card: Card | None = None
+    for turn in range(here):
+        if turn == place:
+            card = card_at_hand(device)
+        team.share("turn", turn)
+    assert card is not None
+    if here == 1:
+        return card
+    rates = contended_rates(
+        card.rates, machines.count(mine), CudaRunner(device), lambda known: all(team.share("contended", known))
+    )
+    return dataclasses.replace(card, rates=rates)
+
+
 def _card(values: dict[str, Any]) -> Card:
-    return Card(**values | {"rates": Rates(**values["rates"])})
+    outside = values["outside"]
+    return Card(**values | {"rates": Rates(**values["rates"]), "outside": outside and parse_outside(outside)})

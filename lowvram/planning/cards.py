@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lowvram.planning.costs import GIB, MIB
+from lowvram.planning.outside import OutsideAllocator
 from lowvram_kernels.errors import ConfigError
 
 TERA, GIGA = 1e12, 1e9
@@ -45,12 +46,13 @@ class Rates:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """``usable_bytes`` is what a process of ours can allocate: without the CUDA context, and on cards that draw a
-    desktop without that."""
+    desktop without that. ``outside`` is what was measured beside tensors, None where nothing was."""
 
     name: str
     vram_bytes: int
     usable_bytes: int
     rates: Rates
+    outside: OutsideAllocator | None = None
 
     @property
     def has_fp8(self) -> bool:

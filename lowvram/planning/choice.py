@@ -23,6 +23,7 @@ class Machines:
     vram_bytes: Sequence[int]
     machines: Sequence[int]
     ram_bytes: Sequence[int]
+    grouped: bool = False
 
     @property
     def gpus(self) -> int:
@@ -135,6 +136,7 @@ def plan_layout(
         vram_bytes=there.vram_bytes,
         machines=there.machines,
         ram_bytes=there.ram_bytes,
+        grouped=there.grouped,
         kv=wishes.kv,
         wave=wishes.wave,
         offload_model=wishes.offload_model,

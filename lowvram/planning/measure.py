@@ -12,6 +12,8 @@ import torch
 
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
+from lowvram.planning.outside import outside_allocator
+from lowvram.relief import free_cached
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class Runner(Protocol):
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Bytes (free, in all)."""
+        """Bytes (free, in all), once everything that nobody holds any more is given back."""
         ...
 
     @property
@@ -65,6 +67,9 @@ class CudaRunner:
 
     @property
     def memory(self) -> tuple[int, int]:
+        self._work = {}
+        # What this process holds without need counts as taken to whoever asks the driver.
+        free_cached()
         return torch.cuda.mem_get_info(self._device)
 
     @property
@@ -148,11 +153,19 @@ def rates_of(device: torch.device, *, runner: Runner | None = None, file: Path |
 
 
 def card_at_hand(device: torch.device, *, runner: Runner | None = None, file: Path | None = None) -> Card:
-    """A CUDA card with measured rates; usable is what is free on it now."""
+    """A CUDA card with measured rates; usable is what is free on it now, which what an earlier run has left in torch's
+    allocator is, and what it still holds is not."""
     runner = runner or CudaRunner(device)
-    free, total = runner.memory
     rates = rates_of(device, runner=runner, file=file)
-    return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates)
+    # Behind the measuring, which takes memory too.
+    free, total = runner.memory
+    outside = outside_allocator(runner.key, file=file.with_name("outside_allocator.json") if file else None)
+    return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates, outside=outside)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a CUDA card, once everything that nobody holds any more is given back."""
+    return CudaRunner(device).memory[0]
 
 
 def cache_file() -> Path:

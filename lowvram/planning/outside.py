@@ -30,6 +30,9 @@ FLAT_BYTES = 160 * MIB
 documentation of CUBLAS_WORKSPACE_CONFIG), modules of some twenty Triton kernels and cuDNN's plans; cuDNN takes a
 convolution that needs less where there is no room for more. Not measured: a judgement."""
 
+MODULES_BYTES = 64 * MIB
+"""Of ``FLAT_BYTES`` those that modules of kernels have. Not measured: a judgement."""
+
 SLACK_BYTES = 96 * MIB
 """Kept free beside it: small tensors that nobody counts, and what the allocator cannot join again."""
 
@@ -137,7 +140,7 @@ def measure_outside_allocator(
     Raises:
         DeviceError: the process failed.
     """
-    found = _parsed((start or _start)(device))
+    found = parse_outside((start or _start)(device))
     write_outside(card_key, found, file=file)
     return found
 
@@ -159,10 +162,15 @@ def cache_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, OutsideAllocator]:
-    return read_cache(file, "bytes outside of the allocator", _parsed)
+    return read_cache(file, "bytes outside of the allocator", parse_outside)
 
 
-def _parsed(values: dict[str, Any]) -> OutsideAllocator:
+def parse_outside(values: dict[str, Any]) -> OutsideAllocator:
+    """From what ``dataclasses.asdict`` and JSON made of it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
     return OutsideAllocator(**values | {"vae": _pairs(values["vae"])})
 
 

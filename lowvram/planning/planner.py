@@ -11,13 +11,13 @@ from lowvram.planning.cards import Card
 from lowvram.planning.costs import Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.layout import (
-    RESERVE_BYTES,
     DeviceParts,
     HostParts,
     MachineParts,
     ReferenceParts,
     host_parts,
     reference_parts,
+    reserve_bytes,
     stage_peaks,
 )
 from lowvram.planning.search import Job, candidates, fastest, least_placement
@@ -145,7 +145,7 @@ def plan(
     offload_model: bool = False,
     offload_kv: bool = False,
     cuda_graphs: bool = False,
-    reserve_bytes: int = RESERVE_BYTES,
+    reserve: int | None = None,
 ) -> Plan:
     """The fastest predicted placement of an artifact's model within device and host memory.
 
@@ -159,14 +159,13 @@ def plan(
         offload_model: all layers on the host.
         offload_kv: all rings on the host.
         cuda_graphs: leave room for graphs of the layers that stay on the device.
-        reserve_bytes: kept free on the device; see ``layout.RESERVE_BYTES``.
+        reserve: bytes kept free on the device; None for those of the card, see ``layout.reserve_bytes``.
 
     Raises:
         ConfigError: an unknown ``kv``, or a wave beyond the steps.
         DoesNotFit: (an OutOfMemoryError) nothing fits; the message has bytes needed, bytes there, and what would fit.
     """
     facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
-    budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=reserve_bytes)
     job = Job(
         facts=facts,
         work=workload,
@@ -176,6 +175,8 @@ def plan(
         offload_kv=offload_kv,
         cuda_graphs=cuda_graphs,
     )
+    kept_free = reserve_bytes(card.outside, workload, job.share, grouped=True) if reserve is None else reserve
+    budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=kept_free)
     job = place_text_encoder(job, budgets.usable)
     fitting = list(candidates(job, budgets.usable))
     if not fitting:

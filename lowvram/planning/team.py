@@ -10,7 +10,7 @@ from lowvram.parallel.layout import ParallelLayout
 from lowvram.placement import Placement
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.facts import ModelFacts, facts_of
-from lowvram.planning.layout import RESERVE_BYTES, MachineParts
+from lowvram.planning.layout import MachineParts, reserve_bytes
 from lowvram.planning.members import Member, Shortfall, host_of, settle
 from lowvram.planning.planner import (
     Budgets,
@@ -120,7 +120,7 @@ def plan_team(
     offload_kv: bool = False,
     cuda_graphs: bool = False,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
-    reserve_bytes: int = RESERVE_BYTES,
+    grouped: bool = False,
 ) -> TeamPlan:
     """The fastest predicted placements of all ranks of a layout; of the same arguments always the same.
 
@@ -128,9 +128,10 @@ def plan_team(
         artifact: what ``convert`` wrote, or its sizes; only headers are read.
         cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
         ram_bytes: bytes of each machine's memory that its ranks may take together.
-        kv, offload_model, offload_kv, cuda_graphs, reserve_bytes: for all ranks; as ``plan`` has them.
+        kv, offload_model, offload_kv, cuda_graphs: for all ranks; as ``plan`` has them.
         wave: as there; a stage with fewer steps than that shares a pass among all it has.
         link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
+        grouped: whether ``vram_bytes`` were told when NCCL had taken its part of the cards already.
 
     Raises:
         ConfigError: a layout that does not suit the model, or an option that cannot be used.
@@ -152,14 +153,19 @@ def plan_team(
         layout=layout,
         link_bytes_per_s=link_bytes_per_s,
     )
+    jobs = [dataclasses.replace(job, rank=rank) for rank in range(layout.world_size)]
     members = [
         _member(
-            dataclasses.replace(job, rank=rank),
-            cards[rank],
-            Budgets(vram=vram_bytes[rank], ram=ram_bytes[machines[rank]], reserve=reserve_bytes),
-            machines[rank],
+            job,
+            card,
+            Budgets(
+                vram=vram,
+                ram=ram_bytes[machine],
+                reserve=reserve_bytes(card.outside, workload, job.share, grouped=grouped),
+            ),
+            machine,
         )
-        for rank in range(layout.world_size)
+        for job, card, vram, machine in zip(jobs, cards, vram_bytes, machines, strict=True)
     ]
     found = settle(members, ram_bytes)
     if isinstance(found, Shortfall):

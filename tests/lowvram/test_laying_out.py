@@ -12,8 +12,11 @@ from lowvram import laying_out
 from lowvram.laying_out import LaidOut, lay_out
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.placement import MemoryOptions, Placement
-from lowvram.planning import CARDS, Workload
+from lowvram.planning import CARDS, Workload, measure
+from lowvram.planning.cards import Rates
 from lowvram.planning.choice import Machines
+from lowvram.planning.layout import RESERVE_BYTES
+from lowvram.planning.outside import MODULES_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.team import Solo
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
@@ -37,24 +40,64 @@ def fractions(monkeypatch) -> list[float]:
     monkeypatch.setattr(laying_out, "card_at_hand", lambda device: card)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: seen.append(share))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     return seen
+
+
+@dataclasses.dataclass
+class Allocator:
+    """torch's, on the card of ``fractions``: bytes that somebody ``holds``, and bytes that are ``cached``. ``others``
+    are taken by other programs."""
+
+    holds: int = 0
+    cached: int = 0
+    others: int = 10 * GIB
+
+    def empty_cache(self) -> None:
+        self.cached = 0
+
+    def free(self) -> int:
+        return 80 * GIB - self.others - self.holds - self.cached
+
+    def measure(self, *_: object, **__: object) -> Rates:
+        """Leaves what it took behind, as torch's allocator does."""
+        self.cached += GIB
+        return CARDS["a100-80gb"].rates
+
+
+@pytest.fixture
+def allocator(fractions, monkeypatch) -> Allocator:
+    """What ``card_at_hand`` finds is that of the allocator."""
+    found = Allocator()
+    monkeypatch.setattr(laying_out, "card_at_hand", measure.card_at_hand)
+    monkeypatch.setattr(measure, "rates_of", found.measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    monkeypatch.setattr(torch.cuda, "empty_cache", found.empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free(), 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: found.holds + found.cached)
+    monkeypatch.setattr(measure, "outside_allocator", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "_driver_version", lambda: "1")
+    return found
 
 
 def test_a_budget_caps_process_and_plan(artifact, fractions):
     options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
     found = lay_out(artifact, WORK, GPU, options, Solo())
     plan, placement = found.plan, found.placement
-    assert fractions == [0.25]
+    assert fractions == [1.0, pytest.approx((20 * GIB - MODULES_BYTES) / (80 * GIB))]
     assert plan.placement == placement
     assert 0.95 * 20 * GIB < plan.peak_vram_bytes <= 20 * GIB
     assert placement.host_rings
     assert placement.kv == "int8"
 
 
-def test_without_a_budget_what_is_free_is_filled_and_an_old_cap_is_lifted(artifact, fractions):
+def test_without_a_budget_the_process_is_capped_a_little_above_the_plan(artifact, fractions):
     found = lay_out(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), Solo())
-    assert fractions == [1.0]
     plan, placement = found.plan, found.placement
+    lifted, cap = fractions  # an old cap first
+    assert lifted == 1.0
+    assert 1.02 * plan.peak_vram_bytes < cap * 80 * GIB < 1.12 * plan.peak_vram_bytes < 70 * GIB
     assert plan.vram_budget_bytes == 70 * GIB
     assert (placement.host_rings, placement.streamed_layers) == ((), ())
 
@@ -97,10 +140,15 @@ class Ranks(Solo):
             ram_bytes=[64 * GIB],
         )
 
+    def share(self, what: str, value: int) -> list[int]:
+        self.told = value
+        return [22 * GIB, value]
 
-def test_a_rank_gets_its_part_of_the_plan_of_all(artifact, fractions):
+
+def test_a_rank_gets_its_part_of_the_plan_of_all(artifact, fractions, monkeypatch):
+    monkeypatch.setattr(laying_out, "free_bytes", lambda device: 60 * GIB)
     found = lay_out(artifact, WORK, GPU, MemoryOptions(vram_budget=16 * GIB), Ranks())
-    assert fractions == [0.2]
+    assert fractions == [1.0, pytest.approx((16 * GIB - MODULES_BYTES) / (80 * GIB))]
     assert found.plan == found.team.ranks[1]
     assert found.plan.vram_budget_bytes == 16 * GIB
     assert len(found.placement.streamed_layers) > len(found.team.ranks[0].placement.streamed_layers)
@@ -112,3 +160,55 @@ def test_more_ranks_than_heads_are_refused(artifact, fractions):
     ranks.layout = ParallelLayout(num_gpus_dit=41, ulysses_size=41)
     with pytest.raises(ConfigError, match="41 for 40 heads"):
         lay_out(artifact, WORK, GPU, MemoryOptions(), ranks)
+
+
+def test_ranks_plan_with_what_their_groups_have_left(artifact, fractions, monkeypatch):
+    """What was told before groups were made is not there any more; nothing is reserved for them a second time."""
+    monkeypatch.setattr(laying_out, "free_bytes", lambda device: 15 * GIB)
+    ranks = Ranks()
+    found = lay_out(artifact, WORK, GPU, MemoryOptions(), ranks)
+    assert ranks.told == found.plan.vram_budget_bytes == 15 * GIB
+    assert found.plan.reserve_bytes == RESERVE_BYTES
+
+
+def test_what_an_earlier_run_left_in_the_allocator_is_free_for_the_next(artifact, allocator):
+    options = MemoryOptions(ram_budget=48 * GIB)
+    first = lay_out(artifact, WORK, GPU, options, Solo())
+    assert first.plan.vram_budget_bytes == 70 * GIB  # measuring has left nothing behind
+    allocator.cached = 55 * GIB
+    assert lay_out(artifact, WORK, GPU, options, Solo()) == first
+
+
+@pytest.mark.parametrize("budget", [None, 40 * GIB])
+def test_what_an_earlier_run_still_holds_is_taken(artifact, allocator, fractions, budget):
+    allocator.holds, allocator.cached = 15 * GIB, 30 * GIB
+    options = MemoryOptions(ram_budget=48 * GIB, vram_budget=budget)
+    found = lay_out(artifact, WORK, GPU, options, Solo())
+    expected = (budget or 70 * GIB) - 15 * GIB
+    assert found.plan.vram_budget_bytes == expected
+    # The cap is of the process, which holds both.
+    cap = fractions[-1] * 80 * GIB
+    assert 15 * GIB + found.plan.peak_vram_bytes - MODULES_BYTES <= cap + 1
+    assert cap <= 15 * GIB + expected
+
+
+def test_a_process_that_holds_its_whole_budget_is_refused_more(artifact, allocator):
+    allocator.holds = 30 * GIB
+    with pytest.raises(OutOfMemoryError, match=r"0\.00 GiB there"):
+        lay_out(artifact, WORK, GPU, MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB), Solo())
+
+
+def test_a_placement_by_hand_is_capped_at_the_budget_alone(artifact, fractions):
+    by_hand = MemoryOptions(placement=Placement(), vram_budget=20 * GIB)
+    lay_out(artifact, WORK, GPU, by_hand, Solo())
+    assert fractions == [0.25]
+
+
+def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, fractions, monkeypatch):
+    outside = OutsideAllocator(context=GIB, cublas=1 << 20, modules=300 << 20, vae=((WORK.pixels, 200 << 20),))
+    card = dataclasses.replace(CARDS["a100-80gb"], usable_bytes=70 * GIB, outside=outside)
+    monkeypatch.setattr(laying_out, "card_at_hand", lambda device: card)
+    options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
+    found = lay_out(artifact, WORK, GPU, options, Solo())
+    assert found.plan.reserve_bytes == SLACK_BYTES + (501 << 20)
+    assert fractions[-1] == pytest.approx((20 * GIB - (300 << 20)) / (80 * GIB))

@@ -15,7 +15,8 @@ from lowvram.parallel.options import RankOptions
 from lowvram.parallel.settling import Settler
 from lowvram.parallel.watch import Person
 from lowvram.placement import MemoryOptions
-from lowvram.planning import CARDS
+from lowvram.planning import CARDS, Card
+from lowvram.planning.outside import OutsideAllocator
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
@@ -31,16 +32,20 @@ def artifact(tmp_path_factory) -> Artifact:
 
 
 class Ranks:
-    """Rank 0 of several, the others of which have the cards given."""
+    """Rank 0 of several, the others of which have the cards given; ``said`` is all that it told them."""
 
     def __init__(self, others: list[dict], machines: list[str]):
         world = len(machines)
+        self.said: list[tuple[str, object]] = []
         self.layout = chosen_layout(world, sample_steps=4, heads=40)
+        self.role = self.layout.role(0)
         self.others, self.there = others, None
         self.people = [Person(name=f"rank {i}", host="h", machine=name, pid=1) for i, name in enumerate(machines)]
 
     def share(self, what: str, value: object) -> list:
-        return json.loads(json.dumps([value, *self.others]))
+        self.said.append((what, value))
+        told = self.others if what == "cards" else [value] * len(self.others)
+        return json.loads(json.dumps([value, *told]))
 
     def settle(self, layout: ParallelLayout) -> None:
         self.layout = layout
@@ -51,7 +56,12 @@ def facts(card: str, vram_gib: float, ram_gib: float) -> dict:
 
 
 def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, **options: int) -> Ranks:
-    monkeypatch.setattr(settling, "card_at_hand", lambda device: CARDS["rtx4090"])
+    def card_at_hand(device: torch.device) -> Card:
+        ranks.said.append(("measures", None))
+        return CARDS["rtx4090"]
+
+    monkeypatch.setattr(settling, "card_at_hand", card_at_hand)
+    monkeypatch.setattr(settling, "contended_rates", lambda rates, *_: dataclasses.replace(rates, h2d=5e9))
     settler = Settler(
         options=RankOptions(**options),
         artifact=artifact,
@@ -68,6 +78,7 @@ def test_every_rank_is_told_all_cards_and_machines(artifact, monkeypatch):
     there = settled(artifact, ranks, monkeypatch, memory=memory).there
     assert [card.name for card in there.cards] == ["rtx4090", "rtx3090", "rtx4090"]
     assert there.cards[1].rates == CARDS["rtx3090"].rates
+    assert there.cards[0].rates == dataclasses.replace(CARDS["rtx4090"].rates, h2d=5e9)
     assert list(there.vram_bytes) == [21 * GIB, 20 * GIB, 22 * GIB]
     assert list(there.machines) == [0, 0, 1]
     assert list(there.ram_bytes) == [50 * GIB, 96 * GIB]  # the least that a rank of the machine may take
@@ -78,6 +89,30 @@ def test_the_layout_is_the_one_that_the_plan_takes(artifact, monkeypatch):
     layout = settled(artifact, ranks, monkeypatch).layout
     assert (layout.num_gpus_dit, layout.vae_rank) == (3, True)
     assert layout.ulysses_size in (1, 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_of_a_machine_measure_their_cards_one_after_the_other(artifact, monkeypatch, rank):
+    ranks = Ranks([facts("rtx4090", 22.15, 60)] * 2, ["here", "there", "here"])
+    ranks.role = ranks.layout.role(rank)
+    settled(artifact, ranks, monkeypatch)
+    turn = [0, 0, 1][rank]
+    before = ranks.said.index(("measures", None))
+    assert [value for what, value in ranks.said[:before] if what == "turn"] == list(range(turn))
+    assert [value for what, value in ranks.said if what == "turn"] == [0, 1]
+
+
+def test_a_card_alone_on_its_machine_copies_at_its_own_rate(artifact, monkeypatch):
+    ranks = Ranks([facts("rtx4090", 22.15, 60)], ["here", "there"])
+    assert settled(artifact, ranks, monkeypatch).there.cards[0].rates == CARDS["rtx4090"].rates
+
+
+def test_what_was_measured_beside_tensors_is_told_too(artifact, monkeypatch):
+    outside = OutsideAllocator(context=1, cublas=2, modules=3, vae=((4, 5),))
+    told = facts("rtx4090", 22.15, 60)
+    told["card"] |= {"outside": dataclasses.asdict(outside)}
+    there = settled(artifact, Ranks([told], ["here", "there"]), monkeypatch).there
+    assert (there.cards[0].outside, there.cards[1].outside) == (None, outside)
 
 
 def test_what_was_asked_for_stays(artifact, monkeypatch):

@@ -167,7 +167,7 @@ def test_the_text_encoder_goes_to_the_host_where_the_device_is_too_small(facts):
 
 
 def test_the_reserve_is_kept_free(facts):
-    result = planned(facts("int8"), 22.15, reserve_bytes=GIB)
+    result = planned(facts("int8"), 22.15, reserve=GIB)
     assert result.peak_vram_bytes - max(result.stage_peaks.values()) == GIB
     assert max(result.stage_peaks.values()) <= 21.15 * GIB
 
