@@ -89,9 +89,14 @@ def main(verbose: bool) -> None:
 
 
 @main.command(context_settings=SETTINGS)
-@click.option("--ckpt-dir", type=FILE, required=True, help="The published Wan2.2-S2V-14B folder, or its parent.")
-@click.option("--lora", type=FILE, help="LiveAvatar's liveavatar.safetensors; merged in float32 before quantizing.")
-@click.option("--lora-alpha", type=float, default=64.0, help="The LoRA's alpha.")
+@click.option("--ckpt-dir", type=FILE, help="The published Wan2.2-S2V-14B folder, its parent, or repackaged files.")
+@click.option("--dit-file", type=FILE, help="The DiT: safetensors, also scaled fp8, or GGUF; instead of --ckpt-dir's.")
+@click.option("--vae-file", type=FILE, help="The VAE, likewise.")
+@click.option("--text-encoder-file", type=FILE, help="The UMT5-XXL encoder, likewise.")
+@click.option("--audio-encoder-dir", type=FILE, help="wav2vec2's folder, likewise.")
+@click.option("--tokenizer-dir", type=FILE, help="The folder with UMT5's tokenizer.json, likewise.")
+@click.option("--lora", multiple=True, metavar="FILE[:WEIGHT]", help="Merged in float32 before quantizing; repeatable.")
+@click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's.")
 @click.option("--out", type=FILE, required=True, help="Folder to make.")
 @click.option("--precision", type=PRECISIONS, default="int8", help="Of every component not set apart below.")
 @click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone.")
@@ -104,7 +109,7 @@ def convert(**options: Any) -> None:
     from lowvram.progress import ByteProgress
     from lowvram_quantize.convert import convert as run
 
-    if options["lora"] is None:
+    if not options["lora"]:
         logging.getLogger(__name__).warning(
             "no --lora: the artifact will hold the base model, which is not the one trained to stream in 4 steps"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,15 @@ import torch
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
-from lowvram_models.names import SHARED, START, dit_slab, umt5_name, umt5_slab, vae_names
+from lowvram_models.names import SHARED, START, dit_slab, umt5_slab
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
-from lowvram_quantize.lora import Lora, open_lora
+from lowvram_quantize.lora import Delta, Lora, LoraSource, merge_loras, open_lora
+from lowvram_quantize.presets import PUBLISHED
 from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme, with_rotation
-from lowvram_quantize.source import (
-    TEXT_ENCODER_FILE,
-    VAE_FILE,
-    TensorRef,
-    TensorTable,
-    check_shapes,
-    open_dit,
-    open_pth,
-    read_json,
-)
-
-# What an index or a dictionary may hold beside the encoder itself.
-_T5_EMBEDDING = "token_embedding.weight"
+from lowvram_quantize.source import TensorRef, TensorTable, check_shapes, fitted, read_json
+from lowvram_quantize.spellings import umt5_table, vae_table
+from lowvram_quantize.tables import open_component
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -52,7 +43,8 @@ class Plan:
     precision: str
     config: dict[str, Any]
     items: list[Item]
-    lora: Lora | None = None
+    loras: tuple[Lora, ...] = ()
+    deltas: dict[str, Delta] = dataclasses.field(default_factory=dict)
 
     @property
     def rotated(self) -> bool:
@@ -60,22 +52,36 @@ class Plan:
 
     @property
     def source_files(self) -> list[Path]:
-        files = {item.ref.file for item in self.items} | ({self.lora.file} if self.lora else set())
-        return sorted(files)
+        return sorted({item.ref.file for item in self.items} | {file for lora in self.loras for file in lora.files})
 
 
-def plan_dit(base: Path, precision: str, lora: Path | None, lora_alpha: float, *, rotate: bool = False) -> Plan:
-    config_file = base / "config.json"
-    values = read_json(config_file)
+def plan_dit(
+    dit: Path, config_file: Path | None, precision: str, loras: Sequence[LoraSource] = (), *, rotate: bool = False
+) -> Plan:
+    """The DiT of a file, or an index of shards, with LoRAs merged into it.
+
+    Args:
+        config_file: its config.json; without one only the published model's shapes are known.
+    """
+    table = open_component(dit, "dit")
+    values = PUBLISHED.dit if config_file is None else read_json(config_file)
+    where = config_file or f"{dit} (no config.json lies beside it)"
     try:
         config = DiTConfig.from_dict(values)
     except ValueError as error:
-        raise CheckpointError(f"{config_file}: {error}") from error
-    table = open_dit(base)
-    check_shapes(table, dit_shapes(config), f"the DiT in {base}")
-    merged = open_lora(lora, lora_alpha, table) if lora else None
-    sources = table | (merged.replaced if merged else {})
-    return Plan("dit", precision, values, dit_items(config, sources, precision, rotate=rotate), merged)
+        raise CheckpointError(f"{where}: {error}") from error
+    shapes = dit_shapes(config)
+    table = fitted(table, shapes)
+    if config_file is None and {name: ref.shape for name, ref in table.items()} != shapes:
+        raise CheckpointError(
+            f"{dit} has no config.json beside it and is not of the published shapes; expected the folder of the "
+            "published checkpoint, or its config.json beside the file or in --ckpt-dir: put it there"
+        )
+    check_shapes(table, shapes, f"the DiT in {dit.parent}")
+    opened = tuple(open_lora(source, table) for source in loras)
+    deltas, replaced = merge_loras(opened)
+    items = dit_items(config, table | replaced, precision, rotate=rotate)
+    return Plan("dit", precision, values, items, opened, deltas)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:
@@ -95,16 +101,12 @@ def dit_items(config: DiTConfig, sources: TensorTable, precision: str, *, rotate
     return sorted(items, key=lambda item: order[item.slab])
 
 
-def plan_vae(base: Path, precision: str) -> Plan:
-    file = base / VAE_FILE
-    published = open_pth(file)
-    names = vae_names(published)
-    table = {names[name]: ref for name, ref in published.items()}
-    first = published.get("encoder.conv1.weight")
-    if first is None or len(first.shape) != 5:
-        raise CheckpointError(f"{file} has no encoder.conv1.weight of 5 dimensions; expected Wan 2.1's VAE: fetch it")
-    config = {"base_dim": first.rows}
-    check_shapes(table, vae_shapes(**config), f"the VAE {file.name}")
+def plan_vae(file: Path, precision: str) -> Plan:
+    table = vae_table(open_component(file, "vae"))
+    config = {"base_dim": table["encoder.conv_in.weight"].rows}
+    shapes = vae_shapes(**config)
+    table = fitted(table, shapes)
+    check_shapes(table, shapes, f"the VAE {file.name}")
     return Plan("vae", precision, config, vae_items(config, table, precision))
 
 
@@ -119,16 +121,13 @@ def vae_items(config: dict[str, int], sources: TensorTable, precision: str) -> l
     return [Item(n, sources[n], vae_scheme(n, s, precision), SHARED) for n, s in vae_shapes(**config).items()]
 
 
-def plan_text_encoder(base: Path, precision: str) -> Plan:
-    file = base / TEXT_ENCODER_FILE
-    published = open_pth(file)
-    table: TensorTable = {}
-    for name, ref in published.items():
-        ours = umt5_name(name)
-        if ours is None:
-            raise CheckpointError(f"{file} holds {name}, which the UMT5 encoder does not have; fetch the published one")
-        table[ours] = ref
-    config = _umt5_config(file, published)
+def plan_text_encoder(file: Path, precision: str) -> Plan:
+    table, unknown = umt5_table(open_component(file, "text_encoder"))
+    if unknown:
+        raise CheckpointError(
+            f"{file} holds {unknown[0]}, which the UMT5 encoder does not have; fetch the published one"
+        )
+    config = _umt5_config(file, table)
     check_shapes(table, text_encoder_shapes(**config), f"the text encoder {file.name}")
     return Plan("text_encoder", precision, config, text_encoder_items(config, table, precision))
 
@@ -148,19 +147,19 @@ def text_encoder_items(config: dict[str, int], sources: TensorTable, precision: 
     return sorted(items, key=lambda item: -1 if item.slab == SHARED else int(item.slab.removeprefix("block.")))
 
 
-def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
+def _umt5_config(file: Path, table: TensorTable) -> dict[str, int]:
     """The encoder's widths, which no file states, from the shapes of its first block."""
     wanted = {
-        "embedding": _T5_EMBEDDING,
-        "query": "blocks.0.attn.q.weight",
-        "gate": "blocks.0.ffn.gate.0.weight",
-        "positions": "blocks.0.pos_embedding.embedding.weight",
+        "embedding": "shared.weight",
+        "query": "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "gate": "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        "positions": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     }
-    shapes = {name: published[name].shape if name in published else () for name in wanted.values()}
+    shapes = {name: table[name].shape if name in table else () for name in wanted.values()}
     missing = [name for name, shape in shapes.items() if len(shape) != 2 or 0 in shape]
     if missing:
         raise CheckpointError(f"{file} lacks {missing[0]} as a matrix; expected the UMT5-XXL encoder: fetch it")
-    shape = {key: published[name].shape for key, name in wanted.items()}
+    shape = {key: table[name].shape for key, name in wanted.items()}
     heads = shape["positions"][1]
     return {
         "vocab_size": shape["embedding"][0],
@@ -169,7 +168,7 @@ def _umt5_config(file: Path, published: TensorTable) -> dict[str, int]:
         "num_heads": heads,
         "d_kv": shape["query"][0] // heads,
         # Counted, so that a number out of line is an unknown name and not a model of that many layers.
-        "num_layers": len({n.split(".")[1] for n in published if n.startswith("blocks.")}),
+        "num_layers": len({n.split(".")[2] for n in table if n.startswith("encoder.block.")}),
     }
 
 

@@ -8,27 +8,27 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
+from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER, copy_audio_encoder, copy_tokenizer
 from lowvram_quantize.format import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
-    ROTATED_VERSION,
     Slab,
     TensorSpec,
     plan_slabs,
     sha256_file,
 )
 from lowvram_quantize.format import sha256_range as sha256_range
-from lowvram_quantize.source import find_base
+from lowvram_quantize.lora import LoraSource
+from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
 from lowvram_quantize.store import stored_specs, write_item
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 COMPONENTS = ("dit", "vae", "text_encoder", AUDIO_ENCODER, TOKENIZER)
 PRECISIONS = ("int8", "fp8", "bf16", "fp32")
 TEXT_ENCODER_PRECISIONS = (*PRECISIONS, "nf4")
-_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,15 +56,20 @@ class _Meter:
 
 
 def convert(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | Path | None,
     out: str | Path,
     *,
+    dit_file: str | Path | None = None,
+    vae_file: str | Path | None = None,
+    text_encoder_file: str | Path | None = None,
+    audio_encoder_dir: str | Path | None = None,
+    tokenizer_dir: str | Path | None = None,
     precision: str = "int8",
     dit: str | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
-    lora: str | Path | None = None,
-    lora_alpha: float = 64.0,
+    lora: str | Path | Sequence[str | Path | LoraSource] | None = None,
+    lora_alpha: float | None = None,
     rotate: bool = False,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
@@ -77,11 +81,17 @@ def convert(
     interruption, it goes on with the first slab that is not finished. Peak memory is that of a few tensors.
 
     Args:
-        ckpt_dir: folder of the published checkpoint (Wan2.2-S2V-14B or its parent).
+        ckpt_dir: folder of the published checkpoint (Wan2.2-S2V-14B or its parent), a Hugging Face cache of it, or a
+            folder of repackaged files, found by what they hold; None where every part is named.
+        dit_file, vae_file, text_encoder_file, audio_encoder_dir, tokenizer_dir: parts that go before ``ckpt_dir``'s;
+            safetensors, scaled fp8, GGUF or .pth.
         out: folder to make; its parent has to exist.
         precision: int8, fp8, bf16 or fp32, for every component not set apart by ``dit``, ``vae`` or
             ``text_encoder`` (which also takes nf4).
-        lora: LiveAvatar's safetensors, merged in float32 as ``W += lora_alpha / r * B @ A`` before quantizing.
+        lora: files or folders, as ``"path"`` or ``"path:weight"``, merged in float32 as
+            ``W += weight * alpha / r * B @ A`` before quantizing.
+        lora_alpha: for LoRAs that state none; by default 64, LiveAvatar's, or the rank where factors are called
+            lora_down and lora_up.
         rotate: turn groups of 16 input channels of the DiT's int8 Linears by a Hadamard matrix before quantizing, which
             outliers then disturb less; the runtime turns activations alike, see ``lowvram_kernels.rotation``.
         components: which parts to convert; a runtime needs all of them.
@@ -94,11 +104,18 @@ def convert(
         InputError: the folder of ``out`` does not exist.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
-    base, out, wanted = find_base(Path(ckpt_dir)), Path(out), tuple(components)
+    named = Named(
+        dit=_path(dit_file),
+        vae=_path(vae_file),
+        text_encoder=_path(text_encoder_file),
+        audio_encoder=_path(audio_encoder_dir),
+        tokenizer=_path(tokenizer_dir),
+    )
+    checkpoint, out, wanted = Checkpoint(_path(ckpt_dir), named), Path(out), tuple(components)
     chosen = _precisions(precision, dit, vae, text_encoder)
     _check_components(wanted)
     check_target(out, overwrite=overwrite)
-    plans = _plans(base, wanted, chosen, Path(lora) if lora else None, lora_alpha, rotate)
+    plans = _plans(checkpoint, wanted, chosen, lora_sources(lora, lora_alpha), rotate)
     partial = out.with_name(out.name + ".partial")
     with disk_errors(partial, 0):
         partial.mkdir(exist_ok=True)
@@ -107,12 +124,12 @@ def convert(
         # SHA-256 runs beside the conversion: hashing releases the interpreter.
         hashes = {file: pool.submit(sha256_file, file) for plan in plans for file in plan.source_files}
         try:
-            facts = {plan.name: _convert_component(plan, partial, meter) for plan in plans}
-            files = _copy_folders(base, partial, wanted)
+            facts = {plan.name: _convert_component(plan, partial, meter, checkpoint.base) for plan in plans}
+            files = _copy_folders(checkpoint, partial, wanted)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        manifest = _manifest(plans, facts, files, hashes, base)
+        manifest = manifest_of(plans, facts, files, hashes, checkpoint.base)
     publish(partial, out, manifest)
     return out
 
@@ -146,20 +163,50 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{out} holds a finished artifact; choose another name, or replace it with --overwrite")
 
 
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def lora_sources(
+    lora: str | Path | Sequence[str | Path | LoraSource] | None, alpha: float | None = None
+) -> list[LoraSource]:
+    """What ``convert`` takes as ``lora``, in order.
+
+    Raises:
+        ConfigError: a weight of 0 or none, an alpha that is not above 0, or an alpha without a LoRA that needs it.
+    """
+    given = [lora] if isinstance(lora, (str, Path)) else list(lora or ())
+    return [one if isinstance(one, LoraSource) else LoraSource.parse(one, alpha) for one in given]
+
+
 def _plans(
-    base: Path, wanted: tuple[str, ...], chosen: dict[str, str], lora: Path | None, alpha: float, rotate: bool
+    checkpoint: Checkpoint, wanted: tuple[str, ...], chosen: dict[str, str], loras: list[LoraSource], rotate: bool
 ) -> list[Plan]:
-    plans = [plan_dit(base, chosen["dit"], lora, alpha, rotate=rotate)] if "dit" in wanted else []
+    plans = []
+    if "dit" in wanted:
+        file = checkpoint.file("dit")
+        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, rotate=rotate))
+        _check_alpha(loras, plans[0])
     if rotate and not any(plan.rotated for plan in plans):
         dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
         raise ConfigError(
             f"--rotate was given for an artifact {dit}; expected a DiT in int8 with Linears of an even width, whose "
             "inputs it rotates: leave it out, or convert the DiT to int8"
         )
-    return plans + [plan(base, chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
+    return plans + [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
 
 
-def _convert_component(plan: Plan, folder: Path, meter: _Meter) -> dict[str, Any]:
+def _check_alpha(sources: list[LoraSource], plan: Plan) -> None:
+    given = next((source.alpha for source in sources if source.alpha is not None), None)
+    if given is not None and not any(lora.option_used for lora in plan.loras):
+        stated = sorted({alpha for lora in plan.loras for alpha in lora.alphas.values()})
+        raise ConfigError(
+            f"--lora-alpha is {given:g}, but the LoRA states its own ({', '.join(f'{a:g}' for a in stated[:3])}): "
+            "leave --lora-alpha out, or scale the LoRA as --lora path:weight"
+        )
+
+
+def _convert_component(plan: Plan, folder: Path, meter: _Meter, base: Path) -> dict[str, Any]:
     """Write one component's file; returns its entry in the manifest."""
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
@@ -175,7 +222,10 @@ def _convert_component(plan: Plan, folder: Path, meter: _Meter) -> dict[str, Any
             errors |= writer.finished[slab.name]["relative_errors"]
         finished, header_nbytes = writer.finished, writer.header_nbytes
     digests = {name: note["sha256"] for name, note in finished.items()}
-    return component_facts(plan, path, slabs, sha256_range(path, 0, header_nbytes), digests, errors)
+    facts = component_facts(plan, path, slabs, sha256_range(path, 0, header_nbytes), digests, errors)
+    for item in plan.items:
+        facts["tensors"][item.name]["from"] = tensor_origin(item.ref, base)
+    return facts
 
 
 def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
@@ -187,28 +237,15 @@ def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
     return by_slab, plan_slabs(specs)
 
 
-def component_facts(
-    plan: Plan, path: Path, slabs: list[Slab], header_sha256: str, digests: dict[str, str], errors: dict[str, float]
-) -> dict[str, Any]:
-    """A component's entry in the manifest; ``digests`` has each slab's SHA-256, ``errors`` is by tensor."""
-    return {
-        "file": path.name,
-        "precision": plan.precision,
-        "config": plan.config,
-        "header_sha256": header_sha256,
-        "slabs": [{"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": digests[s.name]} for s in slabs],
-        "tensors": _tensor_facts(plan, errors),
-    }
-
-
 def _convert_slab(
     plan: Plan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
 ) -> dict[str, float]:
     errors = {}
     for item in items:
-        delta = plan.lora.deltas.get(item.name) if plan.lora else None
         error = write_item(
-            item, delta, lambda name, start, values: writer.write(slab.name, places[name].offset + start, values)
+            item,
+            plan.deltas.get(item.name),
+            lambda name, start, values: writer.write(slab.name, places[name].offset + start, values),
         )
         if error is not None:
             errors[item.name] = error
@@ -216,79 +253,32 @@ def _convert_slab(
     return errors
 
 
-def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, Any]]:
-    facts: dict[str, dict[str, Any]] = {}
-    for item in plan.items:
-        facts[item.name] = {"scheme": item.scheme.name}
-        if item.scheme.group > 1:
-            facts[item.name]["rotated_group"] = item.scheme.group
-        if item.name in errors:
-            facts[item.name]["relative_error"] = errors[item.name]
-    return facts
-
-
 def _fingerprint(plan: Plan) -> str:
     """Everything that decides a component's bytes, short of reading them."""
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
     schemes = [
-        [item.name, item.scheme.name, item.scheme.group, str(item.ref.dtype), item.ref.shape] for item in plan.items
+        [item.name, item.scheme.name, item.scheme.group, item.ref.kind, item.ref.name, item.ref.shape]
+        for item in plan.items
     ]
-    lora = [plan.lora.alpha, sorted(plan.lora.deltas)] if plan.lora else None
-    text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, lora, _versions()], sort_keys=True)
+    loras = [
+        [lora.file.name, lora.weight, sorted((n, delta.factor) for n, delta in lora.deltas.items())]
+        for lora in plan.loras
+    ]
+    text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _copy_folders(base: Path, folder: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _copy_folders(checkpoint: Checkpoint, folder: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     copied: list[Path] = []
     with disk_errors(folder, 0):
         if AUDIO_ENCODER in wanted:
-            copied += copy_audio_encoder(base, folder)
+            copied += copy_audio_encoder(checkpoint.audio_encoder(), folder)
         if TOKENIZER in wanted:
-            copied += copy_tokenizer(base, folder)
+            copied += copy_tokenizer(checkpoint.tokenizer(), folder)
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in copied
     }
-
-
-def _manifest(
-    plans: list[Plan],
-    facts: dict[str, dict[str, Any]],
-    files: dict[str, dict[str, Any]],
-    hashes: dict[Path, Future[str]],
-    base: Path,
-) -> dict[str, Any]:
-    lora = next((plan.lora for plan in plans if plan.lora), None)
-    return {
-        **origin(rotated=any(plan.rotated for plan in plans)),
-        "components": facts,
-        "files": files,
-        "sources": [
-            {"file": os.path.relpath(file, base), "bytes": file.stat().st_size, "sha256": digest.result()}
-            for file, digest in sorted(hashes.items())
-        ],
-        "lora": lora.summary() | {"sha256": hashes[lora.file].result()} if lora else None,
-    }
-
-
-def origin(*, rotated: bool = False) -> dict[str, Any]:
-    """The manifest's first fields: format (of another version with ``rotated`` weights) and what writes it."""
-    return {
-        "format": FORMAT,
-        "format_version": ROTATED_VERSION if rotated else FORMAT_VERSION,
-        "lowvram": version("lowvram"),
-        "libraries": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:

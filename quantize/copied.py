@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lowvram_kernels.errors import CheckpointError, OutputError
-from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, TOKENIZER_FOLDER, open_pth, open_safetensors, read_json
+from lowvram_quantize.recognise import FETCH
+from lowvram_quantize.source import read_json
+from lowvram_quantize.tables import open_component
 
 AUDIO_ENCODER = "audio_encoder"
 TOKENIZER = "tokenizer"
@@ -23,28 +25,50 @@ _TOKENIZER_FILES = (
 )
 
 
-def copy_audio_encoder(base: Path, folder: Path) -> list[Path]:
-    """Copy wav2vec2's configuration and weights; a ``pytorch_model.bin`` becomes safetensors on the way.
+def copy_audio_encoder(source: Path, folder: Path) -> list[Path]:
+    """Copy wav2vec2's configuration and weights from a folder; a ``.bin`` or ``.pth`` becomes safetensors on the way.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a weight is not finite.
         OutputError: the disk is full or cannot be written.
     """
-    source, target = base / AUDIO_ENCODER_FOLDER, folder / AUDIO_ENCODER
+    target = folder / AUDIO_ENCODER
+    weights = _audio_weights(source)
     target.mkdir(exist_ok=True)
     written = []
     for name in ("config.json", "preprocessor_config.json"):
         read_json(source / name)
         written.append(Path(shutil.copyfile(source / name, target / name)))
-    weights, pickled = source / "model.safetensors", source / "pytorch_model.bin"
-    table = open_pth(pickled) if pickled.is_file() and not weights.is_file() else open_safetensors(weights)
-    tensors = {name: ref.read() for name, ref in table.items()}
+    table = open_component(weights, "audio_encoder")
+    tensors = {name: _wide(ref.read()) for name, ref in table.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{table[name].file}: {name} holds NaN or infinity; fetch it again")
     _save(tensors, target / "model.safetensors")
     shutil.copymode(written[0], target / "model.safetensors")  # the library writes files that only the owner may read
     return [*written, target / "model.safetensors"]
+
+
+def _audio_weights(source: Path) -> Path:
+    """The file of weights: under the published names, or the one file of the folder that can be weights."""
+    if not source.is_dir():
+        what = "a file" if source.is_file() else "missing"
+        raise CheckpointError(
+            f"{source} is {what}; expected a folder with wav2vec2's weights, config.json and preprocessor_config.json: "
+            f"{FETCH['audio_encoder']}"
+        )
+    published = [source / name for name in ("model.safetensors", "pytorch_model.bin")]
+    others = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    there = [path for path in published if path.is_file()] or others
+    if len(there) > 1 and there == others:
+        names = ", ".join(path.name for path in others)
+        raise CheckpointError(f"{source} holds {names}; expected one file of weights: leave one there")
+    return there[0] if there else published[0]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as float32: the encoder computes in what is stored."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -58,13 +82,13 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         ) from error
 
 
-def copy_tokenizer(base: Path, folder: Path) -> list[Path]:
-    """Copy the tokenizer's files.
+def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
+    """Copy the tokenizer's files from a folder.
 
     Raises:
         CheckpointError: there is no tokenizer.json.
     """
-    source, target = base / TOKENIZER_FOLDER, folder / TOKENIZER
+    target = folder / TOKENIZER
     if not (source / "tokenizer.json").is_file():
         raise CheckpointError(f"{source} holds no tokenizer.json; copy the published folder google/umt5-xxl as a whole")
     target.mkdir(exist_ok=True)

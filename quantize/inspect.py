@@ -33,6 +33,7 @@ def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "components": {name: _component(artifact.component(name)) for name in artifact.precisions()},
             "files": {name: facts["bytes"] for name, facts in manifest["files"].items()},
             "lora": manifest["lora"],
+            "loras": manifest.get("loras", [manifest["lora"]] if manifest["lora"] else []),
             "phantom": manifest.get("phantom"),
             "sources": manifest["sources"],
         }
@@ -84,7 +85,7 @@ def summary(facts: dict[str, Any]) -> str:
         f"{facts['path']}: {facts['format']} version {facts['format_version']}, {_size(facts['bytes'])}, "
         f"checksums {'verified' if facts['verified'] else 'not read (--verify reads them)'}",
         f"made by lowvram {facts['lowvram']} with {libraries}",
-        _lora_line(facts["lora"]),
+        *([_lora_line(lora) for lora in facts["loras"]] or ["no LoRA was merged"]),
     ]
     if facts["phantom"]:
         lines.append(f"phantom of preset {facts['phantom']['preset']}: {facts['phantom']['values']}, no checksums")
@@ -96,12 +97,12 @@ def summary(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _lora_line(lora: dict[str, Any] | None) -> str:
-    if lora is None:
-        return "no LoRA was merged"
+def _lora_line(lora: dict[str, Any]) -> str:
     ranks = ", ".join(map(str, lora["ranks"])) or "none"
+    weight = f"weight {lora['weight']:g}, " if lora.get("weight", 1) != 1 else ""
+    alphas = ", ".join(f"{alpha:g}" for alpha in lora.get("alphas", [lora["alpha"]])) or "none"
     return (
-        f"LoRA {lora['file']} merged: alpha {lora['alpha']:g}, rank {ranks}, {lora['merged']} layers updated, "
+        f"LoRA {lora['file']} merged: {weight}alpha {alphas}, rank {ranks}, {lora['merged']} layers updated, "
         f"{lora['replaced']} tensors replaced"
     )
 

@@ -1,91 +1,217 @@
-"""A LoRA in PEFT's naming, to be merged into the weights: ``W += alpha / r * B @ A`` in float32."""
+"""LoRAs, to be merged into the weights: ``W += weight * alpha / r * B @ A`` in float32, of several their sum."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.source import TensorRef, TensorTable, open_safetensors
+from lowvram_kernels.errors import CheckpointError, ConfigError
+from lowvram_quantize.checkpoint import hugging_face_snapshot
+from lowvram_quantize.lora_alpha import ADAPTER_CONFIG, Adapter, read_adapter
+from lowvram_quantize.lora_names import Names, other_kind
+from lowvram_quantize.source import TensorRef, TensorTable
+from lowvram_quantize.tables import open_table
 
 Tensor = torch.Tensor
 
-_PREFIX = "base_model.model."
-_MARKS = {"lora_A": "A", "lora_B": "B"}
+DEFAULT_ALPHA = 64.0
+"""Of LiveAvatar's LoRA, whose file states none."""
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_USE = "use the LoRA that was made for this checkpoint"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSource:
+    """A file or folder, ``weight`` times; ``alpha`` is for pairs that state none (None: as their spelling implies)."""
+
+    path: Path
+    weight: float = 1.0
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ConfigError(f"the LoRA {self.path} has the weight {self.weight}; expected a number other than 0")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"--lora-alpha is {self.alpha}; expected a number above 0, as 64 for LiveAvatar's")
+
+    @classmethod
+    def parse(cls, text: str | Path, alpha: float | None = None) -> LoraSource:
+        """``path`` or ``path:weight``; what exists as it is written is a path, whatever colons are in it."""
+        if isinstance(text, Path) or Path(text).exists():
+            return cls(path=Path(text), alpha=alpha)
+        path, colon, tail = text.rpartition(":")
+        try:
+            weight = float(tail) if colon else 1.0
+        except ValueError:  # a drive, or a colon in a name
+            return cls(path=Path(text), alpha=alpha)
+        if not colon or not path:
+            return cls(path=Path(text), alpha=alpha)
+        return cls(path=Path(path), weight=weight, alpha=alpha)
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """One layer's update: ``factor * B @ A`` with A [r, in] and B [out, r]."""
+    """One layer's update: the sum of ``factor * B @ A`` with A [r, in] and B [out, r], of each LoRA."""
 
     a: TensorRef
     b: TensorRef
     factor: float
+    more: tuple[Delta, ...] = ()
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """(factor * B, A), float32."""
-        return self.b.read().float().mul_(self.factor), self.a.read().float()
+        """(factor * B, A), float32; of several [out, sum of r] and [sum of r, in]."""
+        b, a = self.b.read().float().mul_(self.factor), self.a.read().float()
+        if not self.more:
+            return b, a
+        loaded = [(b, a), *(delta.load() for delta in self.more)]
+        return torch.cat([b for b, _ in loaded], 1), torch.cat([a for _, a in loaded], 0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What a LoRA file changes, by the name of the base's tensor: updates, and tensors that it replaces whole."""
+    """What a LoRA changes, by the name of the base's tensor: updates, and tensors that it replaces whole."""
 
     file: Path
-    alpha: float
+    weight: float
+    alphas: dict[str, float]
     deltas: dict[str, Delta]
     replaced: dict[str, TensorRef]
+    config: Path | None = None
+    option_used: bool = False
+    """Whether an alpha came from the option."""
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.file, *([self.config] if self.config else [])]
 
     def summary(self) -> dict[str, Any]:
-        ranks = sorted({delta.a.rows for delta in self.deltas.values()})
+        alphas = sorted(set(self.alphas.values()))
         return {
             "file": self.file.name,
-            "alpha": self.alpha,
-            "ranks": ranks,
+            "weight": self.weight,
+            "alpha": alphas[-1] if alphas else 0.0,
+            "alphas": alphas,
+            "ranks": sorted({delta.a.rows for delta in self.deltas.values()}),
             "merged": len(self.deltas),
             "replaced": len(self.replaced),
         }
 
 
-def open_lora(path: Path, alpha: float, base: TensorTable) -> Lora:
-    """Read a LoRA's names and match them with the base's.
-
-    Accepts PEFT's names with and without the prefix ``base_model.model.`` and the adapter's name ``.default``.
+def merge_loras(loras: Sequence[Lora]) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+    """All updates and replaced tensors together.
 
     Raises:
-        CheckpointError: a name matches nothing, a pair is not whole, or a shape does not fit.
+        CheckpointError: two of them replace the same tensor.
     """
+    deltas: dict[str, Delta] = {}
+    replaced: dict[str, TensorRef] = {}
+    for lora in loras:
+        if twice := sorted(set(replaced) & set(lora.replaced)):
+            raise CheckpointError(
+                f"{replaced[twice[0]].file} and {lora.file} both replace {twice[0]}; expected one to: leave one out"
+            )
+        replaced |= lora.replaced
+        for target, delta in lora.deltas.items():
+            first = deltas.get(target)
+            deltas[target] = delta if first is None else dataclasses.replace(first, more=(*first.more, delta))
+    return deltas, replaced
+
+
+def open_lora(source: LoraSource, base: TensorTable) -> Lora:
+    """Read a LoRA's names, in any of the spellings of ``lora_names``, and match them with the base's.
+
+    Raises:
+        CheckpointError: a name matches nothing, a pair is not whole, a shape does not fit, an alpha is not above 0, or
+            it is an adapter of another kind.
+    """
+    path, adapter = _find(source.path)
+    table, names = open_table(path), Names(base)
+    kind = other_kind(table)
+    if kind is not None:
+        raise CheckpointError(f"{path} holds {kind}, not merged here; expected a LoRA of lora_A and lora_B: {_USE}")
     pairs: dict[str, dict[str, TensorRef]] = {}
     replaced: dict[str, TensorRef] = {}
-    for name, ref in open_safetensors(path).items():
-        target, mark = _target(name)
-        if mark is None:
-            replaced[target] = ref
-        elif mark in pairs.setdefault(target, {}):
-            raise CheckpointError(f"{path} has two lora_{mark} for {target}; expected one adapter: save it alone")
+    down_up: set[str] = set()
+    for name, ref in table.items():
+        read = names.read(name)
+        down_up |= {read.target} if read.down_up else set()
+        if not read.role:
+            replaced[read.target] = ref
+        elif read.role in pairs.setdefault(read.target, {}):
+            raise CheckpointError(
+                f"{path} has two lora_{read.role} for {read.target}; expected one adapter: save it alone"
+            )
         else:
-            pairs[target][mark] = ref
+            pairs[read.target][read.role] = ref
     _check_targets(path, [*pairs, *replaced], base)
+    _check_replaced(source, path, replaced, base)
+    deltas, alphas = {}, {}
+    for target, pair in pairs.items():
+        a, b = _factors(path, target, pair, base[target])
+        alphas[target], factor = _scaling(source, path, adapter, target, pair.get("alpha"), a.rows, target in down_up)
+        deltas[target] = Delta(a, b, source.weight * factor)
+    stated = adapter is not None or all("alpha" in pair for pair in pairs.values())
+    return Lora(
+        file=path, weight=source.weight, alphas=alphas, deltas=deltas, replaced=replaced,
+        config=adapter.file if adapter else None, option_used=source.alpha is not None and not stated,
+    )  # fmt: skip
+
+
+def _find(path: Path) -> tuple[Path, Adapter | None]:
+    """The file of weights, in ``path`` where that is a folder, and PEFT's adapter_config.json beside it."""
+    if path.is_dir():
+        folder = hugging_face_snapshot(path)
+        files = sorted(p for p in folder.iterdir() if p.suffix in _FILES)
+        named = [p for p in files if p.stem in ("adapter_model", "liveavatar", "pytorch_lora_weights")]
+        chosen = named if len(named) == 1 else files
+        if len(chosen) != 1:
+            names = ", ".join(p.name for p in files[:4]) or "none"
+            raise CheckpointError(f"{path} holds {len(files)} files that may be a LoRA ({names}); name one of them")
+        path = chosen[0]
+    config = path.with_name(ADAPTER_CONFIG)
+    return path, read_adapter(config) if config.is_file() else None
+
+
+def _scaling(
+    source: LoraSource,
+    path: Path,
+    adapter: Adapter | None,
+    target: str,
+    stored: TensorRef | None,
+    rank: int,
+    down_up: bool,
+) -> tuple[float, float]:
+    """(alpha, factor): the file's own alpha, else adapter_config's, else the option's, else the spelling's."""
+    if stored is not None:
+        value = stored.read().float()
+        alpha = float(value.reshape(-1)[0]) if value.numel() == 1 else math.nan
+        where = f"{path}: {stored.name}"
+    elif adapter is not None:
+        return adapter.scaling(target, rank)
+    else:
+        implied = float(rank) if down_up else DEFAULT_ALPHA
+        alpha, where = (implied if source.alpha is None else source.alpha), "--lora-alpha"
+    if not 0 < alpha < math.inf:
+        raise CheckpointError(f"{where} is {alpha}; expected one number above 0: fetch the LoRA again")
+    return alpha, alpha / rank
+
+
+def _check_replaced(source: LoraSource, path: Path, replaced: dict[str, TensorRef], base: TensorTable) -> None:
     for target, ref in replaced.items():
         if ref.shape != base[target].shape:
             raise CheckpointError(
-                f"{path}: {ref.name} has shape {list(ref.shape)}, the base's is {list(base[target].shape)}; "
-                "use the LoRA that was made for this checkpoint"
+                f"{path}: {ref.name} has shape {list(ref.shape)}, the base's is {list(base[target].shape)}; {_USE}"
             )
-    deltas = {target: _delta(path, target, pair, alpha, base[target]) for target, pair in pairs.items()}
-    return Lora(path, alpha, deltas, replaced)
-
-
-def _target(name: str) -> tuple[str, str | None]:
-    """(the base's tensor, "A" or "B"; None for a whole tensor)."""
-    parts = name.removeprefix(_PREFIX).split(".")
-    for index, part in enumerate(parts):
-        if part in _MARKS:
-            return ".".join([*parts[:index], "weight"]), _MARKS[part]
-    return ".".join(parts), None
+    if replaced and source.weight != 1:
+        raise CheckpointError(
+            f"{path} replaces {len(replaced)} whole tensors, as {next(iter(replaced))}, which a weight of "
+            f"{source.weight} would not scale; expected the weight 1: leave it out"
+        )
 
 
 def _check_targets(path: Path, targets: list[str], base: TensorTable) -> None:
@@ -94,20 +220,19 @@ def _check_targets(path: Path, targets: list[str], base: TensorTable) -> None:
         example = next(iter(base), "")
         raise CheckpointError(
             f"{path}: {len(unknown)} of {len(targets)} names match nothing in the base, as {unknown[:2]}; expected "
-            f"names as {example!r} with lora_A and lora_B: use the LoRA that was made for this checkpoint"
+            f"names as {example!r} with lora_A and lora_B, or lora_down and lora_up: {_USE}"
         )
 
 
-def _delta(path: Path, target: str, pair: dict[str, TensorRef], alpha: float, base: TensorRef) -> Delta:
-    if set(pair) != {"A", "B"}:
-        raise CheckpointError(
-            f"{path}: {target} has only lora_{next(iter(pair))}; expected lora_A and lora_B: fetch it again"
-        )
+def _factors(path: Path, target: str, pair: dict[str, TensorRef], base: TensorRef) -> tuple[TensorRef, TensorRef]:
+    if not {"A", "B"} <= set(pair):
+        has = " and ".join(f"lora_{role}" if role in "AB" else role for role in sorted(pair))
+        raise CheckpointError(f"{path}: {target} has only {has}; expected lora_A and lora_B: fetch it again")
     a, b = pair["A"], pair["B"]
     fits = len(a.shape) == len(b.shape) == len(base.shape) == 2
     if not fits or (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1] or not a.rows:
         raise CheckpointError(
             f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {target} {list(base.shape)}; "
-            "expected [r, in] and [out, r]: use the LoRA that was made for this checkpoint"
+            f"expected [r, in] and [out, r]: {_USE}"
         )
-    return Delta(a, b, alpha / a.shape[0])
+    return a, b

@@ -16,6 +16,8 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "files": {"bytes": int, "sha256": str},
     "sources": {"file": str, "bytes": int, "sha256": str},
     "lora": {"file": str, "sha256": str, "alpha": (int, float), "ranks": list, "merged": int, "replaced": int},
+    "loras": {"file": str, "sha256": str, "weight": (int, float), "alphas": list, "ranks": list},
+    "from": {"file": str, "tensor": str, "kind": str},
     "phantom": {"preset": str, "values": str},
 }
 
@@ -25,6 +27,14 @@ def check_manifest(file: Path, manifest: Any) -> None:
     _check_part(file, "manifest", manifest)
     for component in manifest["components"].values():
         _check_rotation(file, component["tensors"])
+        for facts in component["tensors"].values():
+            if "from" in facts:
+                _check_part(file, "from", facts["from"])
+    loras = manifest.get("loras", [])
+    for lora in loras if isinstance(loras, list) else [loras]:
+        _check_part(file, "loras", lora)
+        if any(type(number) not in (int, float) for number in (*lora["alphas"], *lora["ranks"])):
+            raise CheckpointError(f"{file} is damaged: a LoRA whose alphas or ranks are no numbers; convert again")
     for part in ("lora", "phantom"):
         if manifest.get(part) is not None:
             _check_part(file, part, manifest[part])

@@ -1,8 +1,6 @@
-"""A published checkpoint as a table of tensors that are read one stretch at a time.
+"""A file of weights as a table of tensors that are read one stretch at a time.
 
-Nothing is mapped: mapped pages would count as resident, and a converter is to run in little memory. Nothing in a file
-is executed: ``.pth`` dictionaries are opened with ``weights_only=True`` on fake tensors, which carry the place of their
-bytes in the file.
+Nothing is mapped: mapped pages would count as resident, and a converter is to run in little memory.
 """
 
 from __future__ import annotations
@@ -10,18 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.format import DTYPES, read_header
+from lowvram_quantize.strange import refuse_strange
 
 Tensor = torch.Tensor
 
@@ -31,6 +27,10 @@ VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 AUDIO_ENCODER_FOLDER = "wav2vec2-large-xlsr-53-english"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+
+# What files of weights may hold beyond what an artifact stores: another 8-bit float, and what only marks something.
+READABLE = DTYPES | {"F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in READABLE.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,22 @@ class TensorRef:
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def kind(self) -> str:
+        """How the file stores it."""
+        return _NAMES.get(self.dtype, str(self.dtype))
+
+    @property
+    def scales(self) -> tuple[TensorRef, ...]:
+        """Tensors beside it that its values are made with."""
+        return ()
+
     def read(self) -> Tensor:
         """The whole tensor, read into memory of its own."""
         return self.read_rows(0, self.rows).view(self.shape)
 
     def read_rows(self, start: int, count: int) -> Tensor:
-        """Rows of dimension 0, everything behind it flattened: [count, numel / rows].
+        """Rows of dimension 0, everything behind it flattened: [count, numel / rows] of ``dtype``.
 
         Raises:
             CheckpointError: the file cannot be read or ends too early.
@@ -65,32 +75,22 @@ class TensorRef:
         nbytes = count * width * self.dtype.itemsize
         if not nbytes:  # no bytes cannot be viewed as another dtype
             return torch.empty(count, width, dtype=self.dtype)
+        raw = self.read_bytes(start * width * self.dtype.itemsize, nbytes)
+        return torch.from_numpy(raw).view(self.dtype).view(count, width)
+
+    def read_bytes(self, start: int, nbytes: int) -> np.ndarray:
+        """``nbytes`` as uint8, from byte ``start`` of the tensor on."""
         try:
             with self.file.open("rb", buffering=0) as file:
-                raw = np.fromfile(file, np.uint8, nbytes, offset=self.offset + start * width * self.dtype.itemsize)
+                raw = np.fromfile(file, np.uint8, nbytes, offset=self.offset + start)
         except OSError as error:
             raise CheckpointError(f"{self.file} cannot be read: {error}; check the disk and fetch it again") from error
         if raw.size != nbytes:
             raise CheckpointError(f"{self.file} is truncated: it ends within {self.name}; fetch it again")
-        return torch.from_numpy(raw).view(self.dtype).view(count, width)
+        return raw
 
 
 TensorTable = dict[str, TensorRef]
-
-
-def find_base(ckpt_dir: Path) -> Path:
-    """The folder with the DiT's config.json: ``ckpt_dir`` itself or its ``Wan2.2-S2V-14B``.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    for folder in (ckpt_dir, ckpt_dir / BASE_FOLDER):
-        if (folder / "config.json").is_file():
-            return folder
-    raise CheckpointError(
-        f"{ckpt_dir} {'holds' if ckpt_dir.is_dir() else 'is no folder, so it holds'} no config.json, nor does "
-        f"{BASE_FOLDER} in it; expected the folder of the published checkpoint"
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,18 +105,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def open_safetensors(path: Path) -> TensorTable:
     """Raises: CheckpointError where the file is missing, truncated or has a dtype that is not known."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
+    refuse_strange(path)
     header, data_offset = read_header(path)
     header.pop("__metadata__", None)
     table = {}
     for name, facts in header.items():
-        if facts["dtype"] not in DTYPES:
-            known = ", ".join(DTYPES)
+        if facts["dtype"] not in READABLE:
+            known = ", ".join(READABLE)
             raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {known}: fetch it again")
         ref = TensorRef(
             name=name,
-            dtype=DTYPES[facts["dtype"]],
+            dtype=READABLE[facts["dtype"]],
             shape=tuple(facts["shape"]),
             file=path,
             offset=data_offset + facts["data_offsets"][0],
@@ -127,80 +126,35 @@ def open_safetensors(path: Path) -> TensorTable:
     return table
 
 
-def open_dit(base: Path) -> TensorTable:
-    """The DiT's tensors from its shards and their index, or from the one file of a small model.
+def open_index(index: Path) -> TensorTable:
+    """The tensors of several shards that lie beside their index.
 
     Raises:
         CheckpointError: a shard is missing or truncated, or the index names a tensor that its shard does not hold.
     """
-    index = base / f"{DIT_STEM}.safetensors.index.json"
-    if not index.is_file():
-        return open_safetensors(base / f"{DIT_STEM}.safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names to shards; fetch it again")
-    shards = {shard: open_safetensors(base / Path(shard).name) for shard in sorted(set(weight_map.values()))}
+    shards = {shard: open_safetensors(index.parent / Path(shard).name) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{index} names {name}, which {shard} does not hold; fetch both again")
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def open_pth(path: Path) -> TensorTable:
-    """The tensors of a ``.pth`` dictionary, without loading them.
-
-    Raises:
-        CheckpointError: missing, truncated, repacked, not a dictionary of dense tensors, or one that would execute
-            code.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is not a .pth of today's form, or is truncated; fetch it again")
-    try:
-        with FakeTensorMode():
-            loaded = torch.load(path, weights_only=True, map_location="cpu")
-        records = _stored_records(path)
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"{path} is no plain dictionary of tensors ({reason}); nothing in a file is run: fetch the published one"
-        ) from error
-    values = list(loaded.values()) if isinstance(loaded, Mapping) else []
-    if not values or not all(isinstance(value, Tensor) for value in values):
-        inside = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
-        what = f"{type(loaded).__name__} of {inside}" if isinstance(loaded, Mapping) else type(loaded).__name__
-        raise CheckpointError(
-            f"{path} holds a {what}; expected a dictionary of names to tensors: fetch the published file"
-        )
-    return {str(name): _pth_ref(path, str(name), tensor, records) for name, tensor in loaded.items()}
+def fitted(table: TensorTable, expected: Mapping[str, tuple[int, ...]]) -> TensorTable:
+    """The table with folded tensors in their shapes again: GGML knows 4 dimensions, so GGUF files hold convolutions
+    over time with fewer. The first dimension and the number of values have to agree."""
+    return {
+        name: dataclasses.replace(ref, shape=tuple(expected[name]))
+        if name in expected and len(ref.shape) != len(expected[name]) and _same_rows(ref.shape, expected[name])
+        else ref
+        for name, ref in table.items()
+    }
 
 
-def _stored_records(path: Path) -> dict[int, int]:
-    """Where the uncompressed members of a zip file have their bytes: offset -> number of bytes."""
-    records = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for info in archive.infolist():
-            if info.compress_type == zipfile.ZIP_STORED:
-                file.seek(info.header_offset + 26)
-                name_nbytes, extra_nbytes = struct.unpack("<HH", file.read(4))
-                records[info.header_offset + 30 + name_nbytes + extra_nbytes] = info.file_size
-    return records
-
-
-def _pth_ref(path: Path, name: str, tensor: Tensor, records: dict[int, int]) -> TensorRef:
-    plain = tensor.layout is torch.strided and tensor.dtype in DTYPES.values() and tensor.is_contiguous()
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if plain else None
-    if start is None:
-        raise CheckpointError(f"{path}: {name} is no contiguous tensor of a known dtype; fetch the published file")
-    # torch computes the place from its own layout, so in a file that something else has packed it would be wrong.
-    if records.get(start) != tensor.untyped_storage().nbytes():
-        raise CheckpointError(
-            f"{path}: the bytes of {name} are not where torch.save puts them: it was packed again by another program; "
-            "fetch the published file"
-        )
-    offset = start + tensor.storage_offset() * tensor.element_size()
-    return TensorRef(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), file=path, offset=offset)
+def _same_rows(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted)
 
 
 def check_shapes(table: TensorTable, expected: Mapping[str, tuple[int, ...]], what: str) -> None:

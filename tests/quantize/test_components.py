@@ -16,10 +16,12 @@ from lowvram_models.text_encoder import build_umt5, encode_prompt
 from lowvram_quantize.components import plan_dit, plan_text_encoder, plan_vae
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact
+from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.source import TEXT_ENCODER_FILE, VAE_FILE
 from lowvram_quantize.synthetic import write_checkpoint
 from tests.golden_cases import relative_error
 from tests.quantize.checkpoints import (
+    INDEX,
     SHARDS,
     base_of,
     change_dit,
@@ -45,7 +47,7 @@ def load_pth(base: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_dits_slabs_follow_the_order_of_use(base):
-    plan = plan_dit(base, "int8", None, 64.0)
+    plan = plan_dit(base / INDEX, base / "config.json", "int8")
     slabs = list(dict.fromkeys(item.slab for item in plan.items))
     assert slabs == ["start", "shared", *(f"layer.{i}" for i in range(plan.config["num_layers"]))]
     # Each slab's items come in one run, and every tensor comes once.
@@ -56,22 +58,24 @@ def test_the_dits_slabs_follow_the_order_of_use(base):
 
 
 def test_a_lora_is_one_of_the_sources(base, tiny):
-    plan = plan_dit(base, "int8", tiny.lora, 2.0)
+    plan = plan_dit(base / INDEX, base / "config.json", "int8", [LoraSource(path=tiny.lora, alpha=2.0)])
     assert tiny.lora in plan.source_files
-    assert plan.lora is not None
-    assert set(plan.lora.deltas) <= {item.name for item in plan.items}
+    assert plan.deltas
+    assert set(plan.deltas) <= {item.name for item in plan.items}
 
 
 def test_tensors_that_a_lora_replaces_come_from_its_file(base, tmp_path):
     name = "blocks.0.norm3.weight"
     value = load_dit(base)[name].float() + 1
     save_file({f"base_model.model.{name}": value}, tmp_path / "lora.safetensors")
-    item = next(item for item in plan_dit(base, "fp32", tmp_path / "lora.safetensors", 1.0).items if item.name == name)
+    source = LoraSource(path=tmp_path / "lora.safetensors")
+    plan = plan_dit(base / INDEX, base / "config.json", "fp32", [source])
+    item = next(item for item in plan.items if item.name == name)
     assert torch.equal(item.ref.read(), value)
 
 
 def test_the_encoders_come_under_the_libraries_names(base):
-    vae, text = plan_vae(base, "int8"), plan_text_encoder(base, "int8")
+    vae, text = plan_vae(base / VAE_FILE, "int8"), plan_text_encoder(base / TEXT_ENCODER_FILE, "int8")
     published = load_pth(base, VAE_FILE)
     names = vae_names(published)
     assert {item.name: item.ref.shape for item in vae.items} == {names[n]: tuple(t.shape) for n, t in published.items()}
@@ -89,7 +93,7 @@ def test_the_encoders_come_under_the_libraries_names(base):
 def test_a_configuration_of_another_model(base, change):
     replace_json(base / "config.json", lambda config: config.update(change))
     with refusal(CheckpointError, next(iter(change)) if change != {"num_layers": 5} else "lacks"):
-        plan_dit(base, "int8", None, 64.0)
+        plan_dit(base / INDEX, base / "config.json", "int8")
 
 
 def test_wrong_shapes(base):
@@ -97,13 +101,13 @@ def test_wrong_shapes(base):
     rows, width = load_dit(base)[name].shape
     change_dit(base, name, lambda t: t.t())
     with refusal(CheckpointError, name, f"[{rows}, {width}]", f"[{width}, {rows}]", "check"):
-        plan_dit(base, "int8", None, 64.0)
+        plan_dit(base / INDEX, base / "config.json", "int8")
     change_pth(base / VAE_FILE, "decoder.conv1.weight", lambda t: t[:-1])
     with refusal(CheckpointError, "decoder.conv_in.weight", VAE_FILE, "shape", "check"):
-        plan_vae(base, "int8")
+        plan_vae(base / VAE_FILE, "int8")
     change_pth(base / TEXT_ENCODER_FILE, "blocks.1.ffn.fc2.weight", lambda t: t[:-1])
     with refusal(CheckpointError, "encoder.block.1.layer.1.DenseReluDense.wo.weight", TEXT_ENCODER_FILE, "check"):
-        plan_text_encoder(base, "int8")
+        plan_text_encoder(base / TEXT_ENCODER_FILE, "int8")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_a_text_encoder_that_is_none(base, name, value):
     tensors = {n: t for n, t in load_pth(base, TEXT_ENCODER_FILE).items() if n != name}
     replace_pth(base / TEXT_ENCODER_FILE, tensors if value is None else tensors | {name: value})
     with refusal(CheckpointError, TEXT_ENCODER_FILE):
-        plan_text_encoder(base, "int8")
+        plan_text_encoder(base / TEXT_ENCODER_FILE, "int8")
 
 
 @pytest.mark.parametrize("value", [None, torch.zeros(0, 3, 3, 3, 3), torch.zeros(8), torch.zeros(7, 3, 3, 3, 3)])
@@ -129,7 +133,7 @@ def test_a_vae_that_is_none(base, value):
     tensors = {n: t for n, t in load_pth(base, VAE_FILE).items() if n != name}
     replace_pth(base / VAE_FILE, tensors if value is None else tensors | {name: value})
     with refusal(CheckpointError, VAE_FILE):
-        plan_vae(base, "int8")
+        plan_vae(base / VAE_FILE, "int8")
 
 
 def merged_weights(tiny) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -315,6 +319,6 @@ def test_the_text_encoders_linears_are_the_libraries(wide_checkpoint, text_artif
 
 
 def test_rows_that_are_no_whole_4_bit_blocks_are_kept(tiny):
-    plan = plan_text_encoder(base_of(tiny.checkpoint), "nf4")
+    plan = plan_text_encoder(base_of(tiny.checkpoint) / TEXT_ENCODER_FILE, "nf4")
     assert {item.ref.shape[1] % 64 for item in plan.items if item.scheme.name == "nf4"} == {0}
     assert any(item.scheme.name == "bf16" and "SelfAttention.q" in item.name for item in plan.items)

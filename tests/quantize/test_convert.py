@@ -141,7 +141,7 @@ def list_pth(base: Path) -> None:
 
 
 def nested_pth(base: Path) -> None:
-    replace_pth(base / TEXT_ENCODER_FILE, {"state_dict": torch.load(base / TEXT_ENCODER_FILE)})
+    replace_pth(base / TEXT_ENCODER_FILE, {"weights": torch.load(base / TEXT_ENCODER_FILE)})
 
 
 def vae_shape(base: Path) -> None:

@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.pickled import open_pth
 from lowvram_quantize.source import (
     TEXT_ENCODER_FILE,
     VAE_FILE,
     check_shapes,
-    find_base,
-    open_dit,
-    open_pth,
+    open_index,
     open_safetensors,
     read_json,
 )
@@ -83,27 +82,13 @@ def test_rows_are_read_flattened_and_alone(tmp_path):
 
 
 def test_the_published_files_come_whole(base):
-    table, dit = open_dit(base), load_dit(base)
+    table, dit = open_index(base / INDEX), load_dit(base)
     assert set(table) == set(dit)
     assert all(same(table[name].read(), tensor) for name, tensor in dit.items())
     for file in (VAE_FILE, TEXT_ENCODER_FILE):
         published = torch.load(base / file, weights_only=True)
         table = open_pth(base / file)
         assert all(same(table[name].read(), tensor) for name, tensor in published.items())
-
-
-def test_a_dit_of_one_file(base):
-    replace(base / INDEX, None)
-    save_file({"a": torch.ones(2)}, base / "diffusion_pytorch_model.safetensors")
-    assert list(open_dit(base)) == ["a"]
-
-
-def test_base_is_the_folder_or_its_parent(base, tmp_path):
-    assert find_base(base) == find_base(base.parent) == base
-    with refusal(CheckpointError, "nowhere", "is no folder", "config.json", "expected"):
-        find_base(tmp_path / "nowhere")
-    with refusal(CheckpointError, str(tmp_path), "config.json"):
-        find_base(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,39 +104,39 @@ def test_missing_and_truncated_shards(base):
     whole = (base / SHARDS[1]).read_bytes()
     replace(base / SHARDS[1], None)
     with refusal(CheckpointError, SHARDS[1], "missing", "fetch"):
-        open_dit(base)
+        open_index(base / INDEX)
     for size, said in ((len(whole) - 1, "truncated"), (1000, "header"), (4, "header"), (0, "header")):
         replace(base / SHARDS[1], whole[:size])
         with refusal(CheckpointError, SHARDS[1], said, "fetch"):
-            open_dit(base)
+            open_index(base / INDEX)
     replace(base / SHARDS[1], whole + b"\0")
     with refusal(CheckpointError, SHARDS[1], f"{len(whole) + 1} bytes", str(len(whole))):
-        open_dit(base)
+        open_index(base / INDEX)
 
 
 def test_an_index_that_names_what_is_not_there(base):
     clean = (base / INDEX).read_bytes()
     replace_json(base / INDEX, lambda index: index["weight_map"].update({"blocks.9.absent": SHARDS[0]}))
     with refusal(CheckpointError, INDEX, "blocks.9.absent", SHARDS[0], "fetch"):
-        open_dit(base)
+        open_index(base / INDEX)
     replace(base / INDEX, clean)
     replace_json(base / INDEX, lambda index: index["weight_map"].update({"a": "other-00003.safetensors"}))
     with refusal(CheckpointError, "other-00003.safetensors", "missing", "fetch"):
-        open_dit(base)
+        open_index(base / INDEX)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, "a"])
 def test_an_index_without_a_map(base, weight_map):
     replace_json(base / INDEX, lambda index: index.update(weight_map=weight_map))
     with refusal(CheckpointError, INDEX, "weight_map"):
-        open_dit(base)
+        open_index(base / INDEX)
 
 
 def test_an_index_reaches_no_file_outside_its_folder(base):
     save_file({"a": torch.ones(1)}, base.parent / "outside.safetensors")
     replace_json(base / INDEX, lambda index: index.update(weight_map={"a": "../outside.safetensors"}))
     with refusal(CheckpointError, "outside.safetensors", "missing"):
-        open_dit(base)
+        open_index(base / INDEX)
 
 
 def header_with(path: Path, header: object, data: bytes = bytes(8)) -> Path:
@@ -222,7 +207,7 @@ def test_nothing_in_a_pth_is_run(tmp_path, save):
     [
         ([torch.ones(2)], "list"),
         (torch.ones(2), "Tensor"),
-        ({"state_dict": {"w": torch.ones(2)}}, "dict of dict"),
+        ({"weights": {"w": torch.ones(2)}}, "dict of dict"),
         ({"w": torch.ones(2), "step": 3}, "int"),
         ({}, "dict of nothing"),
         ({"w": torch.ones(4, 3).t()}, "contiguous"),

@@ -1,0 +1,88 @@
+"""What a manifest says of an artifact: how each tensor is stored, what it was made from, and by which versions."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowvram_quantize.components import Plan
+from lowvram_quantize.format import FORMAT, FORMAT_VERSION, ROTATED_VERSION, Slab
+from lowvram_quantize.source import TensorRef
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")
+
+
+def component_facts(
+    plan: Plan, path: Path, slabs: list[Slab], header_sha256: str, digests: dict[str, str], errors: dict[str, float]
+) -> dict[str, Any]:
+    """A component's entry in the manifest; ``digests`` has each slab's SHA-256, ``errors`` is by tensor."""
+    return {
+        "file": path.name,
+        "precision": plan.precision,
+        "config": plan.config,
+        "header_sha256": header_sha256,
+        "slabs": [{"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": digests[s.name]} for s in slabs],
+        "tensors": _tensor_facts(plan, errors),
+    }
+
+
+def tensor_origin(ref: TensorRef, base: Path) -> dict[str, Any]:
+    """Where a tensor's values were read: the file, its name there, how they are stored, and the scales."""
+    origin: dict[str, Any] = {"file": os.path.relpath(ref.file, base), "tensor": ref.name, "kind": ref.kind}
+    return origin | ({"scale": [scale.name for scale in ref.scales]} if ref.scales else {})
+
+
+def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+    facts: dict[str, dict[str, Any]] = {}
+    for item in plan.items:
+        facts[item.name] = {"scheme": item.scheme.name}
+        if item.scheme.group > 1:
+            facts[item.name]["rotated_group"] = item.scheme.group
+        if item.name in errors:
+            facts[item.name]["relative_error"] = errors[item.name]
+    return facts
+
+
+def manifest_of(
+    plans: list[Plan],
+    facts: dict[str, dict[str, Any]],
+    files: dict[str, dict[str, Any]],
+    hashes: dict[Path, Future[str]],
+    base: Path,
+) -> dict[str, Any]:
+    loras = [lora.summary() | {"sha256": hashes[lora.file].result()} for plan in plans for lora in plan.loras]
+    return {
+        **origin(rotated=any(plan.rotated for plan in plans)),
+        "components": facts,
+        "files": files,
+        "sources": [
+            {"file": os.path.relpath(file, base), "bytes": file.stat().st_size, "sha256": digest.result()}
+            for file, digest in sorted(hashes.items())
+        ],
+        # The first one alone is what programs that know of one LoRA look for.
+        "lora": loras[0] if loras else None,
+        "loras": loras,
+    }
+
+
+def origin(*, rotated: bool = False) -> dict[str, Any]:
+    """The manifest's first fields: format (of another version with ``rotated`` weights) and what writes it."""
+    return {
+        "format": FORMAT,
+        "format_version": ROTATED_VERSION if rotated else FORMAT_VERSION,
+        "lowvram": version("lowvram"),
+        "libraries": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
