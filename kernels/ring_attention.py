@@ -43,7 +43,7 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
         record("ring_attention", "int8: triton")
         return ring_attention_triton(items, lists).view(q.shape)
     record("ring_attention", _decoded_name(q))
-    return torch.stack([_decoded_attention(one, some) for one, some in zip(items, lists, strict=True)]).view(q.shape)
+    return torch.stack([decoded_attention(one, some) for one, some in zip(items, lists, strict=True)]).view(q.shape)
 
 
 def ring_and_sink_attention(
@@ -66,7 +66,7 @@ def ring_and_sink_attention(
         return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP, rotated)])
     record("ring_attention", _decoded_name(q_LNH))
     keys = rotate(decode_keys(sink, torch.float32), cos_TP, sin_TP).to(q_LNH.dtype)
-    return _decoded_attention(q_LNH, [*blocks, sink], last_keys=keys)
+    return decoded_attention(q_LNH, [*blocks, sink], last_keys=keys)
 
 
 def reference_ring_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
@@ -81,7 +81,7 @@ def _decoded_name(q: Tensor) -> str:
     return f"int8 decoded to {str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention"
 
 
-def _decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock], last_keys: Tensor | None = None) -> Tensor:
+def decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock], last_keys: Tensor | None = None) -> Tensor:
     """``last_keys`` stand for those of the last block."""
     tokens = sum(block.tokens for block in blocks)
     k, v = (q_LNH.new_empty((tokens, *q_LNH.shape[1:])) for _ in range(2))

@@ -162,6 +162,7 @@ def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool
             memory=memory_options(options),
             options=ranks,
             quiet=quiet,
+            examine=not options["no_selftest"],
             **{name: options[name] for name in ("model", "device", "dtype", "verify")},
         )
         if seat is None:
@@ -386,6 +387,33 @@ def doctor(gpus: int | None, port: int, model: Path | None, no_measure: bool, as
         for finding in findings:
             click.echo(f"{click.style(f'{finding.status:8}', fg=colours[finding.status])} {finding.text()}")
     if any(finding.status == "problem" for finding in findings):
+        sys.exit(1)
+
+
+@main.command(context_settings=SETTINGS)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--report", type=FILE, help="Write a text to paste into a bug report.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def selftest(device: str, report: Path | None, as_json: bool) -> None:
+    """Run every kernel against its reference, stream a tiny model, copy, time: minutes; what is found is kept.
+
+    Exits with 1 where something fails that no other kernel makes good.
+    """
+    from lowvram.selftest.command import selftest as run
+    from lowvram.selftest.command import write_text
+    from lowvram.selftest.report import bug_report, print_examined
+
+    examined, note = run(device)
+    if as_json:
+        click.echo(json.dumps({"note": note, "devices": [each.to_json() for each in examined]}, indent=1))
+    else:
+        for each in examined:
+            print_examined(each, Console())
+        if note:
+            click.echo(note)
+    if report:
+        write_text(report, bug_report(examined, note))
+    if any(each.verdict.stuck for each in examined):
         sys.exit(1)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from lowvram.infer import Outputs, infer
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
-from lowvram.pipeline import AvatarPipeline, Request
+from lowvram.pipeline import FPS, AvatarPipeline, Request
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("int8", "bf16")
+TINY_LAYERS = 4
 LORA_ALPHA = 2.0  # with the tiny LoRA's rank of 4 this is the published factor alpha / rank of 0.5
 
 
@@ -30,6 +31,26 @@ def prepare(folder: Path) -> Request:
     write_wav(voice, synth_voice(4.0), 16000)
     prompt = "A cheerful person with round glasses speaks to the camera"
     return Request(image=portrait, audio=voice, prompt=prompt, size="256*256", infer_frames=24)
+
+
+def tiny_model(folder: Path, *, steps: int, clips: int) -> tuple[Path, Request]:
+    """Make an int8 artifact of ``TINY_LAYERS`` layers in ``folder``; (it, a video of the smallest size to make)."""
+    write_checkpoint(folder / "ckpt", num_layers=TINY_LAYERS)
+    artifact = convert(folder / "ckpt", folder / "int8", precision="int8")
+    portrait, voice = folder / "portrait.png", folder / "voice.wav"
+    draw_portrait(128, 128).save(portrait)
+    frames = 16
+    write_wav(voice, synth_voice(clips * frames / FPS + 0.1), 16000)
+    request = Request(
+        image=portrait,
+        audio=voice,
+        prompt="A person speaks",
+        size="128*128",
+        infer_frames=frames,
+        num_clip=clips,
+        sample_steps=steps,
+    )
+    return artifact, request
 
 
 def run_demo(folder: Path, *, device: str = "auto") -> dict[str, dict[str, Any]]:

@@ -66,6 +66,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--cuda-graphs", False, "Replay layers that stay on the GPU as CUDA graphs, from the third clip on."),
         switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
+        click.option("--no-selftest", is_flag=True, help="Do not examine a GPU that is new here; see selftest."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -96,9 +97,13 @@ def make_rank_options(options: dict[str, Any]) -> RankOptions:
 
 
 def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
-    """The artifact of ``--model``."""
+    """The artifact of ``--model``, on a device that is known."""
+    from lowvram.devices import choose_device
     from lowvram.pipeline import AvatarPipeline
+    from lowvram.selftest.first_run import get_ready
 
+    if not options["no_selftest"]:
+        get_ready(choose_device(options["device"]))
     names = ("device", "dtype", "verify")
     return AvatarPipeline.from_artifact(
         options["model"], memory=memory_options(options), **{name: options[name] for name in names}

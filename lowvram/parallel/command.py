@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lowvram.infer import Outputs, infer
 from lowvram.parallel.launch import launch
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
 from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
-from lowvram.parallel.seat import Seat
+from lowvram.parallel.seat import Seat, rank_device
 from lowvram.parallel.settling import Settler
 from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions
 from lowvram.request import Request, read_inputs
+from lowvram.selftest.first_run import get_ready
 from lowvram_quantize.format import Artifact
 
 
@@ -32,6 +35,8 @@ class RankRun:
     dtype: str
     verify: bool
     quiet: bool
+    examine: bool = True
+    """Whether a rank examines a card of which nothing is known."""
 
     def start(self, layout: ParallelLayout, arguments: Sequence[str]) -> None:
         """Start the ranks of ``layout`` here, each as ``lowvram`` with ``arguments``, and wait for them.
@@ -54,6 +59,8 @@ class RankRun:
             LowvramError: this rank failed, or another one did.
         """
         check_for_ranks(layout, self.memory)
+        if self.examine:  # before the ranks meet: from then on they watch how long each takes
+            get_ready(torch.device(rank_device(self.device, seat)))
         artifact = Artifact.open(self.model)
         settler = Settler(options=self.options, artifact=artifact, request=self.request, memory=self.memory)
         with joined(seat, layout, self.device, settler.settle) as (team, device):

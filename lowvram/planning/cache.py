@@ -26,7 +26,7 @@ def read_cache(file: Path, what: str, parse: Callable[[Any], T]) -> dict[str, T]
         return {key: parse(values) for key, values in stored.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         log.warning("%s cannot be used (%s): %s are measured again", file, error, what)
         return {}
 

@@ -63,7 +63,7 @@ class CudaRunner:
 
     @property
     def key(self) -> str:
-        return f"{self.name} | driver {_driver_version()} | torch {torch.__version__}"
+        return f"{self.name} | driver {driver_version()} | torch {torch.__version__}"
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -110,7 +110,7 @@ class CudaRunner:
         return lambda: torch._scaled_mm(a8, b8.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
     try:
         return _DRIVER.read_text().split("Kernel Module")[1].split()[0]
     except (OSError, IndexError):  # not Linux, or WSL: the version of the driver's interface has to do

@@ -1,0 +1,1 @@
+"""The program examines a machine itself: every kernel against its reference, copies, streaming, what is fastest."""

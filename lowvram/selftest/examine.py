@@ -1,0 +1,54 @@
+"""All checks of one device, in other processes, and what is known of it afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lowvram.selftest.isolated import BEGIN_S, CHECK_S, Heard, run_isolated
+from lowvram.selftest.measures import outside_bytes
+from lowvram.selftest.results import Result, Subject
+from lowvram.selftest.verdict import judge
+from lowvram_kernels.errors import DeviceError
+
+SOURCES = ("lowvram.selftest.checks:kernel_checks", "lowvram.selftest.streaming:moving_checks")
+"""Where workers find the checks. What failed in the first is not used in the second."""
+Measure = Callable[[torch.device], Result]
+
+
+def examine(
+    device: torch.device,
+    *,
+    known: Sequence[Result] = (),
+    heard: Heard = lambda result: None,
+    sources: Sequence[str] = SOURCES,
+    measures: Sequence[Measure] | None = None,
+    check_s: float = CHECK_S,
+    limit_s: float = float("inf"),
+) -> tuple[list[Result], bool]:
+    """(``known`` and the results of all other checks, whether all were examined within ``limit_s``).
+
+    ``measures`` come behind the checks; by default what lies outside of torch's allocator, on CUDA. A source whose
+    process does not even begin becomes one failed result.
+    """
+    results, until = list(known), time.monotonic() + limit_s
+    for source in sources:
+        off = [(one.operation, one.backend) for one in judge(results).off]
+        names = [result.subject.name for result in results]
+        try:
+            results += run_isolated(
+                source, device, known=names, off=off, heard=heard, check_s=check_s, begin_s=BEGIN_S, until=until
+            )
+        except DeviceError as error:
+            subject = Subject(name=f"start of {source.rpartition(':')[2].replace('_', ' ')}")
+            results.append(Result(subject=subject, status="failed", message=str(error)))
+            heard(results[-1])
+    if measures is None:
+        measures = (outside_bytes,) if device.type == "cuda" else ()
+    for measure in measures:
+        if time.monotonic() < until:
+            results.append(measure(device))
+            heard(results[-1])
+    return results, time.monotonic() < until

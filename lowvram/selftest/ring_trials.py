@@ -1,0 +1,188 @@
+"""The same for keys, values and attention: RMSNorm with RoPE, the codec of the rings, attention over their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
+from lowvram.selftest.trials import BF16, EPS, Outputs, Sizes, Trial, random, sampled
+from lowvram_kernels.attention import sdpa
+from lowvram_kernels.choices import TORCH, TRITON
+from lowvram_kernels.ring_attention import decoded_attention, reference_ring_attention
+from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, decode_keys, reference_encode
+from lowvram_kernels.rope import reference_norm_rope, rotate
+
+Tensor = torch.Tensor
+REFERENCE_QUERIES = 64
+
+
+def rotation(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(sizes.tokens, sizes.head_dim // 2, device=device) * 6
+    return angle.cos(), angle.sin()
+
+
+def empty_block(sizes: Sizes, device: torch.device, tokens: int) -> KVBlock:
+    """In a slot whose bytes are no zeros, so that a kernel that writes too little shows."""
+    layout = SlotLayout(tokens=tokens, heads=sizes.heads, head_dim=sizes.head_dim)
+    return layout.block(torch.full((layout.nbytes,), 85, dtype=torch.uint8, device=device))
+
+
+def random_block(sizes: Sizes, device: torch.device, tokens: int) -> KVBlock:
+    """Keys of a head lie around a common vector."""
+    out = empty_block(sizes, device, tokens)
+    k = random(device, tokens, sizes.heads, sizes.head_dim) + random(device, sizes.heads, sizes.head_dim)
+    out.k_mean.copy_(k.mean(0))
+    reference_encode(k, out.k_mean, out.k, out.k_scale)
+    reference_encode(random(device, tokens, sizes.heads, sizes.head_dim), None, out.v, out.v_scale)
+    return out
+
+
+def norm_rope(sizes: Sizes, device: torch.device) -> Trial:
+    x = random(device, sizes.tokens, sizes.width).bfloat16()
+    weight, tables = random(device, sizes.width).bfloat16(), rotation(sizes, device)
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_rope import norm_rope_triton
+
+        return {"rotated": norm_rope_triton(x, weight, EPS, sizes.heads, *tables)}
+
+    def plain() -> Outputs:
+        return {"rotated": reference_norm_rope(x, weight, EPS, sizes.heads, *tables)}
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        expected = reference_norm_rope(x.double(), weight, EPS, sizes.heads, *tables)
+        return {"rotated": Measured(error=relative_error(out["rotated"], expected), bound=BF16)}
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def encode_kv(sizes: Sizes, device: torch.device) -> Trial:
+    x = random(device, sizes.tokens, sizes.heads, sizes.head_dim) * 5 + 2
+    mean = x.mean(0).bfloat16()
+
+    def room() -> tuple[Tensor, Tensor]:
+        block = empty_block(sizes, device, sizes.tokens)
+        return block.k, block.k_scale
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_rope import encode_triton
+
+        values, scale = room()
+        encode_triton(x, mean, values, scale)
+        return {"values": values, "scale": scale}
+
+    def plain() -> Outputs:
+        values, scale = room()
+        reference_encode(x, mean, values, scale)
+        return {"values": values, "scale": scale}
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        _, scale = room()
+        reference_encode(x, mean, torch.empty_like(out["values"]), scale)
+        off = steps_off(out["values"], out["scale"][..., None], x.double() - mean.double())
+        return {
+            "scale": Measured(error=relative_error(out["scale"], scale), bound=BF16),
+            "values": Measured(error=off, bound=HALF_STEP),
+        }
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def encode_projected(sizes: Sizes, device: torch.device) -> Trial:
+    k = (random(device, sizes.tokens, sizes.width) + 1).bfloat16()
+    v = random(device, sizes.tokens, sizes.heads, sizes.head_dim).bfloat16()
+    weight, tables = (random(device, sizes.width) * 3).bfloat16(), rotation(sizes, device)
+
+    def parts(block: KVBlock) -> Outputs:
+        keys, values = decode_block(block, torch.float64)
+        return {
+            "keys": keys, "k_scale": block.k_scale, "k_mean": block.k_mean, "values": values, "v_scale": block.v_scale,
+        }  # fmt: skip
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_keys import encode_projected_triton
+
+        out = empty_block(sizes, device, sizes.tokens)
+        encode_projected_triton(k, v, weight, EPS, *tables, out)
+        return parts(out)
+
+    def plain() -> Outputs:
+        out = empty_block(sizes, device, sizes.tokens)
+        keys = reference_norm_rope(k, weight, EPS, sizes.heads, *tables)
+        out.k_mean.copy_(keys.mean(dim=0, dtype=torch.float32))
+        reference_encode(keys, out.k_mean, out.k, out.k_scale)
+        reference_encode(v, None, out.v, out.v_scale)
+        return parts(out)
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        exact = reference_norm_rope(k.double(), weight, EPS, sizes.heads, *tables)
+        # PyTorch's way rounds keys to bfloat16 between the two passes: its part of the bound is 2^-9 of a value.
+        allowed = HALF_STEP * out["k_scale"].double()[..., None] + 2.0**-8 * exact.abs()
+        keys = ((out["keys"] - exact).abs() / allowed).max().item()
+        values = ((out["values"] - v.double()).abs() / out["v_scale"].double()[..., None]).max().item()
+        mean = relative_error(out["k_mean"], exact.mean(0))
+        return {
+            "keys": Measured(error=keys, bound=1.0),
+            "values": Measured(error=values, bound=HALF_STEP),
+            "k_mean": Measured(error=mean, bound=BF16),
+        }
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def rotate_keys(sizes: Sizes, device: torch.device) -> Trial:
+    block, tables = random_block(sizes, device, sizes.tokens), rotation(sizes, device)
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_rope import rotated_keys_triton
+
+        return {"keys": rotated_keys_triton(block, *tables)}
+
+    def plain() -> Outputs:
+        return {"keys": rotate(decode_keys(block, torch.float32), *tables)}
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        expected = rotate(decode_keys(block, torch.float64), *tables)
+        return {"keys": Measured(error=relative_error(out["keys"], expected), bound=BF16)}
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def ring_attention(sizes: Sizes, device: torch.device) -> Trial:
+    blocks = [random_block(sizes, device, tokens) for tokens in sizes.slots]
+    q = random(device, sizes.tokens, sizes.heads, sizes.head_dim).bfloat16()
+    rows = sampled(sizes.tokens)
+    rows = rows[:: max(1, len(rows) // REFERENCE_QUERIES)].to(device)
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_attention import ring_attention_triton
+
+        return {"attended": ring_attention_triton(q[None], [blocks], None)[0]}
+
+    def plain() -> Outputs:
+        return {"attended": decoded_attention(q, blocks)}
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        expected = reference_ring_attention(q[rows], blocks)
+        return {"attended": Measured(error=relative_error(out["attended"][rows], expected), bound=0.02)}
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def attention(sizes: Sizes, device: torch.device) -> Trial:
+    """Over plain keys and values: a block's queries and all slots of the ring joined."""
+    q, k, v = (
+        random(device, tokens, sizes.heads, sizes.head_dim).bfloat16()
+        for tokens in (sizes.tokens, sum(sizes.slots), sum(sizes.slots))
+    )
+    rows = sampled(sizes.tokens)
+    rows = rows[:: max(1, len(rows) // REFERENCE_QUERIES)].to(device)
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        scores = torch.einsum("lnh,snh->nls", q[rows].double(), k.double()) * sizes.head_dim**-0.5
+        expected = torch.einsum("nls,snh->lnh", scores.softmax(dim=-1), v.double())
+        return {"attended": Measured(error=relative_error(out["attended"][rows], expected), bound=0.02)}
+
+    return Trial(backends={TORCH: lambda: {"attended": sdpa(q, k, v)}}, judge=judge)

@@ -1,0 +1,111 @@
+"""Checks of what moves: copies with and without pinning, the tiny model wherever its weights lie, CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lowvram.demo import TINY_LAYERS, tiny_model
+from lowvram.engine import engine_for
+from lowvram.pipeline import AvatarPipeline
+from lowvram.placement import MemoryOptions, Placement
+from lowvram.recorder import TensorRecorder
+from lowvram.request import Request
+from lowvram.selftest.checks import Check
+from lowvram.selftest.results import Result, Subject
+
+Tensor = torch.Tensor
+COPY_BYTES = 64 * 2**20
+STEPS = 2
+_WITHOUT_REPORTS = "report it with this text (lowvram selftest --report FILE); keep everything on one side meanwhile"
+
+
+def moving_checks(device: torch.device) -> Iterator[Check]:
+    for pinned in (True, False) if device.type == "cuda" else (False,):
+        name = f"copies {'with' if pinned else 'without'} pinning"
+        subject = Subject(name=name)
+        yield Check(subject=subject, run=functools.partial(copies, subject, device, pinned))
+    subject = Subject(name="tiny model: on the device, and streamed from the host")
+    yield Check(subject=subject, run=functools.partial(placements, subject, device))
+    if device.type == "cuda":
+        subject = Subject(name="tiny model: layers replayed as CUDA graphs")
+        yield Check(subject=subject, run=functools.partial(graphs, subject, device))
+
+
+def copies(subject: Subject, device: torch.device, pinned: bool) -> Result:
+    """Random bytes there and back, through the engine that runs have."""
+    engine = engine_for(device)
+    given, back = (
+        engine.host_buffer(COPY_BYTES) if pinned else torch.empty(COPY_BYTES, dtype=torch.uint8) for _ in range(2)
+    )
+    given.random_(0, 256)
+    back.zero_()
+    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    figures = {}
+    for name, copy in (
+        ("in_bytes_per_s", lambda: engine.copy_in(there, given, engine.now())),
+        ("out_bytes_per_s", lambda: engine.copy_out(back, there, engine.now())),
+    ):
+        engine.settle()
+        begin = time.perf_counter()
+        copy()
+        engine.settle()
+        figures[name] = COPY_BYTES / (time.perf_counter() - begin)
+    wrong = int((given != back).sum())
+    message = f"{wrong} of {COPY_BYTES} bytes came back otherwise; {_WITHOUT_REPORTS}" if wrong else ""
+    return Result(subject=subject, status="failed" if wrong else "passed", message=message, figures=figures)
+
+
+def latents(device: torch.device, model: tuple[Path, Request], placement: Placement, *, graphs: bool = False) -> Tensor:
+    """All latents of a short video in one row, with 8-bit rings."""
+    made, _ = _run(device, model, placement, graphs)
+    return made
+
+
+def _run(
+    device: torch.device, model: tuple[Path, Request], placement: Placement, graphs: bool
+) -> tuple[Tensor, AvatarPipeline]:
+    artifact, request = model
+    memory = MemoryOptions(placement=placement, cuda_graphs=graphs)
+    pipeline, recorder = AvatarPipeline.from_artifact(artifact, device=str(device), memory=memory), TensorRecorder()
+    for _ in pipeline.stream(request, recorder=recorder):
+        pass
+    found = [tensor for name, tensor in sorted(recorder.tensors().items()) if name.startswith("latents")]
+    return torch.cat([tensor.flatten().cpu() for tensor in found]), pipeline
+
+
+def placements(subject: Subject, device: torch.device) -> Result:
+    """Everything on the device; layers and rings on the host, copied in as they are wanted."""
+    cells = tuple((step, layer) for step in range(STEPS) for layer in range(TINY_LAYERS))
+    streamed = Placement(streamed_layers=tuple(range(TINY_LAYERS)), host_rings=cells, kv="int8")
+    with tempfile.TemporaryDirectory(prefix="lowvram-selftest-") as folder:
+        model = tiny_model(Path(folder), steps=STEPS, clips=2)
+        here, there = (latents(device, model, placement) for placement in (Placement(kv="int8"), streamed))
+    return compared(subject, here, there)
+
+
+def graphs(subject: Subject, device: torch.device) -> Result:
+    with tempfile.TemporaryDirectory(prefix="lowvram-selftest-") as folder:
+        model = tiny_model(Path(folder), steps=STEPS, clips=5)
+        plain, _ = _run(device, model, Placement(kv="int8"), graphs=False)
+        replayed, pipeline = _run(device, model, Placement(kv="int8"), graphs=True)
+    counts = pipeline.runtime.cuda_graphs or {}
+    if not counts.get("replayed"):
+        return Result(subject=subject, status="failed", message=f"nothing was replayed ({counts}); leave --cuda-graphs")
+    return compared(subject, plain, replayed)
+
+
+def compared(subject: Subject, one: Tensor, other: Tensor) -> Result:
+    """Latents have to be the same bit for bit, and numbers."""
+    if not one.isfinite().all() or not other.isfinite().all():
+        return Result(subject=subject, status="failed", message=f"latents are NaN or infinite; {_WITHOUT_REPORTS}")
+    if torch.equal(one, other):
+        return Result(subject=subject, status="passed", error=0.0, bound=0.0)
+    differ = int((one != other).sum())
+    message = f"{differ} of {len(one)} values of the latents differ; {_WITHOUT_REPORTS}"
+    return Result(subject=subject, status="failed", message=message, error=float((one - other).abs().max()), bound=0.0)

@@ -1,0 +1,169 @@
+"""Every operation of ``lowvram_kernels`` on random operands, its backends side by side, and how a result is judged.
+
+Bounds are those of the kernels' tests. Expected values are float64 on the same quantized operands, for a sample of the
+rows where all would take gigabytes; that nothing is NaN or infinite is asked of every number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
+from lowvram_kernels.choices import FLOAT32, INT_MM, SCALED_MM, TORCH, TRITON
+from lowvram_kernels.linear import fp8_mm, int8_mm, reference_w8a8, wide_mm
+from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
+from lowvram_kernels.rotation import rotated
+from lowvram_kernels.rows import reference_rows
+
+Tensor = torch.Tensor
+Outputs = Mapping[str, Tensor]
+BF16 = torch.finfo(torch.bfloat16).eps
+EPS = 1e-6
+SAMPLED = 31
+"""Every so manieth row is compared: less than the rows of any tile, so that each tile has one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a block's operands. ``slots`` are the tokens of the ring's blocks that attention reads."""
+
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    ffn: int
+    slots: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+SMALL = Sizes(name="small", tokens=33, heads=5, head_dim=16, ffn=216, slots=(40, 33, 7))
+FULL = Sizes(name="14B", tokens=3168, heads=40, head_dim=128, ffn=13824, slots=(3168,) * 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One operation on operands that stand ready. ``judge`` gives the errors of a backend's outputs by name."""
+
+    backends: Mapping[str, Callable[[], Outputs]]
+    judge: Callable[[Outputs], Mapping[str, Measured]]
+
+
+def sampled(rows: int) -> Tensor:
+    """Indices of the rows to compare: evenly spread, and the last."""
+    return torch.cat([torch.arange(0, rows - 1, SAMPLED), torch.tensor([rows - 1])])
+
+
+def random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device)
+
+
+def quantize_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, group: int = 1) -> Trial:
+    x = random(device, sizes.tokens, sizes.ffn).bfloat16() * torch.logspace(-3, 3, sizes.tokens, device=device)[:, None]
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_rows import quantize_rows_triton
+
+        return dict(zip(("values", "scale"), quantize_rows_triton(x, dtype, group), strict=True))
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        _, expected = reference_rows(x, dtype, group)
+        found = {"scale": Measured(error=relative_error(out["scale"], expected), bound=2e-6)}
+        exact = rotated(x.double(), group)
+        if dtype is torch.int8:
+            return found | {"values": Measured(error=steps_off(out["values"], out["scale"], exact), bound=HALF_STEP)}
+        # A value of fp8 e4m3 is within 2^-4 of what it stands for, or within half of the smallest step, 2^-9.
+        off = (out["values"].double() * out["scale"].double() - exact).abs()
+        allowed = exact.abs() * 2.0**-4 + out["scale"].double() * 2.0**-10
+        return found | {"values": Measured(error=(off / allowed).max().item(), bound=1.001)}
+
+    def plain() -> Outputs:
+        return dict(zip(("values", "scale"), reference_rows(x, dtype, group), strict=True))
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+
+
+def linear(sizes: Sizes, device: torch.device, dtype: torch.dtype, *, gelu: bool) -> Trial:
+    """The layer into the FFN with GELU, the one out of it without."""
+    depth, columns = (sizes.width, sizes.ffn) if gelu else (sizes.ffn, sizes.width)
+    x, bias = random(device, sizes.tokens, depth), random(device, columns).bfloat16()
+    weight, scales = reference_rows(random(device, columns, depth), dtype)
+    q, scale = reference_rows(x, dtype)
+    weight_scale, int8 = scales[:, 0].contiguous(), dtype is torch.int8
+    operands = (q, scale, weight, weight_scale, bias)
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_linear import linear_triton
+
+        return {"product": linear_triton(*operands, gelu=gelu, dtype=torch.bfloat16)}
+
+    def library() -> Outputs:
+        out = (int8_mm if int8 else fp8_mm)(*operands, torch.bfloat16)
+        return {"product": torch.nn.functional.gelu(out, approximate="tanh") if gelu else out}
+
+    def wide() -> Outputs:
+        out = wide_mm(*operands, torch.bfloat16)
+        return {"product": torch.nn.functional.gelu(out, approximate="tanh") if gelu else out}
+
+    rows = sampled(sizes.tokens).to(device)
+    # Tensor cores sum fp8 products in fewer bits than float32, and PyTorch's GELU reads what was rounded.
+    bound = BF16 if int8 else BF16 + 2e-3
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        expected = reference_w8a8(x[rows], weight, weight_scale, bias, gelu=gelu)
+        return {"product": Measured(error=relative_error(out["product"][rows], expected), bound=bound)}
+
+    return Trial(backends={TRITON: triton, INT_MM if int8 else SCALED_MM: library, FLOAT32: wide}, judge=judge)
+
+
+def fused_norm(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype | None, *, gated: bool = True, group: int = 1
+) -> Trial:
+    """Gate and residual, LayerNorm, modulation, rounding to ``dtype``; without one, gate and residual alone; with
+    ``gated`` False the norm alone."""
+    x, y = random(device, sizes.tokens, sizes.width) * 3 + 1, random(device, sizes.tokens, sizes.width).bfloat16()
+    gate, gain, offset = (random(device, 3, sizes.width) for _ in range(3))
+    added, gate_ = (y, gate) if gated else (None, None)
+    norm = (gain, offset) if dtype is not None else (None, None)
+
+    def named(residual: Tensor, values: Tensor | None, scale: Tensor | None) -> Outputs:
+        every = {"residual": residual, "values": values, "scale": scale}
+        kept = {name: value for name, value in every.items() if value is not None}
+        return kept if dtype is not None else {"residual": residual}
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_norm import fused_triton
+
+        return named(*fused_triton(x, added, gate_, *norm, EPS, dtype, None, group))
+
+    def plain() -> Outputs:
+        residual = reference_add_gated(x, y, gate) if gated else x
+        if dtype is None:
+            return {"residual": residual}
+        return named(residual, *reference_norm_rows(residual, gain, offset, eps=EPS, dtype=dtype, group=group))
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        expected = reference_add_gated(x.double(), y, gate) if gated else x.double()
+        found = {"residual": Measured(error=relative_error(out["residual"], expected), bound=1e-6)}
+        if dtype is None:
+            return found
+        exact, _ = reference_norm_rows(out["residual"].double(), gain, offset, eps=EPS, dtype=torch.float64)
+        if dtype is torch.bfloat16:
+            return found | {"values": Measured(error=relative_error(out["values"], exact), bound=BF16)}
+        exact = rotated(exact, group)
+        _, scale = reference_norm_rows(out["residual"], gain, offset, eps=EPS, dtype=dtype, group=group)
+        assert scale is not None
+        found["scale"] = Measured(error=relative_error(out["scale"], scale), bound=2e-6)
+        if dtype is torch.int8:
+            values = Measured(error=steps_off(out["values"], out["scale"], exact), bound=HALF_STEP)
+        else:
+            back = out["values"].double() * out["scale"].double()
+            values = Measured(error=relative_error(back, exact), bound=0.03)
+        return found | {"values": values}
+
+    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
