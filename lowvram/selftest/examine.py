@@ -15,6 +15,7 @@ from lowvram_kernels.errors import DeviceError
 
 SOURCES = ("lowvram.selftest.checks:kernel_checks", "lowvram.selftest.streaming:moving_checks")
 """Where workers find the checks. What failed in the first is not used in the second."""
+_START = "start of "
 Measure = Callable[[torch.device], Result]
 
 
@@ -28,12 +29,14 @@ def examine(
     check_s: float = CHECK_S,
     limit_s: float = float("inf"),
 ) -> tuple[list[Result], bool]:
-    """(``known`` and the results of all other checks, whether all were examined within ``limit_s``).
+    """(``known`` and the results of all other checks, whether all were, within ``limit_s``).
 
     ``measures`` come behind the checks; by default what lies outside of torch's allocator, on CUDA. A source whose
     process does not even begin becomes one failed result.
     """
-    results, until = list(known), time.monotonic() + limit_s
+    until = time.monotonic() + limit_s
+    results = [result for result in known if not result.subject.name.startswith(_START)]
+    begun = True
     for source in sources:
         off = [(one.operation, one.backend) for one in judge(results).off]
         names = [result.subject.name for result in results]
@@ -42,7 +45,7 @@ def examine(
                 source, device, known=names, off=off, heard=heard, check_s=check_s, begin_s=BEGIN_S, until=until
             )
         except DeviceError as error:
-            subject = Subject(name=f"start of {source.rpartition(':')[2].replace('_', ' ')}")
+            subject, begun = Subject(name=_START + source.rpartition(":")[2].replace("_", " ")), False
             results.append(Result(subject=subject, status="failed", message=str(error)))
             heard(results[-1])
     if measures is None:
@@ -51,4 +54,4 @@ def examine(
         if time.monotonic() < until:
             results.append(measure(device))
             heard(results[-1])
-    return results, time.monotonic() < until
+    return results, begun and time.monotonic() < until

@@ -14,7 +14,7 @@ import torch
 
 import lowvram_kernels
 from lowvram.planning.measure import driver_version
-from lowvram_kernels.chips import has_triton
+from lowvram_kernels.chips import has_triton, triton_wanted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ def identity_of(device: torch.device) -> Identity:
         capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else "none",
         driver=driver_version() if cuda else "none",
         torch=torch.__version__,
-        triton=str(importlib.import_module("triton").__version__) if has_triton() else "none",
+        # Switched off, its kernels are not examined: what is known then says nothing of runs with them.
+        triton=str(importlib.import_module("triton").__version__) if has_triton() and triton_wanted() else "none",
         lowvram=version("lowvram"),
         kernels=kernels_digest(),
     )

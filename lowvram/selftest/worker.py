@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
+from lowvram.out_of_memory import is_out_of_memory
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result
 
@@ -26,7 +27,7 @@ def run_one(check: Check) -> Result:
         return check.run()
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        short = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
+        short = isinstance(error, MemoryError) or is_out_of_memory(error)
         return Result(subject=check.subject, status="skipped" if short else "failed", message=said)
 
 

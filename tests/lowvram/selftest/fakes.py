@@ -13,6 +13,7 @@ from lowvram.selftest import trials
 from lowvram.selftest.checks import Check, kernel_check
 from lowvram.selftest.results import Result, Subject
 from lowvram.selftest.trials import SMALL, Trial
+from lowvram.selftest.worker import run_one
 from lowvram_kernels.choices import INT_MM, TORCH, TRITON
 
 OPERATION = "linear_w8a8 int8"
@@ -99,3 +100,8 @@ def two(device: torch.device) -> list[Check]:
     """One that fails and one that does not."""
     second = functools.partial(passing, "second")
     return [Check(subject=Subject(name="first"), run=failing), Check(subject=Subject(name="second"), run=second)]
+
+
+def outcome(check: Check) -> Result:
+    """What a worker would say of it."""
+    return run_one(check)

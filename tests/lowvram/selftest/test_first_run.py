@@ -150,3 +150,10 @@ def test_a_processor_has_an_identity_too():
     assert identity.torch == torch.__version__
     assert identity.kernels == kernels_digest()
     assert len(identity.kernels) == 12
+
+
+def test_results_without_triton_say_nothing_of_runs_with_it(monkeypatch):
+    pytest.importorskip("triton")
+    here = identity_of(torch.device("cpu"))
+    monkeypatch.setenv("LOWVRAM_TRITON", "0")
+    assert identity_of(torch.device("cpu")).key != here.key
