@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -102,8 +103,10 @@ class Checkpoint:
         """The folder with tokenizer.json."""
         if self._named.tokenizer is not None:
             return self._named.tokenizer
-        roots = [self._folder, self._named.text_encoder and self._named.text_encoder.parent]
-        for root in filter(None, roots):
+        roots = [self._folder] if self._folder else []
+        with contextlib.suppress(CheckpointError):  # it also lies where the text encoder does
+            roots.append(self.file("text_encoder").parent)
+        for root in roots:
             for name in _TOKENIZER_FOLDERS:
                 if (root / name / "tokenizer.json").is_file():
                     return root / name
@@ -222,7 +225,7 @@ def _holdings(folder: Path, notes: list[str]) -> dict[Path, list[str]]:
 
 
 def _walk(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, followlinks=True):  # no deeper than _DEPTH, so a circle of links ends
         depth = len(Path(root).relative_to(folder).parts)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < _DEPTH else []
         yield from (Path(root, name) for name in files if name.endswith(endings))

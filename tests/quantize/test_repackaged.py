@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -15,21 +16,25 @@ from lowvram.cli import main
 from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import TensorRecorder
 from lowvram_kernels.errors import CheckpointError, ConfigError
+from lowvram_quantize import store
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.inspect import describe, summary
-from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, TEXT_ENCODER_FILE, VAE_FILE
+from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, TEXT_ENCODER_FILE, VAE_FILE, TensorRef
+from lowvram_quantize.tables import open_table
 from tests.golden_cases import relative_error
-from tests.quantize.checkpoints import base_of, contents, refusal
+from tests.quantize.checkpoints import Stop, base_of, contents, refusal, stop_at
 from tests.quantize.repackaged import (
     comfy_folder,
     copy_rest,
     dit_of,
     down_up,
     hugging_face_cache,
+    is_layer,
     plain_folder,
     prefixed,
     save,
+    scaled,
     text_encoder_of,
     vae_of,
 )
@@ -136,6 +141,13 @@ def cache_without_a_ref(tiny, tmp_path: Path) -> dict:
     return {"ckpt_dir": hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "hub", main=False)}
 
 
+def links_to_another_disk(tiny, tmp_path: Path) -> dict:
+    """As people keep several programs' models together: a folder of links, the published one two levels down."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "video").symlink_to(tiny.checkpoint, target_is_directory=True)
+    return {"ckpt_dir": tmp_path / "models"}
+
+
 def gguf_of_bf16(tiny, tmp_path: Path) -> dict:
     raw = {name: t.contiguous().view(torch.uint8).numpy() for name, t in dit_of(tiny.checkpoint).items() if t.dim() < 5}
     folded = {n: t.flatten(1).contiguous() for n, t in dit_of(tiny.checkpoint).items() if t.dim() == 5}
@@ -148,7 +160,8 @@ def gguf_of_bf16(tiny, tmp_path: Path) -> dict:
     "make",
     [
         named_one_by_one, found_by_what_they_hold, beside_the_published_folder, without_a_prefix, behind_module,
-        wrapped_encoders, all_in_one_file, cache_of_the_model, cache_root, cache_without_a_ref, gguf_of_bf16,
+        wrapped_encoders, all_in_one_file, cache_of_the_model, cache_root, cache_without_a_ref, links_to_another_disk,
+        gguf_of_bf16,
     ],
     ids=lambda make: make.__name__,
 )  # fmt: skip
@@ -186,6 +199,50 @@ def test_a_gguf_of_the_text_encoder(tiny, tmp_path):
         assert relative_error(stored[name], published[name].float()) < 0.01, name
     kinds = {t["from"]["kind"] for t in Artifact.open(out).manifest["components"]["text_encoder"]["tensors"].values()}
     assert kinds == {"GGUF Q8_0", "F32"}
+
+
+def reads(monkeypatch) -> list[int]:
+    """Bytes of every read of a tensor's values from here on."""
+    counts: list[int] = []
+    read_bytes = TensorRef.read_bytes
+
+    def counted(self, start: int, nbytes: int):
+        counts.append(nbytes)
+        return read_bytes(self, start, nbytes)
+
+    monkeypatch.setattr(TensorRef, "read_bytes", counted)
+    return counts
+
+
+@pytest.mark.parametrize("form", ["scaled fp8", "GGUF"])
+def test_tensors_are_read_in_pieces(tiny, tmp_path, monkeypatch, form):
+    if form == "GGUF":
+        chosen = {"text_encoder_file": q8_text_encoder(tiny, tmp_path), "components": ("text_encoder",)}
+    else:
+        path = save(tmp_path / "x.safetensors", scaled(dit_of(tiny.checkpoint), is_layer))
+        chosen = {"dit_file": path, "components": ("dit",)}
+    whole = convert(tiny.checkpoint, tmp_path / "whole", **chosen)
+    counts = reads(monkeypatch)
+    monkeypatch.setattr(store, "CHUNK_VALUES", 1024)
+    convert(tiny.checkpoint, tmp_path / "pieces", **chosen)
+    # A row of the widest tensor, or 1024 values of at most 4 bytes: never a whole matrix.
+    limit = 5000 if form == "GGUF" else 8192
+    assert max(counts) <= limit < max(ref.nbytes for ref in open_table(next(iter(chosen.values()))).values())
+    same_artifact(tmp_path / "pieces", contents(whole))
+
+
+@pytest.mark.parametrize("change", ["the weight", "the alpha", "the file"])
+def test_a_run_interrupted_with_other_loras_is_not_continued(tiny, tmp_path, change):
+    whole = {n: t for n, t in load_file(tiny.lora).items() if "lora_" in n}
+    first = save(tmp_path / "a.safetensors", whole)
+    then = {"the weight": (f"{first}:0.5", 2.0), "the alpha": (first, 3.0)}
+    other = save(tmp_path / "c.safetensors", {n: -t for n, t in whole.items()})
+    lora, alpha = then.get(change, (other, 2.0))
+    for options in ({"lora": first, "lora_alpha": 2.0, "progress": stop_at(60)}, {"lora": lora, "lora_alpha": alpha}):
+        with contextlib.suppress(Stop):
+            convert(tiny.checkpoint, tmp_path / "out", components=("dit",), **options)
+    convert(tiny.checkpoint, tmp_path / "fresh", components=("dit",), lora=lora, lora_alpha=alpha)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_the_manifest_says_what_each_tensor_came_from(tiny, tmp_path):
