@@ -1,27 +1,82 @@
-"""Names of devices and dtypes, as options give them."""
+"""Names of devices and dtypes, as options give them; and what holds while a device computes."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 import torch
 
+from lowvram.precision import exact_float32
 from lowvram_kernels.errors import ConfigError, HardwareError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises: HardwareError for a device that is not there."""
+    """ "auto" is a GPU where there is one that can be used, else the CPU; where a GPU can not be used, that is said.
+
+    Raises:
+        HardwareError: a device that is not there, or that the driver does not serve.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if cuda_is_here() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise HardwareError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise HardwareError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HardwareError(f"--device is {name!r}, but {torch.cuda.device_count()} CUDA devices are here; try cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type == "cpu":
+        return device
+    if (reason := _why_not_cuda()) is not None:
+        raise HardwareError(f"--device is {name!r}, but {reason}; `lowvram doctor` says more")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise HardwareError(f"--device is {name!r}, but {torch.cuda.device_count()} CUDA devices are here{_hidden()}")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+
+
+def cuda_is_here() -> bool:
+    """Whether there is a GPU that can be used. Where there is one that cannot, why is said, once for each reason."""
+    reason = _why_not_cuda()
+    if reason is not None and torch.backends.cuda.is_built() and "no NVIDIA driver" not in reason:
+        _say(f"no GPU is used: {reason}; `lowvram doctor` says more")
+    return reason is None
+
+
+def _why_not_cuda() -> str | None:
+    """None where CUDA works."""
+    try:
+        if torch.cuda.is_available():
+            return None
+        if not torch.backends.cuda.is_built():
+            return "this PyTorch is one without CUDA"
+        torch.cuda.init()  # it fails, and says why
+    # AssertionError: a library of CUDA's is missing. The others come from the driver, in many words.
+    except (RuntimeError, AssertionError, OSError) as error:
+        text = " ".join(str(error).split())
+        if "no NVIDIA driver" in text:
+            return "no NVIDIA driver is here"
+        return f"CUDA cannot be started ({text[:300]}){_hidden()}"
+    return f"no CUDA device is here{_hidden()}"
+
+
+def _hidden() -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+
+
+_said: set[str] = set()
+
+
+def _say(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning("%s", message)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -32,3 +87,34 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ConfigError(f"--dtype is {name!r}; expected auto, float32 or bfloat16")
     return known[name]
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Let a GPU be this thread's current one: Triton launches there, whatever device its tensors are on, and libraries
+    put their contexts and pinned memory there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """What holds while a run computes, and not behind it: its device is the current one, and float32 is float32."""
+    with current(device), exact_float32():
+        yield
+
+
+def each_within(context: Callable[[], contextlib.AbstractContextManager[object]], steps: Iterator[T]) -> Iterator[T]:
+    """Yield what ``steps`` yields. Every step runs within a ``context`` of its own, and whoever takes what it gave does
+    not: several such iterators can be taken from in turn."""
+    try:
+        while True:
+            with context():
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+    finally:
+        close = getattr(steps, "close", None)
+        if close is not None:
+            with context():
+                close()

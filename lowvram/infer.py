@@ -103,7 +103,7 @@ def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: b
     height, width = inputs.portrait.shape[1:]
     with (
         VideoWriter(outputs.video, height=height, width=width, fps=FPS, audio_path=request.audio) as writer,
-        RunProgress(enabled=not quiet) as progress,
+        RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
     ):
         for frames in pipeline.stream(inputs, recorder=recorder):
             with pipeline.runtime.stages.stage("write_video"):

@@ -6,6 +6,7 @@ H x W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from lowvram.block_decoder import BlockDecoder, to_pixels
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.denoiser import Denoiser
-from lowvram.devices import choose_device, choose_dtype
+from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encoders import load_vae
 from lowvram.fallback import Layout
 from lowvram.laying_out import LaidOut, lay_out
@@ -86,9 +87,19 @@ class AvatarPipeline:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
 
         All frames of all clips come; the last clip may go on behind the end of the audio. Of several ranks, this is
-        for the one that reads and writes; ``serve`` is for the others.
+        for the one that reads and writes; ``serve`` is for the others. The current CUDA device and PyTorch's switches
+        for float32 are the caller's own between two blocks.
         """
-        recorder = recorder or Recorder()
+        return each_within(self._computing, self._stream(request, recorder or Recorder()))
+
+    def serve(self, request: Request) -> Iterator[Block]:
+        """Do the part of a rank that neither reads nor writes; yields each block that has taken its steps here."""
+        return each_within(self._computing, self._serve(request))
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        return computing_on(self.runtime.device)
+
+    def _stream(self, request: Request | Inputs, recorder: Recorder) -> Iterator[np.ndarray]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
         request, size = inputs.request, inputs.latent_size
         self.team.share("latent_size", size)
@@ -110,8 +121,7 @@ class AvatarPipeline:
                 yield from self._decode(decoder, waiting, seconds, recorder)
                 waiting.clear()
 
-    def serve(self, request: Request) -> Iterator[Block]:
-        """Do the part of a rank that neither reads nor writes; yields each block that has taken its steps here."""
+    def _serve(self, request: Request) -> Iterator[Block]:
         height, width = self.team.share("latent_size", None)[self.team.layout.media_rank]
         size = height, width
         self._lay_out(request, size)

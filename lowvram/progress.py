@@ -20,9 +20,10 @@ from lowvram.recorder import Recorder
 
 
 class RunProgress:
-    """Context manager around a run; ``update`` after each block. Does nothing when not enabled."""
+    """Context manager around a run on ``device``; ``update`` after each block. Does nothing when not enabled."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self._device = device
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -33,7 +34,9 @@ class RunProgress:
             console=Console(stderr=True),
             disable=not enabled,
         )
-        self._task = self._progress.add_task("encoding portrait, voice and prompt", total=1, speed="", memory=memory())
+        self._task = self._progress.add_task(
+            "encoding portrait, voice and prompt", total=1, speed="", memory=memory(device)
+        )
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -54,15 +57,15 @@ class RunProgress:
             completed=done,
             total=recorder.total_frames,
             speed=f"{last.frames / seconds:.2f} frames/s",
-            memory=memory(),
+            memory=memory(self._device),
         )
 
 
-def memory() -> str:
-    """Memory in use now, for a person to read."""
+def memory(device: torch.device) -> str:
+    """Memory in use now, for a person to read: this process's, and on a GPU what PyTorch holds there."""
     text = f"RSS {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
-    if torch.cuda.is_available():
-        text += f", VRAM {torch.cuda.memory_reserved() / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        text += f", VRAM {torch.cuda.memory_reserved(device) / 2**30:.2f} GiB"
     return text
 
 

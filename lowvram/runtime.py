@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowvram.devices import choose_dtype
+from lowvram.devices import choose_dtype, current
 from lowvram.engine import Engine, engine_for
 from lowvram.fallback import Layout
 from lowvram.placement import MemoryOptions
@@ -25,7 +25,8 @@ class Runtime:
     def __init__(self, artifact: Artifact, device: torch.device, dtype: str, memory: MemoryOptions):
         self.artifact, self.device, self.memory = artifact, device, memory
         self.dtype_name, self.dtype = dtype, choose_dtype(dtype, device)
-        self.engine: Engine = engine_for(device)
+        with current(device):
+            self.engine: Engine = engine_for(device)
         self.stages = StageLog(device)
         self.kernels: dict[tuple[str, str], int] = {}
         self.cuda_graphs: dict[str, float] | None = None

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from lowvram.devices import cuda_is_here
 from lowvram.parallel.layout import ParallelLayout, chosen_layout
 from lowvram.parallel.seat import Seat
 from lowvram.placement import MemoryOptions
@@ -67,7 +68,7 @@ def check_for_ranks(layout: ParallelLayout, memory: MemoryOptions) -> None:
 
 def check_gpus(device: str, ranks: int) -> None:
     """Raises: ConfigError where fewer GPUs are here than ranks are to be started."""
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or (device == "auto" and not cuda_is_here()):
         return
     if (count := torch.cuda.device_count()) < ranks:
         raise ConfigError(f"--gpus is {ranks}, but {count} GPUs are here; give --gpus {max(count, 1)} or --device cpu")

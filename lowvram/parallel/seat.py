@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lowvram.devices import cuda_is_here
 from lowvram_kernels.errors import ConfigError, HardwareError
 
 
@@ -49,7 +50,7 @@ def rank_device(name: str, seat: Seat) -> str:
         ConfigError: one GPU is named for all ranks.
         HardwareError: there are fewer GPUs than ranks on this machine.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or (name == "auto" and not cuda_is_here()):
         return "cpu"
     if name not in ("auto", "cuda"):
         raise ConfigError(f"--device is {name!r}; expected auto, cuda or cpu where {seat.world_size} ranks run")

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from lowvram.byte_sizes import parse_bytes
+from lowvram.devices import cuda_is_here
 from lowvram.planning.cards import Card, card_named
 from lowvram.planning.choice import Alternative, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.costs import GIB
@@ -74,7 +75,7 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         ConfigError, InputError: an option that cannot be used.
         DoesNotFit: nothing fits.
     """
-    at_hand = options.gpu == "auto" and torch.cuda.is_available()
+    at_hand = options.gpu == "auto" and cuda_is_here()
     card = _card(options.gpu)
     result = plan(
         Artifact.open(model),
@@ -100,7 +101,7 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
         ConfigError, InputError: an option that cannot be used.
     """
     facts, gpus = facts_of(Artifact.open(model)), options.gpus or 1
-    at_hand = options.gpu == "auto" and torch.cuda.is_available()
+    at_hand = options.gpu == "auto" and cuda_is_here()
     cards = _cards(options.gpu, gpus)
     there = Machines(
         cards=cards,
@@ -129,7 +130,7 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
 
 def _cards(name: str, gpus: int) -> list[Card]:
     """Those at hand, one after the other; where more are asked for, more of the first."""
-    if name != "auto" or not torch.cuda.is_available():
+    if name != "auto" or not cuda_is_here():
         return [_card(name)] * gpus
     here = [card_at_hand(torch.device("cuda", index)) for index in range(min(gpus, torch.cuda.device_count()))]
     return here + [here[0]] * (gpus - len(here))
@@ -142,7 +143,7 @@ def _not_here(card: Card) -> str:
 def _card(name: str) -> Card:
     if name != "auto":
         return card_named(name)
-    return card_at_hand(torch.device("cuda")) if torch.cuda.is_available() else card_named(DEFAULT_CARD)
+    return card_at_hand(torch.device("cuda")) if cuda_is_here() else card_named(DEFAULT_CARD)
 
 
 def _ram_bytes(text: str | None, at_hand: bool) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lowvram.devices import current
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.outside import outside_allocator
@@ -77,10 +78,11 @@ class CudaRunner:
         return torch.cuda.get_device_capability(self._device) >= (8, 9)
 
     def seconds(self, what: str) -> float:
-        if what not in self._work:
-            self._work = {what: self._prepared(what)}  # what was measured before gives its memory back
-        work = self._work[what]
-        with torch.cuda.device(self._device):
+        # Pinned memory, too, belongs to the current device: without this the first card would lose some of its own.
+        with current(self._device):
+            if what not in self._work:
+                self._work = {what: self._prepared(what)}  # what was measured before gives its memory back
+            work = self._work[what]
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             work()
