@@ -10,6 +10,10 @@ import functools
 import importlib.util
 import logging
 import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -51,8 +55,22 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def missing_to_build() -> str:
+    """What Triton lacks here to compile the C code between Python and the driver, "" where nothing: at its first launch
+    it calls the compiler of CC, gcc or clang, with Python's headers."""
+    if sys.platform == "win32":  # its Triton brings a compiler
+        return ""
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "a C compiler (gcc or clang, or CC names one)"
+    scheme = sysconfig.get_default_scheme()
+    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    return "" if (headers / "Python.h").is_file() else f"Python's headers ({headers / 'Python.h'})"
+
+
 def triton_serves(device: torch.device) -> bool:
-    """True on CUDA from sm_80 on with Triton installed; a CUDA device that goes without is reported once.
+    """True on CUDA from sm_80 on with Triton installed, and what it builds with; a CUDA device that goes without is
+    reported once.
 
     Raises:
         ConfigError: the environment variable LOWVRAM_TRITON, which switches Triton off with 0, is neither 0 nor 1.
@@ -69,6 +87,12 @@ def triton_serves(device: torch.device) -> bool:
     if not has_triton():
         _say_once(
             "triton is not installed: PyTorch's own kernels run, slower; `pip install triton` brings the fused ones"
+        )
+        return False
+    if missing := missing_to_build():
+        _say_once(
+            f"Triton needs {missing}: PyTorch's own kernels run, slower; the fused ones need the system's packages gcc "
+            "and python3-dev"
         )
         return False
     return True

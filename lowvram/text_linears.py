@@ -33,8 +33,8 @@ def _quanto(old: nn.Linear, name: str, tensors: dict[str, Tensor], dtype: torch.
     data, scale = tensors[f"{name}._data"], tensors[f"{name}._scale"].to(dtype)
     qtype = qint8 if data.dtype is torch.int8 else qfloat8_e4m3fn
     new = QLinear(old.in_features, old.out_features, bias=False, dtype=dtype, device="meta", weights=qtype)
-    # Not its ``create``: on GPUs that takes a class for fp8 whose kernel is compiled on the spot with nvcc, which users do
-    # not have. This one dequantizes the weight at use with PyTorch's own operations, on every device.
+    # Not its ``create``: on GPUs that takes a class for fp8 whose kernel is compiled on the spot with nvcc, which users
+    # do not have. This one dequantizes the weight at use with PyTorch's own operations, on every device.
     weight = WeightQBytesTensor(qtype, 0, data.shape, data.stride(), data, scale, None)
     new.weight = nn.Parameter(weight, requires_grad=False)
     # They belong to activation quantization, which is off, but have to be somewhere real.

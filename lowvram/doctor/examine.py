@@ -107,6 +107,7 @@ def _checks(probes: Probes, options: Options, seen: _Seen) -> Iterator[Named]:
     yield "python", lambda: [software.check_python(probes)]
     yield "torch", lambda: [software.check_torch(probes)]
     yield "triton", lambda: [software.check_triton(probes, on_gpu=seen.on_gpu)]
+    yield "compiler", lambda: [software.check_compiler(probes, on_gpu=seen.on_gpu)]
     yield "driver", lambda: [software.check_driver(probes)]
     yield "ffmpeg", lambda: [software.check_encoders(probes)]
     yield "allocator", lambda: [software.check_allocator(probes, on_gpu=seen.on_gpu)]

@@ -9,7 +9,10 @@ import mmap
 import os
 import shutil
 import socket
+import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ def this_machine() -> Probes:
         python=lambda: sys.version_info[:3],
         torch=_torch,
         triton=_triton,
+        compiler=compiler,
         driver=_driver,
         gpus=_gpus,
         card_states=card_states,
@@ -62,6 +66,26 @@ def _triton() -> str | None:
         return None
     # Its distribution has other names on Windows and in nightly builds: the module itself says what it is.
     return str(importlib.import_module("triton").__version__)
+
+
+def compiler() -> str:
+    """Compile C code against Python's headers, as Triton does; what was in the way, "" where that worked."""
+    if missing := chips.missing_to_build():
+        return f"missing: {missing}"
+    if sys.platform == "win32":
+        return ""
+    command = os.environ.get("CC") or shutil.which("gcc") or "clang"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    with tempfile.TemporaryDirectory(prefix="lowvram-doctor-") as folder:
+        source = Path(folder) / "launcher.c"
+        source.write_text("#include <Python.h>\nint launcher(void) { return PY_MAJOR_VERSION; }\n", encoding="utf-8")
+        call = [command, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", str(source.with_suffix(".so"))]
+        try:
+            done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{command} cannot be run: {error}"
+    return "" if done.returncode == 0 else f"{command} failed: {' '.join(done.stderr.split())[:300]}"
 
 
 def _driver() -> Driver | None:

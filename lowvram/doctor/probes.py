@@ -67,6 +67,8 @@ class Probes:
     torch: Callable[[], Torch]
     triton: Callable[[], str | None]
     """Version, None where it is not installed."""
+    compiler: Callable[[], str]
+    """Compile C code against Python's headers, as Triton does; what was in the way, "" where that worked."""
     driver: Callable[[], Driver | None]
     gpus: Callable[[], tuple[Gpu, ...]]
     card_states: Callable[[], Mapping[int, CardState]]

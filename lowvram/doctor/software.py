@@ -85,6 +85,22 @@ def check_triton(probes: Probes, *, on_gpu: bool) -> Finding:
     return ok("triton", version)
 
 
+def check_compiler(probes: Probes, *, on_gpu: bool) -> Finding:
+    """Triton compiles a small C library at its first launch."""
+    if not on_gpu or probes.triton() is None or probes.environ().get("LOWVRAM_TRITON") == "0":
+        return ok("compiler", "not needed: no Triton kernel runs")
+    if not (fault := probes.compiler()):
+        return ok("compiler", "C code compiles against Python's headers")
+    return warning(
+        "compiler",
+        fault,
+        expected="a C compiler and Python's headers, as Triton calls them at its first launch",
+        advice="install the system's packages gcc and python3-dev, or name a compiler in CC",
+        why="without them PyTorch's own kernels run instead of the fused ones, slower; with ones that fail, none does "
+        "unless LOWVRAM_TRITON=0 is set",
+    )
+
+
 def check_encoders(probes: Probes) -> Finding:
     missing = {"libx264", "aac"} - probes.encoders()
     if missing:

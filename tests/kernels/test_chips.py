@@ -34,7 +34,7 @@ assert linear_w8a8(torch.randn(3, 16), q, s[:, 0], None).isfinite().all()
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    for cached in (chips._capability, chips._say_once, chips.has_triton):
+    for cached in (chips._capability, chips._say_once, chips.has_triton, chips.missing_to_build):
         cached.cache_clear()
 
 
@@ -84,6 +84,37 @@ def test_a_card_without_triton_is_reported_once(monkeypatch, caplog, capability,
         assert not chips.triton_serves(CUDA)
         assert not chips.triton_serves(CUDA)
     assert [word in record.getMessage() for record in caplog.records] == [True]
+
+
+def nothing_to_build_with(monkeypatch, tmp_path, *, compiler: bool) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(chips.shutil, "which", lambda name: "/usr/bin/gcc" if compiler else None)
+    monkeypatch.setattr(chips.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    chips.missing_to_build.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Triton brings a compiler on Windows")
+@pytest.mark.parametrize(("compiler", "word"), [(False, "a C compiler"), (True, "Python.h")])
+def test_without_what_triton_builds_with_other_kernels_run_and_it_is_said(
+    monkeypatch, caplog, tmp_path, compiler, word
+):
+    pretend(monkeypatch, (8, 9))
+    nothing_to_build_with(monkeypatch, tmp_path, compiler=compiler)
+    with caplog.at_level(logging.WARNING):
+        assert not chips.triton_serves(CUDA)
+        assert not chips.triton_serves(CUDA)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert word in said
+    assert "python3-dev" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Triton brings a compiler on Windows")
+def test_a_compiler_may_be_named(monkeypatch, tmp_path):
+    pretend(monkeypatch, (8, 9))
+    nothing_to_build_with(monkeypatch, tmp_path, compiler=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "my-cc")
+    assert chips.triton_serves(CUDA)
 
 
 def test_triton_can_be_switched_off(monkeypatch, caplog):

@@ -45,6 +45,7 @@ def machine(*gpus: Gpu, **answers: Any) -> Probes:
     """A sound Linux machine with these GPUs; ``answers`` are given instead. A callable is the probe itself."""
     sound: dict[str, Any] = {
         "python": (3, 11, 7), "torch": CUDA_TORCH if gpus else CPU_TORCH, "triton": "3.9.0",
+        "compiler": "",
         "driver": Driver(cuda=(13, 0), version="580.65") if gpus else None, "gpus": gpus,
         "card_states": {g.index: CardState(display=False, link_gen=4, link_lanes=16) for g in gpus},
         "pcie": (25e9, 25e9), "peers": True, "ram": (60 * GIB, 64 * GIB), "memlock": None, "pin": 0,

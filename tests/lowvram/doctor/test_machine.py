@@ -70,6 +70,20 @@ def test_a_driver_says_what_it_serves(monkeypatch, tmp_path):
     assert this_machine().driver().version == ""
 
 
+def test_a_compiler_is_tried_and_not_only_found(monkeypatch, tmp_path):
+    if machine.chips.missing_to_build():
+        pytest.skip("no compiler here")
+    monkeypatch.delenv("CC", raising=False)
+    assert this_machine().compiler() == ""
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert this_machine().compiler() == f"{broken} failed: no such target"
+    monkeypatch.setenv("CC", str(tmp_path / "gone"))
+    assert "cannot be run" in this_machine().compiler()
+
+
 class Runner:
     def __init__(self):
         self.calls = []

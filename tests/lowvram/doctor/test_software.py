@@ -5,6 +5,7 @@ import pytest
 from lowvram.doctor.probes import Driver, Torch
 from lowvram.doctor.software import (
     check_allocator,
+    check_compiler,
     check_driver,
     check_encoders,
     check_python,
@@ -109,3 +110,21 @@ def test_versions():
     assert numbers("2.13.0+cpu") == (2, 13)
     with pytest.raises(ValueError, match="nightly"):
         numbers("nightly")
+
+
+@pytest.mark.parametrize(
+    ("answers", "on_gpu", "status"),
+    [
+        ({"compiler": ""}, True, "ok"),
+        ({"compiler": "missing: a C compiler"}, True, "warning"),
+        ({"compiler": "missing: a C compiler"}, False, "ok"),
+        ({"compiler": "missing: a C compiler", "triton": None}, True, "ok"),
+        ({"compiler": "gcc failed", "environ": {"LOWVRAM_TRITON": "0"}}, True, "ok"),
+    ],
+)
+def test_compiler(answers, on_gpu, status):
+    found = check_compiler(machine(gpu(), **answers), on_gpu=on_gpu)
+    assert found.status == status
+    if status == "warning":
+        assert "a C compiler" in found.found
+        assert "gcc and python3-dev" in found.advice
