@@ -16,8 +16,9 @@ import torch
 from full_size_artifacts import PRECISIONS, artifact_path, remove
 
 from lowvram.byte_sizes import gib, parse_bytes
-from lowvram.infer import Outputs, infer, machine
+from lowvram.infer import infer, machine
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request
 from lowvram.placement import MemoryOptions
 from lowvram.planning.measure import CudaRunner
@@ -156,7 +157,7 @@ def run_clips(options: argparse.Namespace, precision: str, *, capped: bool) -> d
     )
     pipeline = Clocked.from_artifact(path, device=options.device, memory=memory)
     request = sample_request(options)
-    report = infer(pipeline, request, Outputs(video=options.dir / "clips.mp4"), quiet=True)
+    report = infer(pipeline, request, Outputs(video=options.dir / "clips.mp4", overwrite=True), quiet=True)
     return summary(pipeline, report, memory.vram_budget)
 
 
@@ -167,7 +168,7 @@ def run_graphs(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     memory = MemoryOptions(kv=precision, cuda_graphs=True)
     pipeline = Clocked.from_artifact(opened(options, precision), device=options.device, memory=memory)
     request = sample_request(options, GRAPH_CLIPS)
-    report = infer(pipeline, request, Outputs(video=options.dir / "graphs.mp4"), quiet=True)
+    report = infer(pipeline, request, Outputs(video=options.dir / "graphs.mp4", overwrite=True), quiet=True)
     facts, stages = report["memory"]["cuda_graphs"], {stage["name"]: stage for stage in report["stages"]}
     if facts is None:
         raise Skipped("no layer stays on this card together with its KV ring")

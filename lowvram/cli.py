@@ -139,20 +139,26 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
 @request_options
 @click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors.")
 @click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace files of these names.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @rank_options
-def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool, **options: Any) -> None:
+def infer(
+    out: Path, dump_tensors: Path | None, report: Path | None, overwrite: bool, quiet: bool, **options: Any
+) -> None:
     """Make an avatar video from a portrait, a voice and a prompt.
 
     Several GPUs of this machine share the work with --gpus; torchrun starts ranks too, also on several machines.
     """
-    from lowvram.infer import Outputs
     from lowvram.infer import infer as run
+    from lowvram.outputs import Outputs
     from lowvram.parallel.command import RankRun
     from lowvram.parallel.seat import Seat
     from lowvram_quantize.format import Artifact
 
-    outputs, request = Outputs(video=out, dump_tensors=dump_tensors, report=report), make_request(options)
+    outputs, request = (
+        Outputs(video=out, dump_tensors=dump_tensors, report=report, overwrite=overwrite),
+        make_request(options),
+    )
     seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
     layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
     if layout.world_size > 1:
@@ -172,7 +178,7 @@ def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool
         if several.take_part(seat, layout):
             click.echo(out)
         return
-    outputs.check()
+    outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
     run(open_pipeline(options), request, outputs, quiet=quiet)
     click.echo(out)
 
@@ -188,6 +194,7 @@ def infer(out: Path, dump_tensors: Path | None, report: Path | None, quiet: bool
 @click.option("--baseline-kv", type=click.Choice(["auto", "int8", "bf16"]), help="Rings of the baseline, if not --kv.")
 @click.option("--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model.")
 @request_options
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 @click.option("--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30.")
 def compare(
@@ -239,8 +246,8 @@ def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) ->
 
 def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     """Run the model and the baseline into ``folder``; return their reports."""
-    from lowvram.infer import Outputs
     from lowvram.infer import infer as run
+    from lowvram.outputs import Outputs
 
     if not folder.is_dir():
         raise InputError(f"--out-dir is {folder}, which is no folder; make it first")
@@ -251,6 +258,7 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
             video=folder / f"{name}.mp4",
             dump_tensors=folder / f"{name}.safetensors",
             report=folder / f"{name}.json",
+            overwrite=options["overwrite"],
         )
         kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
         run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)

@@ -10,8 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lowvram.infer import Outputs, infer
+from lowvram.infer import infer
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
@@ -68,6 +69,7 @@ def run_demo(folder: Path, *, device: str = "auto") -> dict[str, dict[str, Any]]
             video=folder / f"{precision}.mp4",
             dump_tensors=folder / f"{precision}.safetensors",
             report=folder / f"{precision}.json",
+            overwrite=True,
         )
         reports[precision] = infer(pipeline, request, outputs)
     return reports

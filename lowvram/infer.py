@@ -18,32 +18,16 @@ import torch
 from lowvram.fallback import smaller_request
 from lowvram.media.video import VideoWriter
 from lowvram.out_of_memory import is_out_of_memory
+from lowvram.outputs import Outputs, real
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
-from lowvram_kernels.errors import InputError, OutOfMemoryError, OutputError
+from lowvram_kernels.errors import OutOfMemoryError, OutputError
+from lowvram_quantize.claims import reading
+from lowvram_quantize.format import MANIFEST
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """Where a run writes: the video, and on demand all tensors and a report."""
-
-    video: Path
-    dump_tensors: Path | None = None
-    report: Path | None = None
-
-    def check(self) -> None:
-        """Raises: InputError where a folder does not exist, a name is a folder, or the video is not to be an MP4."""
-        if self.video.suffix.lower() != ".mp4":
-            raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
-        for path in filter(None, (self.video, self.dump_tensors, self.report)):
-            if path.is_dir():
-                raise InputError(f"{path} is a folder; name a file to write")
-            if not path.absolute().parent.is_dir():
-                raise InputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist")
 
 
 def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet: bool = False) -> dict[str, Any]:
@@ -57,9 +41,16 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
     Raises:
         LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
     """
+    artifact = pipeline.runtime.artifact.path
     if not pipeline.team.role.media:
-        return _serve(pipeline, request)
-    outputs.check()
+        with reading(artifact / MANIFEST):
+            return _serve(pipeline, request)
+    outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact})
+    with outputs.claimed(), reading(artifact / MANIFEST):
+        return _infer(pipeline, request, outputs, quiet)
+
+
+def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> dict[str, Any]:
     begin = time.perf_counter()
     lost: list[str] = []
     while True:
@@ -77,14 +68,14 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
         lost.append(words)
         request = dataclasses.replace(request, **changes)
     if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
-        recorder.save(outputs.dump_tensors, {"base_seed": request.base_seed, "size": request.size})
+        recorder.save(real(outputs.dump_tensors), {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
     report |= {"frames_written": written, "quality_lost": lost}
     if pipeline.team.layout.world_size > 1:
         layout = dataclasses.asdict(pipeline.team.layout)
         report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
     if outputs.report:
-        write_json(outputs.report, report)
+        write_json(real(outputs.report), report)
     return report
 
 
@@ -102,7 +93,7 @@ def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: b
     recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
     height, width = inputs.portrait.shape[1:]
     with (
-        VideoWriter(outputs.video, height=height, width=width, fps=FPS, audio_path=request.audio) as writer,
+        VideoWriter(real(outputs.video), height=height, width=width, fps=FPS, audio_path=request.audio) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
     ):
         for frames in pipeline.stream(inputs, recorder=recorder):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lowvram.schedule import Block
@@ -87,9 +89,13 @@ class TensorRecorder(Recorder):
         try:
             save_file(self.tensors(), partial, metadata={k: str(v) for k, v in metadata.items()})
             partial.replace(path)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last of them also where the disk is full
             partial.unlink(missing_ok=True)
-            raise OutputError(f"tensors could not be written to {path}: {error}; choose another place") from error
+            free = shutil.disk_usage(path.absolute().parent).free
+            raise OutputError(
+                f"tensors could not be written to {path}: {' '.join(str(error).split())} ({free} bytes free); choose "
+                "another place"
+            ) from error
 
 
 def _stored(value: Tensor) -> Tensor:

@@ -7,20 +7,26 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lowvram_kernels.errors import ConfigError, InputError, OutputError
+from lowvram_kernels.errors import ConfigError, OutputError
 from lowvram_quantize.checkpoint import Checkpoint, Named
+from lowvram_quantize.claims import writing
 from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
-from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER, copy_audio_encoder, copy_tokenizer
+from lowvram_quantize.copied import (
+    AUDIO_ENCODER,
+    TOKENIZER,
+    check_audio_encoder,
+    check_tokenizer,
+    copy_audio_encoder,
+    copy_tokenizer,
+)
 from lowvram_quantize.format import (
     FORMAT,
     FORMAT_VERSION,
-    MANIFEST,
     Slab,
     TensorSpec,
     plan_slabs,
@@ -29,6 +35,7 @@ from lowvram_quantize.format import (
 from lowvram_quantize.format import sha256_range as sha256_range
 from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
+from lowvram_quantize.publish import check_target, publish
 from lowvram_quantize.store import stored_specs, write_item
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
@@ -115,10 +122,22 @@ def convert(
     chosen = _precisions(precision, dit, vae, text_encoder)
     _check_components(wanted)
     check_target(out, overwrite=overwrite)
-    plans = _plans(checkpoint, wanted, chosen, lora_sources(lora, lora_alpha), rotate)
-    partial = out.with_name(out.name + ".partial")
-    with disk_errors(partial, 0):
-        partial.mkdir(exist_ok=True)
+    out = Path(os.path.realpath(out))  # what is unfinished lies beside a link's target, on the same disk
+    with writing(out, "lowvram convert"):
+        check_target(out, overwrite=overwrite)  # another run may just have finished it
+        plans = _plans(checkpoint, wanted, chosen, lora_sources(lora, lora_alpha), rotate)
+        _check_folders(checkpoint, wanted)
+        partial = out.with_name(out.name + ".partial")
+        with disk_errors(partial, 0):
+            partial.mkdir(exist_ok=True)
+        publish(partial, out, _write(plans, checkpoint, partial, wanted, progress))
+    return out
+
+
+def _write(
+    plans: list[Plan], checkpoint: Checkpoint, partial: Path, wanted: tuple[str, ...], progress: Progress | None
+) -> dict[str, Any]:
+    """Write everything but the manifest, which is returned."""
     meter = _Meter(sum(item.ref.nbytes for plan in plans for item in plan.items), progress)
     with ThreadPoolExecutor(max_workers=1) as pool:
         # SHA-256 runs beside the conversion: hashing releases the interpreter.
@@ -129,9 +148,7 @@ def convert(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        manifest = manifest_of(plans, facts, files, hashes, checkpoint.base)
-    publish(partial, out, manifest)
-    return out
+        return manifest_of(plans, facts, files, hashes, checkpoint.base)
 
 
 def _precisions(default: str, dit: str | None, vae: str | None, text_encoder: str | None) -> dict[str, str]:
@@ -146,21 +163,6 @@ def _precisions(default: str, dit: str | None, vae: str | None, text_encoder: st
 def _check_components(wanted: tuple[str, ...]) -> None:
     if not wanted or set(wanted) - set(COMPONENTS):
         raise ConfigError(f"components are {list(wanted)}; expected some of {', '.join(COMPONENTS)}")
-
-
-def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raises: ConfigError or InputError where ``out`` cannot become an artifact."""
-    if out.name in ("", ".."):
-        raise ConfigError(f"{out} names no folder that can be made; expected one as {out / 'artifact'}")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{out} cannot be made: the folder {parent} does not exist; create it first")
-    if not out.exists():
-        return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise ConfigError(f"{out} exists and is no artifact; choose another name for it")
-    if (out / MANIFEST).is_file() and not overwrite:
-        raise ConfigError(f"{out} holds a finished artifact; choose another name, or replace it with --overwrite")
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -268,6 +270,14 @@ def _fingerprint(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _check_folders(checkpoint: Checkpoint, wanted: tuple[str, ...]) -> None:
+    """Look for what is copied last before the long work begins; raises as the copying would."""
+    if AUDIO_ENCODER in wanted:
+        check_audio_encoder(checkpoint.audio_encoder())
+    if TOKENIZER in wanted:
+        check_tokenizer(checkpoint.tokenizer())
+
+
 def _copy_folders(checkpoint: Checkpoint, folder: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     copied: list[Path] = []
     with disk_errors(folder, 0):
@@ -279,34 +289,6 @@ def _copy_folders(checkpoint: Checkpoint, folder: Path, wanted: tuple[str, ...])
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in copied
     }
-
-
-def publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest last, then give the whole folder its name."""
-    with disk_errors(partial, 0):
-        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _remove_strays(partial, {MANIFEST, *manifest["files"], *(c["file"] for c in manifest["components"].values())})
-        if out.exists():
-            replaced = out.with_name(out.name + ".replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-            partial.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(out)
-
-
-def _remove_strays(folder: Path, kept: set[str]) -> None:
-    """Remove what the manifest does not list: journals, and what interrupted runs have left."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        elif path.is_file() and path.relative_to(folder).as_posix() not in kept:
-            path.unlink()
 
 
 __all__ = ["COMPONENTS", "OutputError", "convert"]

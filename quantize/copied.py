@@ -49,6 +49,22 @@ def copy_audio_encoder(source: Path, folder: Path) -> list[Path]:
     return [*written, target / "model.safetensors"]
 
 
+def check_audio_encoder(source: Path) -> None:
+    """Raises: CheckpointError where ``copy_audio_encoder`` would find a file missing or no JSON."""
+    weights = _audio_weights(source)
+    for name in ("config.json", "preprocessor_config.json"):
+        read_json(source / name)
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is missing; {FETCH['audio_encoder']}")
+
+
+def check_tokenizer(source: Path) -> None:
+    """Raises: CheckpointError where there is no tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(f"{source} holds no tokenizer.json; copy the published folder google/umt5-xxl as a whole")
+    read_json(source / "tokenizer.json")
+
+
 def _audio_weights(source: Path) -> Path:
     """The file of weights: under the published names, or the one file of the folder that can be weights."""
     if not source.is_dir():
@@ -89,9 +105,7 @@ def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
         CheckpointError: there is no tokenizer.json.
     """
     target = folder / TOKENIZER
-    if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(f"{source} holds no tokenizer.json; copy the published folder google/umt5-xxl as a whole")
+    check_tokenizer(source)
     target.mkdir(exist_ok=True)
-    read_json(source / "tokenizer.json")
     present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
     return [Path(shutil.copyfile(source / name, target / name)) for name in present]

@@ -36,14 +36,13 @@ from lowvram_quantize.components import (
 from lowvram_quantize.convert import (
     PRECISIONS,
     TEXT_ENCODER_PRECISIONS,
-    check_target,
     lay_out,
-    publish,
 )
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER
 from lowvram_quantize.format import FORMAT, Slab, TensorSpec, header_bytes
 from lowvram_quantize.presets import PRESETS, Preset
 from lowvram_quantize.provenance import component_facts, origin
+from lowvram_quantize.publish import check_target, publish
 from lowvram_quantize.schemes import Scheme
 from lowvram_quantize.source import TensorRef
 from lowvram_quantize.store import stored_specs

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lowvram.infer import Outputs, infer
+from lowvram.infer import infer
+from lowvram.outputs import Outputs
 from lowvram.parallel.launch import launch
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
@@ -44,7 +45,7 @@ class RankRun:
         Raises:
             LowvramError: what can be told beforehand is told once, before processes start; or a rank failed.
         """
-        self.outputs.check()
+        self._check_outputs()
         check_for_ranks(layout, self.memory)
         check_gpus(self.device, layout.world_size)
         height, width = read_inputs(self.request).latent_size
@@ -65,7 +66,7 @@ class RankRun:
         settler = Settler(options=self.options, artifact=artifact, request=self.request, memory=self.memory)
         with joined(seat, layout, self.device, settler.settle) as (team, device):
             if team.role.media:
-                self.outputs.check()
+                self._check_outputs()
             pipeline = AvatarPipeline.from_artifact(
                 self.model, device=device, dtype=self.dtype, memory=self.memory, team=team, verify=self.verify
             )
@@ -73,3 +74,6 @@ class RankRun:
             share_weights(team, pipeline.runtime)
             infer(pipeline, self.request, self.outputs, quiet=self.quiet)
         return team.role.media
+
+    def _check_outputs(self) -> None:
+        self.outputs.check({"--image": self.request.image, "--audio": self.request.audio, "--model": self.model})

@@ -11,7 +11,8 @@ import torch
 
 from lowvram import engine as engine_module
 from lowvram.engine import CudaEngine, Engine
-from lowvram.infer import Outputs, infer
+from lowvram.infer import infer
+from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions, Placement
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError

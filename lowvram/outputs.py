@@ -1,0 +1,125 @@
+"""What a run writes: checked before anything loads, claimed while it is made, and nothing of before lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lowvram_kernels.errors import InputError, OutputError
+from lowvram_quantize.claims import writing
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run writes: the video, and on demand all tensors and a report. ``overwrite``: what is there may go."""
+
+    video: Path
+    dump_tensors: Path | None = None
+    report: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """What is to be written, by its option."""
+        every = {"--out": self.video, "--dump-tensors": self.dump_tensors, "--report": self.report}
+        return {option: path for option, path in every.items() if path is not None}
+
+    @property
+    def partial(self) -> Path:
+        """What the video is called until it is finished."""
+        video = real(self.video)
+        return video.with_name(f"{video.stem}.partial{video.suffix}")
+
+    def check(self, inputs: Mapping[str, Path] | None = None) -> None:
+        """Look before a long run whether all of it can be written; ``inputs`` are files that it reads, by option.
+
+        Raises:
+            InputError: no MP4, no such folder, a folder's name, a mount point, a file that is there already, or one
+                place for two things.
+            OutputError: a folder in which nothing can be written.
+        """
+        if self.video.suffix.lower() != ".mp4":
+            raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
+        _check_apart({**self.named, "the unfinished video": self.partial}, inputs or {})
+        for option, path in self.named.items():
+            _check_place(option, real(path), overwrite=self.overwrite)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Be the only run that writes there; an unfinished video of an earlier one gets another name.
+
+        Raises:
+            InputError: another run writes there; which one.
+        """
+        with contextlib.ExitStack() as claims:
+            for path in self.named.values():
+                claims.enter_context(writing(real(path), "lowvram infer"))
+            _put_aside(self.partial)
+            yield
+
+
+def real(path: Path) -> Path:
+    """Where a symbolic link leads, so that its target is written and the link stays."""
+    return Path(os.path.realpath(path))
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two names lead to one file, also through links and where only one of them is there yet."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return real(a) == real(b)
+
+
+def _check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
+    there = list(outputs.items())
+    for index, (option, path) in enumerate(there):
+        for other, taken in (*there[:index], *inputs.items()):
+            if same(path, taken):
+                raise InputError(
+                    f"{option} and {other} are both {path}: one would destroy the other; name another file"
+                )
+        for other, taken in inputs.items():
+            if taken.is_dir() and real(path).is_relative_to(real(taken)):
+                raise InputError(f"{option} is {path}, inside {other}; name a file in another folder")
+
+
+def _check_place(option: str, path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{option} is {path}, a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    if os.path.ismount(path) or (path.exists() and not path.is_file()):
+        raise InputError(f"{option} is {path}, which is mounted or no ordinary file; name a file in a folder instead")
+    if path.exists() and not overwrite:
+        raise InputError(f"{option} is {path}, which is there already; choose another name, or replace it: --overwrite")
+    try:
+        # Asked of the system: rights alone do not tell of read-only disks.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: nothing can be made in {path.parent} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _put_aside(partial: Path) -> None:
+    if not partial.exists():
+        return
+    kept = next(name for name in _numbered(partial) if not name.exists())
+    partial.rename(kept)
+    log.warning("the unfinished video of an earlier run, %s, is called %s now", partial.name, kept.name)
+
+
+def _numbered(partial: Path) -> Iterable[Path]:
+    count = 0
+    while True:
+        count += 1
+        yield partial.with_name(f"{partial.stem}.{count}{partial.suffix}")
