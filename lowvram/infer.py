@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import platform
 import shutil
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
 from lowvram_kernels.errors import OutOfMemoryError, OutputError
 from lowvram_quantize.claims import reading
-from lowvram_quantize.format import MANIFEST
+from lowvram_quantize.format import MANIFEST, Artifact
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +43,21 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
     Raises:
         LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
     """
-    artifact = pipeline.runtime.artifact.path
+    artifact = pipeline.runtime.artifact
     if not pipeline.team.role.media:
-        with reading(artifact / MANIFEST):
+        with _kept(artifact):
             return _serve(pipeline, request)
-    outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact})
-    with outputs.claimed(), reading(artifact / MANIFEST):
+    outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
+    with outputs.claimed(), _kept(artifact):
         return _infer(pipeline, request, outputs, quiet)
+
+
+@contextlib.contextmanager
+def _kept(artifact: Artifact) -> Iterator[None]:
+    """Keep the artifact from being replaced while the run reads it, and make sure that it was not meanwhile."""
+    with reading(artifact.path / MANIFEST):
+        artifact.check_unchanged()
+        yield
 
 
 def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> dict[str, Any]:

@@ -307,6 +307,11 @@ class Artifact:
             artifact.verify()
         return artifact
 
+    def check_unchanged(self) -> None:
+        """Raises: CheckpointError where another artifact has taken the folder since this one was opened."""
+        if _read_manifest(self.path) != self.manifest:
+            raise CheckpointError(f"{self.path} was replaced by another artifact while it was opened; run again")
+
     @property
     def phantom(self) -> str | None:
         """What stands in place of trained values, where this is no converted checkpoint; see ``phantom``."""

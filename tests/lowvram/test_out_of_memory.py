@@ -15,8 +15,9 @@ from lowvram.cli import main
 from lowvram.engine import Engine
 from lowvram.fallback import Layout
 from lowvram.graphs import LayerGraphs
-from lowvram.infer import Outputs, infer
+from lowvram.infer import infer
 from lowvram.out_of_memory import allocator_refusals, is_out_of_memory
+from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions, Placement
 from lowvram.relief import Relief, attempted, first_sentences

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 
 import pytest
 from click.testing import CliRunner
 from safetensors import SafetensorError
 
 from lowvram.cli import main
+from lowvram.infer import infer
 from lowvram.outputs import Outputs
-from lowvram_kernels.errors import InputError, OutputError
+from lowvram.pipeline import AvatarPipeline
+from lowvram_kernels.errors import CheckpointError, InputError, OutputError
 from lowvram_quantize.claims import lock_file, writing
 
 
@@ -157,3 +160,14 @@ def test_a_full_disk_behind_the_video_is_one_line_and_the_video_stays(tiny, tmp_
     assert "No space left" in done.output
     assert "Traceback" not in done.output
     assert (tmp_path / "out.mp4").stat().st_size > 1000
+
+
+def test_an_artifact_that_was_replaced_since_it_was_opened_is_not_run(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.artifact("int8"), folder)
+    pipeline = AvatarPipeline.from_artifact(folder, device="cpu")
+    shutil.rmtree(folder)
+    shutil.copytree(tiny.artifact("bf16"), folder)
+    with pytest.raises(CheckpointError, match="was replaced"):
+        infer(pipeline, tiny.request(), Outputs(video=tmp_path / "out.mp4"), quiet=True)
+    assert not (tmp_path / "out.mp4").exists()
