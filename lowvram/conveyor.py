@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 
@@ -10,22 +11,29 @@ import torch
 from lowvram.engine import Engine, Moment
 
 Tensor = torch.Tensor
-# Copies one thing into a slot, not before the moments given; returns the moment when it is there.
-Fill = Callable[[Tensor, tuple[Moment, ...]], Moment]
+Moments = tuple[Moment, ...]
+# Copies one thing into a slot, not before the moments given; returns the moments when it is there. Where nothing has
+# to be copied those are the moments given: whoever takes the slot writes to it.
+Fill = Callable[[Tensor, Moments], Moments]
+_Free = deque[tuple[int, Moments]]
+_Coming = deque[tuple[Hashable, int, Moments]]
 
 
 class Conveyor:
     """``take`` gives the next thing of ``jobs``, which is already on its way; ``release`` frees its slot for another.
 
-    Things have to be taken in the order of ``jobs`` and released in that order too.
+    Things have to be taken in the order of ``jobs`` and released in that order too. ``slots`` come from the device's
+    allocator, which gives out what computations asked for before may still read.
     """
 
     def __init__(self, engine: Engine, slots: list[Tensor]):
         self._engine, self._slots = engine, slots
-        self._free: deque[tuple[int, tuple[Moment, ...]]] = deque((i, ()) for i in range(len(slots)))
-        self._coming: deque[tuple[Hashable, int, Moment]] = deque()
+        self._free: _Free = deque((i, (engine.now(),)) for i in range(len(slots)))
+        self._coming: _Coming = deque()
         self._taken: deque[tuple[Hashable, int]] = deque()
         self._jobs: Iterator[tuple[Hashable, Fill]] = iter(())
+        # The slots go back to where computations get their memory from.
+        weakref.finalize(self, _wait_for_copies, engine, self._free, self._coming).atexit = False
 
     def load(self, jobs: Iterator[tuple[Hashable, Fill]]) -> None:
         """Set what comes next; everything of before has to be released."""
@@ -41,7 +49,8 @@ class Conveyor:
         if not self._coming or self._coming[0][0] != key:
             raise RuntimeError(f"{key} was to be taken, but {[k for k, _, _ in self._coming]} is on its way")
         _, slot, there = self._coming.popleft()
-        self._engine.wait(there)
+        for moment in there:
+            self._engine.wait(moment)
         self._taken.append((key, slot))
         return self._slots[slot]
 
@@ -61,3 +70,10 @@ class Conveyor:
             slot, free = self._free.popleft()
             key, fill = job
             self._coming.append((key, slot, fill(self._slots[slot], free)))
+
+
+def _wait_for_copies(engine: Engine, free: _Free, coming: _Coming) -> None:
+    """Let what is computed from here on wait for all copies from and to slots."""
+    for moments in (*(moments for _, moments in free), *(moments for _, _, moments in coming)):
+        for moment in moments:
+            engine.wait(moment)

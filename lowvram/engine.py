@@ -7,10 +7,11 @@ host wait, except ``settle``. On the CPU, and on the simulated device, the same 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -36,6 +37,8 @@ class Engine:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.apart = device.type != "cpu"
+        """Whether memory of the device is other memory than the host's."""
         self.bytes_in = self.bytes_out = 0
 
     def host_buffer(self, nbytes: int) -> Tensor:
@@ -106,6 +109,7 @@ class CudaEngine(Engine):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
+        self.apart = True
         self._inwards, self._outwards = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._can_pin = True
 
@@ -131,7 +135,8 @@ class CudaEngine(Engine):
         runtime: Any = torch.cuda.cudart()
         status = int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
         if status == 0:
-            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr())
+            settle = functools.partial(torch.cuda.synchronize, self.device)
+            weakref.finalize(buffer.untyped_storage(), _unpin, runtime, settle, buffer.data_ptr())
             return True
         log.warning(
             "host memory cannot be pinned here (cudaHostRegister returned %d; WSL and limits on locked memory do "
@@ -163,6 +168,13 @@ class CudaEngine(Engine):
 
     def settle(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def _unpin(runtime: Any, settle: Callable[[], object], address: int) -> None:
+    """Let go of host memory that copies may still be on their way from or to."""
+    with contextlib.suppress(RuntimeError):  # a device that failed copies nothing any more
+        settle()
+    runtime.cudaHostUnregister(address)
 
 
 @contextlib.contextmanager

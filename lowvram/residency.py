@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from lowvram.conveyor import Conveyor, Fill
-from lowvram.engine import Engine, Moment
+from lowvram.conveyor import Conveyor, Fill, Moments
+from lowvram.engine import Engine
 from lowvram.host_copies import HostCopies, Shared
 from lowvram.weights import bind, unbind
 from lowvram_models.dit import CausalDiT
@@ -43,10 +43,10 @@ class Layers:
 
     def place(self, streamed: Collection[int], slots: int) -> None:
         """Keep ``streamed`` on the host and the others on the device; can be called again between two passes."""
-        self._engine.settle()
         self._conveyor = Conveyor(self._engine, [])
-        for index in sorted(self._present & set(streamed)):
-            unbind(self._dit, self._component.views(layer_slab(index), self._read(index)))
+        # Streamed layers are bound to slots of before, which would stay beside the new ones.
+        for index in sorted(self._on_host.keys() | (self._present & set(streamed))):
+            unbind(self._dit, [spec.name for spec in self._component.slab_specs(layer_slab(index))])
             self._present.discard(index)
         for index in sorted(set(range(self.count)) - self._present - set(streamed)):
             self._load(index)
@@ -57,7 +57,7 @@ class Layers:
             nbytes = max(slab.numel() for slab in self._on_host.values())
             buffers = [torch.empty(nbytes, dtype=torch.uint8, device=self._engine.device) for _ in range(slots)]
             self._conveyor = Conveyor(self._engine, buffers)
-            self._conveyor.load(self._jobs())
+            self._conveyor.load(_jobs(self._engine, self._on_host))
 
     def resident(self, index: int) -> bool:
         """Whether the layer's weights stay where they are until the next ``place``."""
@@ -74,17 +74,6 @@ class Layers:
         if index in self._on_host:
             self._conveyor.release(index)
 
-    def _jobs(self) -> Iterator[tuple[int, Fill]]:
-        for index in itertools.cycle(self._on_host):
-            yield index, self._fill(index)
-
-    def _fill(self, index: int) -> Fill:
-        def fill(slot: Tensor, after: tuple[Moment, ...]) -> Moment:
-            source = self._on_host[index]
-            return self._engine.copy_in(slot[: source.numel()], source, *after)
-
-        return fill
-
     def _load(self, index: int) -> None:
         source = self._read(index)
         slab = torch.empty(source.numel(), dtype=torch.uint8, device=self._engine.device)
@@ -97,3 +86,16 @@ class Layers:
 
     def _bind(self, index: int, slab: Tensor) -> None:
         bind(self._dit, self._component.views(layer_slab(index), slab), self._dtype)
+
+
+def _jobs(engine: Engine, on_host: Mapping[int, Tensor]) -> Iterator[tuple[int, Fill]]:
+    """Layers without an end. It knows no ``Layers``, which with its slots would only go when cycles are looked for."""
+    for index in itertools.cycle(on_host):
+        yield index, _fill(engine, on_host[index])
+
+
+def _fill(engine: Engine, source: Tensor) -> Fill:
+    def fill(slot: Tensor, after: Moments) -> Moments:
+        return (engine.copy_in(slot[: source.numel()], source, *after),)
+
+    return fill

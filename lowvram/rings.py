@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from lowvram.conveyor import Conveyor, Fill
+from lowvram.conveyor import Conveyor, Fill, Moments
 from lowvram.engine import DONE, Engine, Moment
 from lowvram.kv_format import Bytes, KVFormat
 from lowvram_kernels.attention import attention
@@ -120,14 +120,13 @@ class Rings:
 
     def place(self, on_host: Collection[Cell], staging: int) -> None:
         """Keep the cells ``on_host`` there and the others on the device; what they hold moves with them."""
-        self._engine.settle()
         self._conveyor = Conveyor(self._engine, [])
         for cell in sorted(set(on_host) - set(self._host)):
             self._host[cell] = self._engine.host_buffer(self.cell_nbytes)
             held = self._device.pop(cell, None)
             if held is not None:
-                self._engine.copy_out(self._host[cell], held)
-                self._engine.settle()
+                # What held it is used again, and computations that come later stand before its way back.
+                self._engine.wait(self._engine.copy_out(self._host[cell], held, self._engine.now()))
         for cell in (c for c in self._all if c not in self._host and c not in self._device):
             self._device[cell] = torch.empty(self.cell_nbytes, dtype=torch.uint8, device=self._engine.device)
         if self._host:
@@ -174,15 +173,14 @@ class Rings:
                 yield cell, self._fill(cell, window)
 
     def _fill(self, cell: Cell, window: Window) -> Fill:
-        def fill(slab: Tensor, after: tuple[Moment, ...]) -> Moment:
-            moment: Moment = DONE
-            after = (*after, self._written.get(cell, DONE))
+        def fill(slab: Tensor, after: Moments) -> Moments:
+            there, after = after, (*after, self._written.get(cell, DONE))
             # All that the block sees except its own slot, which it writes itself: a stretch before and one behind it.
             for first, last in ((0, window.slot), (window.slot + 1, window.visible)):
                 part = slice(first * self._slot_nbytes, last * self._slot_nbytes)
                 if first < last:
-                    moment = self._engine.copy_in(slab[part], self._host[cell][part], *after)
-            return moment
+                    there = (self._engine.copy_in(slab[part], self._host[cell][part], *after),)
+            return there
 
         return fill
 

@@ -38,6 +38,7 @@ class Runtime:
 def cuda_engine(monkeypatch, status: int) -> tuple[CudaEngine, Runtime]:
     runtime = Runtime(status)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     engine = CudaEngine.__new__(CudaEngine)
     Engine.__init__(engine, CPU)
     engine._can_pin = True

@@ -1,0 +1,160 @@
+"""The part of ``torch.cuda`` that orders streams, without a GPU: streams, events and pinned memory, over CPU tensors.
+
+``CudaEngine`` runs on it unchanged. What is asked of a stream goes to a ``Model``: ``clocks.Clocks`` says which
+accesses nothing orders, ``late.Late`` copies as late as the order allows. Operations outside of a ``torch.cuda.stream``
+are the computation's; of what touches registered host memory there, the host does it itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowvram.engine import CudaEngine
+
+Tensor = torch.Tensor
+COMPUTE, INWARDS, OUTWARDS, HOST = "compute", "copies in", "copies out", "host"
+
+
+class Model(Protocol):
+    def computed(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """An operation ran outside of side streams."""
+        ...
+
+    def copy(self, stream: str, dst: Tensor, src: Tensor) -> None:
+        """A copy is asked of a side stream."""
+        ...
+
+    def recorded(self, stream: str) -> Any:
+        """What an event recorded now stands for."""
+        ...
+
+    def waits(self, stream: str, point: Any) -> None:
+        """What is asked of ``stream`` from here on comes after ``point``; of the host, where that is the stream."""
+        ...
+
+    def synchronized(self) -> None:
+        """The host has waited for everything."""
+        ...
+
+    def registered(self, address: int, nbytes: int) -> None: ...
+
+    def unregistered(self, address: int) -> None: ...
+
+
+class FakeCuda(TorchDispatchMode):
+    """Enter it, with ``installed``, for as long as a model is to watch."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+        self.current = Stream(self, COMPUTE)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.current.name != COMPUTE:
+            if func is not torch.ops.aten.copy_.default:
+                assert func.is_view, f"{func} on the stream of {self.current.name}; expected copies alone"
+                return func(*args, **kwargs)
+            assert kwargs.get("non_blocking") or len(args) > 2, "the host would wait for this copy"
+            self.model.copy(self.current.name, args[0], args[1])
+            return args[0]
+        out = func(*args, **kwargs)
+        self.model.computed(func, args, kwargs, out)
+        return out
+
+    @contextlib.contextmanager
+    def installed(self, monkeypatch: Any) -> Iterator[CudaEngine]:
+        """The engine whose streams these are."""
+        with monkeypatch.context() as patch, self:
+            for name, value in {
+                "Stream": lambda device=None: Stream(self, "unnamed"),
+                "Event": lambda **_: Event(self),
+                "current_stream": lambda device=None: self.current,
+                "stream": self._on,
+                "synchronize": lambda device=None: self.model.synchronized(),
+                "cudart": lambda: Runtime(self.model),
+            }.items():
+                patch.setattr(torch.cuda, name, value)
+            engine = CudaEngine(torch.device("cpu"))
+            engine._inwards.name, engine._outwards.name = INWARDS, OUTWARDS
+            yield engine
+
+    @contextlib.contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+class Stream:
+    def __init__(self, cuda: FakeCuda, name: str):
+        self.name, self._cuda = name, cuda
+
+    def wait_event(self, event: Event) -> None:
+        self._cuda.model.waits(self.name, event.point)
+
+
+class Event:
+    """Waiting for one that was never recorded is waiting for nothing, as on a GPU."""
+
+    def __init__(self, cuda: FakeCuda):
+        self.point: Any = None
+        self._cuda = cuda
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.point = self._cuda.model.recorded((stream or self._cuda.current).name)
+
+    def synchronize(self) -> None:
+        self._cuda.model.waits(HOST, self.point)
+
+
+class Runtime:
+    """What ``torch.cuda.cudart()`` gives: registering always succeeds."""
+
+    def __init__(self, model: Model):
+        self._model = model
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self._model.registered(address, nbytes)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self._model.unregistered(address)
+        return 0
+
+
+class Registered:
+    """Stretches of host memory that copies run beside the computation from and to."""
+
+    def __init__(self) -> None:
+        self._stretches: dict[int, int] = {}
+
+    def add(self, address: int, nbytes: int) -> None:
+        self._stretches[address] = nbytes
+
+    def drop(self, address: int) -> None:
+        del self._stretches[address]
+
+    def holds(self, address: int) -> bool:
+        return any(start <= address < start + nbytes for start, nbytes in self._stretches.items())
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors among the arguments that an operation changes, by its schema."""
+    found: list[Tensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tensors(args[index] if index < len(args) else kwargs.get(argument.name))
+    return found
