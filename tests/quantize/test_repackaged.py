@@ -238,7 +238,7 @@ def test_a_run_interrupted_with_other_loras_is_not_continued(tiny, tmp_path, cha
     then = {"the weight": (f"{first}:0.5", 2.0), "the alpha": (first, 3.0)}
     other = save(tmp_path / "c.safetensors", {n: -t for n, t in whole.items()})
     lora, alpha = then.get(change, (other, 2.0))
-    for options in ({"lora": first, "lora_alpha": 2.0, "progress": stop_at(60)}, {"lora": lora, "lora_alpha": alpha}):
+    for options in ({"lora": first, "lora_alpha": 2.0, "progress": stop_at(110)}, {"lora": lora, "lora_alpha": alpha}):
         with contextlib.suppress(Stop):
             convert(tiny.checkpoint, tmp_path / "out", components=("dit",), **options)
     convert(tiny.checkpoint, tmp_path / "fresh", components=("dit",), lora=lora, lora_alpha=alpha)
