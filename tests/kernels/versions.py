@@ -1,6 +1,6 @@
 """Runs tests/kernels under every supported version of Triton, each in an environment of its own: ``make test-triton``.
 
-An environment has the one wheel, and everything else from the environment that runs this. A version that the package
+An environment has that wheel (and what ``OTHERS`` names), and everything else from the environment that runs this. A version that the package
 index does not give is a failure like any other.
 """
 
@@ -19,6 +19,8 @@ VERSIONS = {
     "3.7.1": "torch 2.12.1 and 2.13",
     "3.9.0": "the newest",
 }
+# The interpreter of 3.6 converts arrays of one element to numbers, which NumPy took out in 2.4.
+OTHERS = {"3.6.0": ("numpy<2.4",)}
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".venv-triton"
 
@@ -54,7 +56,7 @@ def environment(version: str) -> Path:
         # As a folder of packages, so that the editable install in there counts too; behind this environment's own.
         (packages / "others.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
-        subprocess.run([*pip, f"triton=={version}"], check=True)
+        subprocess.run([*pip, f"triton=={version}", *OTHERS.get(version, ())], check=True)
         (folder / ".made").touch()
     command = [str(python), "-c", "import triton; print(triton.__version__)"]
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
