@@ -1,7 +1,7 @@
 """Runs tests/kernels under every supported version of Triton, each in an environment of its own: ``make test-triton``.
 
-An environment has that wheel (and what ``OTHERS`` names), and everything else from the environment that runs this. A version that the package
-index does not give is a failure like any other.
+An environment has that wheel (and what ``OTHERS`` names), and everything else from the environment that runs this. A
+version that the package index does not give is a failure like any other.
 """
 
 from __future__ import annotations
