@@ -30,6 +30,7 @@ from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import Block, blocks_of
 from lowvram.simulate import SimulatedDevice
 from lowvram.weights import build_dit, check_complete, load_shared
+from lowvram_kernels import uploads
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 
@@ -60,7 +61,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.scopes: dict[str, list[Counts]] = {}
         self._open: list[Counts] = []
-        self.pinned: set[int] = set()
+        self._pinned: list[Tensor] = []
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -71,6 +72,11 @@ class Counting(TorchDispatchMode):
             yield
         finally:
             self._open.remove(counts)
+
+    def pinned_copy(self, tensor: Tensor) -> Tensor:
+        """Stands for ``uploads.pinned``: a copy that is known to be pinned."""
+        self._pinned.append(tensor.clone())
+        return self._pinned[-1]
 
     def launched(self, name: str) -> None:
         for counts in self._open:
@@ -110,7 +116,7 @@ class Counting(TorchDispatchMode):
         elif target.is_meta and not source.is_meta and (source.ndim or name == "_to_copy"):
             if blocking:
                 self.waited("blocking copy to the device")
-            elif source.untyped_storage()._cdata not in self.pinned:
+            elif not any(source is one for one in self._pinned):
                 self.waited("copy from memory that is not pinned")
 
 
@@ -168,6 +174,8 @@ def as_if_cuda(counting: Counting) -> Iterator[None]:
                     patches.enter_context(mock.patch.object(module, name, lambda device: device.type == "meta"))
         patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta)))
         patches.enter_context(mock.patch.object(torch, "tensor", _watched_tensor(counting)))
+        patches.enter_context(mock.patch.object(uploads, "waits", lambda device: device.type == "meta"))
+        patches.enter_context(mock.patch.object(uploads, "pinned", counting.pinned_copy))
         if (choices := sys.modules.get("lowvram_kernels.choices")) is not None:
             choices.reset()
             patches.callback(choices.reset)

@@ -32,5 +32,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same without checks and without a word to the trace."""
     # Four dimensions, because with three the fused backends are passed over and the scores stand in memory as a whole.
     shape = q.shape
+    if len(shape) == 3:
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
     q, k, v = (t.reshape(-1, *t.shape[-3:]).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)

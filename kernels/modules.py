@@ -69,6 +69,8 @@ class NormRope(nn.Module):
 
     def forward(self, x: Tensor, rope: Any = None) -> Tensor:
         table = (None, None) if rope is None else (rope.cos, rope.sin)
+        if x.ndim == 2:
+            return norm_rope(x, self.weight, self.eps, self.num_heads, *table)
         out = norm_rope(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.num_heads, *table)
         return out.view(*x.shape[:-1], *out.shape[1:])
 

@@ -17,10 +17,11 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.triton_rope import block_shape, encoded, normed_rope, pair_mask, pair_offsets
-from lowvram_kernels.triton_rows import row_warps
+from lowvram_kernels.triton_rows import packed, row_warps
 
 Tensor = torch.Tensor
 
+MEAN_ROWS, MEAN_COLUMNS = 32, 32
 SUM_TOKENS = 16  # of one program: fewer write more sums, more leave processors of a large chip idle
 
 
@@ -52,6 +53,28 @@ def _sum_kernel(
             x + token * stride_x, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, ROPE
         )
     tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * HEAD_DIM) + at, total, mask=there)
+
+
+@triton.jit
+def _mean_kernel(
+    sums,
+    mean,
+    programs,
+    width,
+    tokens,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums [programs, width] -> their total over ``tokens`` tokens as a mean [width], a few columns a program."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, programs, ROWS):
+        row = (first + rows)[:, None]
+        there = (row < programs) & (columns < width)[None, :]
+        total += tl.load(sums + row * width + columns[None, :], mask=there, other=0.0)
+    value = tl.sum(total, 0) / tokens
+    tl.store(mean + columns, value.to(mean.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -106,15 +129,18 @@ def encode_projected_triton(
     k_TD = k_TD if k_TD.stride(1) == 1 else k_TD.contiguous()
     v_TNH = v_TNH if v_TNH.stride(2) == 1 else v_TNH.contiguous()
     tokens, heads, head_dim = v_TNH.shape
-    table = [k_TD if t is None else t.contiguous() for t in (cos_TP, sin_TP)]
+    table = [k_TD if t is None else packed(t) for t in (cos_TP, sin_TP)]
     shape = block_shape(heads, head_dim) | {"ROPE": cos_TP is not None}
     programs = triton.cdiv(tokens, SUM_TOKENS)
     sums = torch.empty((programs, heads, head_dim), dtype=torch.float32, device=k_TD.device)
     # Both compute a key with the same roundings: it is the same number that is summed and that is stored.
     options = {"num_warps": row_warps(heads * head_dim), "enable_fp_fusion": False}
-    keys = (k_TD, weight_D.contiguous(), *table)
+    keys = (k_TD, packed(weight_D), *table)
     _sum_kernel[(programs,)](*keys, sums, tokens, k_TD.stride(0), eps, SUM_TOKENS=SUM_TOKENS, **shape, **options)
-    out.k_mean.copy_(sums.sum(dim=0).div_(tokens))
+    columns = heads * head_dim
+    _mean_kernel[(triton.cdiv(columns, MEAN_COLUMNS),)](
+        sums, out.k_mean, programs, columns, tokens, ROWS=MEAN_ROWS, COLUMNS=MEAN_COLUMNS, num_warps=4
+    )
     _store_kernel[(tokens,)](
         *keys,
         out.k_mean,
@@ -155,6 +181,13 @@ def _aot_cases(heads: int, x: str, number: str) -> list[Case]:
             constants=shape | {"SUM_TOKENS": SUM_TOKENS},
             num_warps=warps,
             fp_fusion=False,
+        ),
+        Case(
+            name="encode_projected mean",
+            kernel=_mean_kernel,
+            types={"sums": "*fp32", "mean": "*bf16", "programs": "i32", "width": "i32:16", "tokens": "i32:16"},
+            constants={"ROWS": MEAN_ROWS, "COLUMNS": MEAN_COLUMNS},
+            num_warps=4,
         ),
         Case(
             name="encode_projected",

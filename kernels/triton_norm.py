@@ -9,7 +9,7 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import QMAX
-from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, rotate_groups, row_warps, to_8bit
+from lowvram_kernels.triton_rows import magnitude_bits, packed, quantize_scales, rotate_groups, row_warps, to_8bit
 
 Tensor = torch.Tensor
 
@@ -81,7 +81,7 @@ def fused_triton(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(residual, values, scale); without ``y`` the residual is ``x``, without ``gain`` so are the values."""
     x_LD, y_LD = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x_LD, y_LD))
-    gate, gain, offset = (None if t is None else t.contiguous() for t in (gate, gain, offset))
+    gate, gain, offset = (None if t is None else packed(t) for t in (gate, gain, offset))
     tokens, width = x_LD.shape
     target = x_LD
     if y_LD is not None:
@@ -131,15 +131,18 @@ def aot_cases(generation: int) -> list[Case]:
     }
     if generation >= 89:
         modes[" norm fp8"] = ("*fp8e4nv", 448.0, FP8, 1)
+    weights = {"gain": "*bf16", "offset": "*bf16"}  # a norm's own, as they are stored
+    kinds = [(name, {"values": values}, *rest) for name, (values, *rest) in modes.items()]
+    kinds.append((" norm int8 of a bf16 weight", {"values": "*i8"} | weights, 127.0, INT8, 1))
     return [
         Case(
             name=f"add_gated{name}",
             kernel=_fused_kernel,
-            types=types | {"values": values},
+            types=types | own,
             constants={"QMAX": qmax, "HAS_Y": True, "HAS_GATE": True, "MODE": mode.value, "GROUP": group}
             | {"BLOCK_D": 8192},
             num_warps=row_warps(5120),
             fp_fusion=False,
         )
-        for name, (values, qmax, mode, group) in modes.items()
+        for name, own, qmax, mode, group in kinds
     ]

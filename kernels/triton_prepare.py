@@ -20,6 +20,7 @@ from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, to_8bit
+from lowvram_kernels.uploads import upload
 
 Tensor = torch.Tensor
 
@@ -176,8 +177,8 @@ def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    # Kept, because copying it waits for the device: a ring's slots come round, and with them their addresses.
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    # Kept, because a ring's slots come round, and with them their addresses.
+    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
 
 def aot_cases(generation: int) -> list[Case]:

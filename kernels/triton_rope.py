@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.ring_codec import STEP, KVBlock
-from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, row_warps, to_8bit
+from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_warps, to_8bit
 
 Tensor = torch.Tensor
 
@@ -178,9 +178,9 @@ def norm_rope_triton(
     out = torch.empty((tokens, heads, width // heads), dtype=x_TD.dtype, device=x_TD.device)
     _norm_rope_kernel[(tokens,)](
         x_TD,
-        weight_D.contiguous(),
-        x_TD if cos_TP is None else cos_TP.contiguous(),
-        x_TD if sin_TP is None else sin_TP.contiguous(),
+        packed(weight_D),
+        x_TD if cos_TP is None else packed(cos_TP),
+        x_TD if sin_TP is None else packed(sin_TP),
         out,
         x_TD.stride(0),
         eps,
@@ -199,8 +199,8 @@ def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tenso
         block.k,
         block.k_scale,
         block.k_mean,
-        cos_TP.contiguous(),
-        sin_TP.contiguous(),
+        packed(cos_TP),
+        packed(sin_TP),
         out,
         **block_shape(heads, head_dim),
         num_warps=row_warps(heads * head_dim),

@@ -73,6 +73,11 @@ def _quantize_rows_kernel(
     tl.store(scale + row, row_scale)
 
 
+def packed(x: Tensor) -> Tensor:
+    """``x.contiguous()`` without a call through the dispatcher where nothing is to be done."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def row_warps(width: int) -> int:
     """Warps for a program that holds ``width`` float32: at most 32 values a thread."""
     return min(16, max(1, triton.next_power_of_2(width) // 1024))

@@ -8,13 +8,15 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from lowvram.fused_audio import FusedInjector
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
-from lowvram_models.dit import Block, CausalDiT, LayerInputs
+from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
@@ -52,29 +54,40 @@ class FusedBlock(nn.Module):
     def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
         """[L, D] float32 -> [L, D] float32."""
         dtype, eps = inputs.text.dtype, self.eps
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + inputs.time.blocks).unbind(0)
+        shift1, gain1, gate1, shift2, gain2, gate2 = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
-        h = norm_rows(x_LD, 1 + scale1, shift1, eps=eps, **_wanted(mine.q, dtype))
+        h = norm_rows(x_LD, gain1, shift1, eps=eps, **_wanted(mine.q, dtype))
         q, k, v = (_linear(layer, h, dtype) for layer in (mine.q, mine.k, mine.v))
         del h
         keys = ProjectedKeys(mine.norm_k, k)
-        y = mine.o(memory.attend(mine.norm_q(q, inputs.rope), keys, mine.split(v), inputs.rope).flatten(-2))
+        v = v.view(len(v), mine.num_heads, -1)
+        y = mine.o(_joined(memory.attend(mine.norm_q(q, inputs.rope), keys, v, inputs.rope)))
         del q, k, v, keys
-        gain, offset = self.norm3.weight.float(), self.norm3.bias.float()
+        gain, offset = self.norm3.weight, self.norm3.bias
         x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **_wanted(text.q, dtype))
         del y
         q = _linear(text.q, h, dtype)
         del h
-        y = text.attend(q, inputs.text)
-        del q
-        x, *h = add_gated_norm_rows(x, y, None, 1 + scale2, shift2, eps=eps, **_wanted(wide, dtype), out=x)
+        k, v = (_linear(layer, _text_rows(layer, inputs), dtype) for layer in (text.k, text.v))
+        k, v = text.norm_k(k), v.view(len(v), text.num_heads, -1)
+        y = text.o(_joined(text.attention(text.norm_q(q), k, v)))
+        del q, k, v
+        x, *h = add_gated_norm_rows(x, y, None, gain2, shift2, eps=eps, **_wanted(wide, dtype), out=x)
         del y
         hidden = self.ffn[1](_linear(wide, h, dtype))
         del h
         y = narrow(hidden)
         del hidden
         return add_gated(x, y, gate2, out=x)
+
+    def _modulation(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
+        """(shift, gain, gate) twice, [D] float32 each: computed in the first call at that timestep."""
+        vectors: tuple[Tensor, ...] | None = time.derived.get(self)
+        if vectors is None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time.blocks).unbind(0)
+            vectors = time.derived[self] = (shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+        return vectors
 
 
 class ProjectedKeys:
@@ -116,6 +129,23 @@ def _linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _text_rows(layer: nn.Module, inputs: LayerInputs) -> Rows:
+    """The text as ``layer`` wants its input: in 8 bit made once for all layers that want it alike."""
+    wanted = _wanted(layer, inputs.text.dtype)
+    if wanted["dtype"] is inputs.text.dtype:
+        return inputs.text, None
+    key = tuple(wanted.values())
+    if key not in inputs.of_text:
+        inputs.of_text[key] = quantize_rows(inputs.text, wanted["dtype"], group=wanted["group"])
+    rows: Rows = inputs.of_text[key]
+    return rows
+
+
+def _joined(x_LNH: Tensor) -> Tensor:
+    """[L, N, H] -> [L, D], in one call where nothing has to be copied."""
+    return x_LNH.view(len(x_LNH), -1) if x_LNH.is_contiguous() else x_LNH.flatten(-2)
+
+
 def fuse(dit: CausalDiT) -> None:
     """Swap fused blocks, and the norm of queries and keys with RoPE in one pass, into a model; parameters stay."""
     for parent in list(dit.modules()):
@@ -124,3 +154,4 @@ def fuse(dit: CausalDiT) -> None:
                 setattr(parent, name, NormRope(child.weight, child.num_heads, child.eps))
     for index, block in enumerate(dit.blocks):
         dit.blocks[index] = FusedBlock(block)
+    dit.audio_injector = FusedInjector(dit.audio_injector)

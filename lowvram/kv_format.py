@@ -7,8 +7,9 @@ H head_dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -53,11 +54,33 @@ class KVFormat(Protocol):
         ...
 
 
+Made = TypeVar("Made")
+
+
+class _Views(Generic[Made]):
+    """What ``make`` gives for a block's bytes, kept for as long as that very tensor lives: its views are many, and the
+    slots of rings come round in every step."""
+
+    def __init__(self, make: Callable[[Tensor, int], Made]):
+        self._make = make
+        self._kept: dict[tuple[int, int], tuple[weakref.ref[Tensor], Made]] = {}
+
+    def of(self, block: Tensor, tokens: int) -> Made:
+        key = (id(block), tokens)
+        found = self._kept.get(key)
+        if found is not None and found[0]() is block:
+            return found[1]
+        made = self._make(block, tokens)
+        self._kept[key] = (weakref.ref(block, lambda _: self._kept.pop(key, None)), made)
+        return made
+
+
 class PlainFormat:
     """Keys [n, N, H], then values [n, N, H], in ``dtype``. For attention they are laid out behind each other."""
 
     def __init__(self, heads: int, head_dim: int, dtype: torch.dtype):
         self._shape, self._dtype = (heads, head_dim), dtype
+        self._views = _Views(self._made)
 
     def nbytes(self, tokens: int) -> int:
         return 2 * tokens * math.prod(self._shape) * self._dtype.itemsize
@@ -86,6 +109,9 @@ class PlainFormat:
         return None
 
     def _parts(self, block: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        return self._views.of(block, tokens)
+
+    def _made(self, block: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         k, v = block[: self.nbytes(tokens)].view(self._dtype).view(2, tokens, *self._shape)
         return k, v
 
@@ -95,34 +121,37 @@ class Int8Format:
 
     def __init__(self, heads: int, head_dim: int):
         self._heads, self._head_dim = heads, head_dim
+        self._views = _Views(self._made)
 
     def nbytes(self, tokens: int) -> int:
         return self._layout(tokens).nbytes
 
     def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
-        encode_block(k_LNH, v_LNH, self._layout(len(k_LNH)).block(block))
+        encode_block(k_LNH, v_LNH, self._views.of(block, len(k_LNH)))
 
     def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
         if isinstance(keys, ProjectedKeys):
-            keys.encode(rope, v_LNH, self._layout(len(v_LNH)).block(block))
+            keys.encode(rope, v_LNH, self._views.of(block, len(v_LNH)))
         else:
             self.write(block, keys(rope), v_LNH)
 
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return decode_block(self._layout(tokens).block(block), dtype)
+        return decode_block(self._views.of(block, tokens), dtype)
 
     def attend(
         self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
     ) -> Tensor:
-        *encoded, last = [self._layout(tokens).block(block) for block, tokens in (*blocks, sink)]
+        *encoded, last = [self._views.of(block, tokens) for block, tokens in (*blocks, sink)]
         return ring_and_sink_attention(q_LNH, encoded, last, sink_rope.cos, sink_rope.sin, rotated=rotated)
 
     def room_for_keys(self, sink: Bytes) -> KVBlock:
-        block, tokens = sink
-        return room_for_keys(self._layout(tokens).block(block))
+        return room_for_keys(self._views.of(*sink))
 
     def _layout(self, tokens: int) -> SlotLayout:
         return SlotLayout(tokens=tokens, heads=self._heads, head_dim=self._head_dim)
+
+    def _made(self, block: Tensor, tokens: int) -> KVBlock:
+        return self._layout(tokens).block(block)
 
 
 def kv_format(scheme: str, heads: int, head_dim: int, dtype: torch.dtype) -> KVFormat:

@@ -31,7 +31,8 @@ class Sink:
 
     def __init__(self, kind: KVFormat, layers: int, tokens: int, device: torch.device):
         self._kind, self.tokens = kind, tokens
-        self._blocks = torch.empty(layers, _aligned(kind.nbytes(tokens)), dtype=torch.uint8, device=device)
+        blocks = torch.empty(layers, _aligned(kind.nbytes(tokens)), dtype=torch.uint8, device=device)
+        self._blocks = blocks.unbind(0)
         self.rotated: KVBlock | None = None
         """Where a layer's rotated keys stand while they are read; see ``keep_rotated``."""
 
@@ -110,6 +111,8 @@ class Rings:
         self._host: dict[Cell, Tensor] = {}
         self._written: dict[Cell, Moment] = {}
         self._conveyor = Conveyor(engine, [])
+        # Slots of each slab, by its id: as long as the slabs stay, until the next ``place``.
+        self._cut: dict[int, list[Bytes]] = {}
 
     @property
     def cell_nbytes(self) -> int:
@@ -121,6 +124,7 @@ class Rings:
     def place(self, on_host: Collection[Cell], staging: int) -> None:
         """Keep the cells ``on_host`` there and the others on the device; what they hold moves with them."""
         self._conveyor = Conveyor(self._engine, [])
+        self._cut.clear()
         for cell in sorted(set(on_host) - set(self._host)):
             self._host[cell] = self._engine.host_buffer(self.cell_nbytes)
             held = self._device.pop(cell, None)
@@ -164,8 +168,11 @@ class Rings:
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
     def _slots(self, slab: Tensor) -> list[Bytes]:
-        size = self._slot_nbytes
-        return [(slab[i * size : (i + 1) * size], tokens) for i, tokens in enumerate(self.shape.slots)]
+        if id(slab) not in self._cut:
+            size = self._slot_nbytes
+            slots = [(slab[i * size : (i + 1) * size], tokens) for i, tokens in enumerate(self.shape.slots)]
+            self._cut[id(slab)] = slots
+        return self._cut[id(slab)]
 
     def _jobs(self, cells: list[tuple[Cell, Window]]) -> Iterator[tuple[Cell, Fill]]:
         for cell, window in cells:

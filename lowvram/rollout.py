@@ -23,6 +23,7 @@ from lowvram.residency import Layers
 from lowvram.rings import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram.sequence import Sequence, Whole, own_rope
+from lowvram_kernels.uploads import upload
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.dit import CausalDiT, LayerInputs
 from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
@@ -61,13 +62,15 @@ class RolloutSettings:
 
 @dataclasses.dataclass
 class _UnderWay:
-    """A block between its first and its last step. ``rope`` is that of all its tokens, ``own_rope`` of this rank's."""
+    """A block between its first and its last step. ``rope`` is that of all its tokens, ``own_rope`` of this rank's;
+    ``sink_ropes`` are those of the sink's keys, by step."""
 
     block: Block
     latent: Tensor
     audio: AudioTokens
     rope: Rope
     own_rope: Rope
+    sink_ropes: dict[int, Rope]
     pose: Tensor | None
     masks: Tensor | None
 
@@ -121,6 +124,7 @@ class Rollout:
         self.times = [self.dit.embed_time(float(t)) for t in self.scheduler.timesteps]
         self.zero_time = self.dit.embed_time(0.0)
         self.text = dit.embed_text(context.to(self.device, dtype))
+        self._of_text: dict[Any, Any] = {}
         self._remember(placement)
         self._under_way: dict[int, _UnderWay] = {}
 
@@ -132,8 +136,7 @@ class Rollout:
         sink_tokens = len(condition_rope(*grid, config.head_dim).cos)
         self.sink = Sink(kind, config.num_layers, sink_tokens, self.device)
         self.rings = Rings(shape, kind, self.engine, self.steps, config.num_layers)
-        if self.graphs is not None:
-            self.sink.keep_rotated()
+        self.sink.keep_rotated()
         self.place(placement)
 
     def place(self, placement: Placement) -> None:
@@ -149,7 +152,9 @@ class Rollout:
         reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
         x = self.sequence.own(self.dit.embed_conditions(reference, motion), 1)
         rope = condition_rope(*self.settings.grid, self.dit.config.head_dim).to(self.device)
-        inputs = LayerInputs(time=self.zero_time, text=self.text, rope=own_rope(self.sequence, rope, 1), frames=1)
+        own = own_rope(self.sequence, rope, 1)
+        time = dataclasses.replace(self.zero_time, derived={})  # not to be kept: a sink is rarely filled
+        inputs = LayerInputs(time=time, text=self.text, of_text=self._of_text, rope=own, frames=1)
         for layer in range(self.layers.count):
             self.layers.enter(layer)
             memory = self.sequence.around(self.sink.recorder(layer), rope, 1)
@@ -169,15 +174,16 @@ class Rollout:
         """Take a block under way: its noise [C, F, h, w], or what the steps before have made of it; of its audio
         [A, 25, audio_dim, 4 F] the part that is this block's; ``actor_masks`` [A, F, T, 1]."""
         rope = block_rope(block.first_frame, block.frames, *self.settings.grid, self.dit.config.head_dim)
-        rope = rope.to(self.device)
+        rope = self._uploaded(rope)
         self._under_way[block.index] = _UnderWay(
             block=block,
-            latent=noise_CFhw.to(self.device, torch.float32),
-            audio=self.dit.embed_audio(audio_ASCT.to(self.device, self.dtype)),
+            latent=upload(noise_CFhw.to(torch.float32), self.device),
+            audio=dataclasses.replace(self.dit.embed_audio(upload(audio_ASCT.to(self.dtype), self.device)), derived={}),
             rope=rope,
             own_rope=own_rope(self.sequence, rope, block.frames),
-            pose=None if pose_CFhw is None else pose_CFhw.to(self.device, self.dtype),
-            masks=None if actor_masks is None else self._own_masks(actor_masks.to(self.device)),
+            sink_ropes=self._sink_ropes(block),
+            pose=None if pose_CFhw is None else upload(pose_CFhw.to(self.dtype), self.device),
+            masks=None if actor_masks is None else self._own_masks(upload(actor_masks, self.device)),
         )
 
     @torch.inference_mode()
@@ -222,6 +228,7 @@ class Rollout:
             inputs=LayerInputs(
                 time=self.times[step],
                 text=self.text,
+                of_text=self._of_text,
                 rope=flight.own_rope,
                 frames=block.frames,
                 audio=flight.audio,
@@ -229,7 +236,7 @@ class Rollout:
             ),
             rope=flight.rope,
             window=self.rings.shape.window(block.clip, block.slot),
-            sink_rope=self._sink_rope(block, step),
+            sink_rope=flight.sink_ropes[step],
         )
 
     def _keep_in_lanes(self, calls: list[_Call]) -> None:
@@ -263,10 +270,21 @@ class Rollout:
         own = [self.sequence.own(actor.flatten(0, 1), frames).unflatten(0, (frames, -1)) for actor in masks_AFT1]
         return torch.stack(own)
 
-    def _sink_rope(self, block: Block, step: int) -> Rope:
-        distance = cond_rope_distance(self.settings.cond_rope_distance, self.settings.base_seed, block.index, step)
-        time = reference_time(block.first_frame, distance)
-        return condition_rope(*self.settings.grid, self.dit.config.head_dim, reference_time=time).to(self.device)
+    def _sink_ropes(self, block: Block) -> dict[int, Rope]:
+        """Of all steps at once, and one for all steps at the same distance: nothing is left to copy within a step."""
+        of_time: dict[int, Rope] = {}
+        ropes = {}
+        for step in self.steps:
+            distance = cond_rope_distance(self.settings.cond_rope_distance, self.settings.base_seed, block.index, step)
+            time = reference_time(block.first_frame, distance)
+            if time not in of_time:
+                rope = condition_rope(*self.settings.grid, self.dit.config.head_dim, reference_time=time)
+                of_time[time] = self._uploaded(rope)
+            ropes[step] = of_time[time]
+        return ropes
+
+    def _uploaded(self, rope: Rope) -> Rope:
+        return Rope(upload(rope.cos, self.device), upload(rope.sin, self.device))
 
     def _stepped(self, call: _Call) -> Tensor:
         grid = (call.block.frames, *self.settings.grid)

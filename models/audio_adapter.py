@@ -7,6 +7,7 @@ Shapes: A actors, F latent frames, D width, T tokens a latent frame.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +22,20 @@ Tensor = torch.Tensor
 # frames, and the tokens that come of them are dropped.
 _LEAD_VIDEO_FRAMES = 73
 _LEAD_LATENT_FRAMES = 19
+ADAIN_EPS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioTokens:
-    """What a block hears: ``frame`` [A, F, 5, D] for cross-attention, ``clip`` [A, F, D] for the modulation."""
+    """What a block hears: ``frame`` [A, F, 5, D] for cross-attention, ``clip`` [A, F, D] for the modulation.
+
+    ``derived`` has what layers made of them, so that they make it once for all steps; None where the tensors will hold
+    another block's values.
+    """
 
     frame: Tensor
     clip: Tensor
+    derived: dict[Any, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class CausalConv1d(nn.Module):
@@ -96,9 +103,14 @@ class AdaLayerNorm(nn.Module):
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, x_FTD: Tensor, condition_FD: Tensor) -> Tensor:
-        shift, scale = self.linear(F.silu(condition_FD)).float().chunk(2, dim=-1)
-        x = F.layer_norm(x_FTD.float(), (x_FTD.shape[-1],), eps=1e-5)
+        shift, scale = self.modulation(condition_FD)
+        x = F.layer_norm(x_FTD.float(), (x_FTD.shape[-1],), eps=ADAIN_EPS)
         return x * (1 + scale[:, None]) + shift[:, None]
+
+    def modulation(self, condition_FD: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift, scale) float32 [F, D]."""
+        shift, scale = self.linear(F.silu(condition_FD)).float().chunk(2, dim=-1)
+        return shift, scale
 
 
 class AudioInjector(nn.Module):
@@ -110,11 +122,13 @@ class AudioInjector(nn.Module):
         self.injector = nn.ModuleList(CrossAttention(config.dim, config.num_heads, config.eps) for _ in range(count))
         self.injector_adain_layers = nn.ModuleList(AdaLayerNorm(config.dim) for _ in range(count))
 
-    def forward(self, x_FTD: Tensor, audio: AudioTokens, masks_AFT1: Tensor | None, index: int) -> Tensor:
-        """Residual [F, T, D] to add. ``masks`` [A, F, T, 1] weigh the actors; None means one actor everywhere."""
+    def forward(self, x_LD: Tensor, audio: AudioTokens, masks_AFT1: Tensor | None, index: int) -> Tensor:
+        """[L, D] float32 -> the same with what is heard added. ``masks`` [A, F, T, 1] weigh the actors; None means one
+        actor everywhere."""
+        x_FTD = x_LD.unflatten(0, (audio.frame.shape[1], -1))
         attention, norm = self.injector[index], self.injector_adain_layers[index]
         residual = torch.zeros_like(x_FTD)
         for actor in range(audio.frame.shape[0]):
             heard = attention(norm(x_FTD, audio.clip[actor]).to(audio.frame.dtype), audio.frame[actor])
             residual += heard if masks_AFT1 is None else heard * masks_AFT1[actor]
-        return residual
+        return x_LD + residual.float().flatten(0, 1)

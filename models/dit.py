@@ -8,6 +8,7 @@ Shapes: L tokens, D width, F latent frames, T tokens a latent frame, C latent ch
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +24,12 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class TimeEmbedding:
-    """One timestep: ``head`` [D] for the head, ``blocks`` [6, D] for the layers; float32."""
+    """One timestep: ``head`` [D] for the head, ``blocks`` [6, D] for the layers; float32. ``derived`` has what layers
+    made of it, each under a key of its own, so that they make it once."""
 
     head: Tensor
     blocks: Tensor
+    derived: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,8 @@ class LayerInputs:
     """What a layer needs besides the tokens: the same for all layers of one call.
 
     ``frames`` is the number of equal groups of tokens that audio speaks to (latent frames); with ``audio`` None
-    (the sink pass) nothing is injected. ``actor_masks`` [A, F, T, 1].
+    (the sink pass) nothing is injected. ``actor_masks`` [A, F, T, 1]. ``of_text`` has what layers made of ``text`` for
+    all of them: pass the same dictionary as long as the text is the same.
     """
 
     time: TimeEmbedding
@@ -43,6 +47,7 @@ class LayerInputs:
     frames: int
     audio: AudioTokens | None = None
     actor_masks: Tensor | None = None
+    of_text: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 class Block(nn.Module):
@@ -168,10 +173,9 @@ class CausalDiT(nn.Module):
         x_LD = self.blocks[index](x_LD, inputs, memory)
         if inputs.audio is None or index not in self.config.audio_inject_layers:
             return x_LD
-        x_FTD = x_LD.unflatten(0, (inputs.frames, -1))
         which = self.config.audio_inject_layers.index(index)
-        heard = self.audio_injector(x_FTD, inputs.audio, inputs.actor_masks, which)
-        return (x_FTD + heard.float()).flatten(0, 1)
+        heard: Tensor = self.audio_injector(x_LD, inputs.audio, inputs.actor_masks, which)
+        return heard
 
     def unpatchify(self, x_LP: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """What the head gives for the tokens of ``grid`` = (frames, rows, columns) -> velocity [C, F, h, w]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowvram.placement import Placement
 from lowvram.planning import workspace
-from lowvram.planning.costs import KIB, MIB, kv_bytes
+from lowvram.planning.costs import KIB, MIB
 from lowvram.planning.facts import ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
@@ -31,5 +31,4 @@ def graph_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: 
     inputs = [workspace.rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
     # A clip that is no multiple of a block has shorter blocks, with inputs of their own.
     lanes = (inputs[0] - inputs[1]) * (2 if work.frames_per_clip % work.frames_per_block else 1)
-    rotated = kv_bytes(config, work.sink_tokens, placement.kv, share.heads).block if placement.kv == "int8" else 0
-    return cells * work.blocks_per_clip * GRAPH_BYTES + STREAM_BYTES + pool + lanes + rotated // 2
+    return cells * work.blocks_per_clip * GRAPH_BYTES + STREAM_BYTES + pool + lanes

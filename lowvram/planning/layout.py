@@ -72,7 +72,8 @@ def device_parts(
         rings=(ring.cells - len(placement.host_rings)) * allocated(ring.cell),
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
-        rollout_inputs=workspace.rollout_inputs(config, work, placement.wave, share),
+        rollout_inputs=workspace.rollout_inputs(config, work, placement.wave, share)
+        + workspace.rotated_keys(config, work, placement.kv, share),
         graphs=graph_bytes(facts, work, placement, share) if cuda_graphs else 0,
         vae=vae,
         decoder_cache=cache,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES
+from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, kv_bytes
 from lowvram.planning.facts import AudioFacts, ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
@@ -88,19 +88,27 @@ def layer_workspace(
         norms=full + rms_norm,  # cross-attention's, with the new residual beside it
         attend=4 * half + exchange + max(rotation, laid_out),  # the layer's input, q, k, v
         feed_forward=full + feed_forward,
-        audio=2 * full + rms_norm if audio else 0,  # the new residual and what was heard
+        audio=full + rms_norm if audio else 0,  # the new residual, to which is added what was heard
     )
 
 
 def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -> int:
-    """Residuals, rotations, text and audio of ``wave`` blocks that are under way."""
+    """Residuals, rotations, text and audio of ``wave`` blocks that are under way, and what layers keep of timesteps
+    (modulations), text (8-bit rows) and audio (modulations, keys and values)."""
     own = share.block_tokens if share.exchanges else 0  # rotations of own tokens stand beside those of all
     rope = 2 * FLOAT32_BYTES * (config.head_dim // 2) * (work.block_tokens + own + work.sink_tokens)
     residual = share.block_tokens * config.dim * FLOAT32_BYTES
-    audio = 6 * work.frames_per_block * config.dim * COMPUTE_BYTES
-    text = config.text_len * config.dim * COMPUTE_BYTES
+    heard = work.frames_per_block * config.dim * (10 * COMPUTE_BYTES + 2 * FLOAT32_BYTES)
+    audio = 6 * work.frames_per_block * config.dim * COMPUTE_BYTES + len(config.audio_inject_layers) * heard
+    text = config.text_len * (config.dim * (COMPUTE_BYTES + 1) + FLOAT32_BYTES)
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
+    times += len(share.steps) * config.num_layers * 8 * config.dim * FLOAT32_BYTES
     return wave * (rope + residual + audio) + text + times
+
+
+def rotated_keys(config: DiTConfig, work: Workload, kv: str, share: Share) -> int:
+    """Room for the sink's rotated keys of one layer; plain rings have none."""
+    return kv_bytes(config, work.sink_tokens, kv, share.heads).block // 2 if kv == "int8" else 0
 
 
 def decoder_cache(base_dim: int, work: Workload) -> int:

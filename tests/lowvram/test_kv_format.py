@@ -69,3 +69,15 @@ def test_bytes_of_a_block_of_the_14b_model():
 def test_a_scheme_names_its_kind():
     assert isinstance(kv_format("int8", 2, 8, torch.float32), Int8Format)
     assert isinstance(kv_format("plain", 2, 8, torch.float32), PlainFormat)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "plain"])
+def test_views_are_made_once_and_go_with_what_they_are_of(scheme):
+    kind = kv_format(scheme, 2, 8, torch.float32)
+    slab = torch.zeros(2 * kind.nbytes(4), dtype=torch.uint8)
+    slot = slab[: kind.nbytes(4)]
+    views = kind._views
+    assert views.of(slot, 4) is views.of(slot, 4)
+    assert views.of(slot, 4) is not views.of(slab[: kind.nbytes(4)], 4)
+    del slot
+    assert not views._kept

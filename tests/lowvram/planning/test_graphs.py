@@ -46,9 +46,11 @@ def test_room_is_for_inputs_of_every_step_and_one_layer_at_work(facts):
 
 
 def test_int8_rings_want_room_for_rotated_keys(facts):
-    model, share = facts("int8"), whole(facts("int8").config, WORK)
-    plain, int8 = (graph_bytes(model, WORK, Placement(kv=kv), share) for kv in ("plain", "int8"))
-    assert int8 - plain >= WORK.sink_tokens * model.config.dim
+    plain, int8 = (
+        Job(facts=facts("int8"), work=WORK, kv=kv).device_parts(Placement(kv=kv)).rollout_inputs
+        for kv in ("plain", "int8")
+    )
+    assert int8 - plain >= WORK.sink_tokens * facts("int8").config.dim
 
 
 @pytest.mark.parametrize("wanted", [False, True])

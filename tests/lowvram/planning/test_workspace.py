@@ -86,6 +86,9 @@ def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: i
     inputs = LayerInputs(time=time, text=text, rope=rope, frames=work.frames_per_block, audio=heard if audio else None)
     known = [x, rope.cos, rope.sin, all_of_it.cos, all_of_it.sin, inner.keys, inner.values]
     known += [heard.frame, heard.clip, time.head, time.blocks, text]
+    with torch.inference_mode():
+        dit.layer(0, x, inputs, memory)  # what layers keep from call to call is none of a call's
+    known += [t for kept in (*inputs.of_text.values(), *time.derived.values()) for t in kept]
     with torch.inference_mode(), LiveBytes([*known, *dit.parameters()]) as live:
         dit.layer(0, x, inputs, memory)
     return live.peak
