@@ -10,22 +10,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
+from lowvram_kernels import cpu_products
 from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.errors import DeviceError
 
-TRITON, INT_MM, SCALED_MM, FLOAT32, TORCH = "triton", "torch._int_mm", "torch._scaled_mm", "torch float32", "torch"
+TRITON, TORCH = "triton", "torch"
+
+log = logging.getLogger(__name__)
 
 # The kinds of rows that a kernel is compiled for: in 8 bit, in 8 bit after a rotation, in wider floating point.
 INT8, ROTATED, FP8, WIDE = "int8", "int8 rotated", "fp8", "wide"
 
 # The backends of each operation, the preferred one first. Only the Triton kernels fuse GELU, so that they come first
-# where it follows an fp8 product, and after ``torch._scaled_mm`` where it does not.
+# where it follows an fp8 product, and after ``torch._scaled_mm`` where it does not. On a CPU the products are tried out
+# before one is chosen: see ``cpu_products``.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_w8a8 int8": (TRITON, INT_MM, FLOAT32),
     "linear_w8a8 int8 gelu": (TRITON, INT_MM, FLOAT32),
@@ -86,6 +92,8 @@ def choose(operation: str, device: torch.device) -> str:
 def backends(operation: str, device: torch.device) -> tuple[str, ...]:
     """Those that serve the device and are not off there, the one that runs first. Raises: as ``choose``."""
     order = [name for name in _known(operation) if _serves(name, operation, device)]
+    if device.type == "cpu" and operation.startswith("linear_w8a8"):
+        _note_findings(operation, device)
     with _lock:
         wanted = [note.backend for name in _names(device) if (note := _preferred.get((operation, name)))]
         return tuple(
@@ -175,6 +183,21 @@ def _decide(operation: str, device: torch.device) -> str:
     return able[0]
 
 
+def _note_findings(operation: str, device: torch.device) -> None:
+    """What the processor's products were found to be, where nobody said otherwise."""
+    found = cpu_products.findings(torch.float8_e4m3fn if FP8 in operation else torch.int8)
+    for backend, why in found.wrong.items():
+        _say_once(f"{backend} is not used: {why}; {found.preferred} runs instead")
+    with _lock:
+        for backend, why in found.wrong.items():
+            note = Note(operation=operation, backend=backend, device=str(device), verdict="off", reason=why)
+            _off.setdefault((operation, backend, note.device), note)
+        preferred = Note(
+            operation=operation, backend=found.preferred, device=str(device), verdict="preferred", reason=found.reason
+        )
+        _preferred.setdefault((operation, preferred.device), preferred)
+
+
 def _forget_choices() -> None:
     global _chosen
     _chosen = {}
@@ -200,3 +223,8 @@ def _serves(backend: str, operation: str, device: torch.device) -> bool:
 def _names(device: torch.device) -> tuple[str, ...]:
     """What notes for this device may be filed under; the narrower first."""
     return (str(device),) if device.index is None else (str(device), device.type)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)

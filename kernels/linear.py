@@ -3,10 +3,10 @@
 Order of preference, which ``choices`` may change:
 
 - int8: the Triton kernel on CUDA from sm_80 on, scales, bias and GELU in its epilogue; then ``torch._int_mm`` (CUDA
-  without Triton, and the CPU, where AVX512-VNNI or AMX make it fast); then a float32 product, see ``wide_product``.
-- fp8: row-wise ``torch._scaled_mm`` on sm_89, sm_90 and sm_120 (and the CPU); the Triton kernel where GELU follows,
-  since only it fuses that; then a float32 product. A GPU without FP8 units runs fp8 weights weight-only; the kernel's
-  name in the run's report says so, and a warning is given once.
+  without Triton, and a CPU where it is right and fast); then a float32 product, see ``wide_product``.
+- fp8: row-wise ``torch._scaled_mm`` on sm_89, sm_90 and sm_120; the Triton kernel where GELU follows, since only it
+  fuses that; then a float32 product, which comes first on a CPU. A GPU without FP8 units runs fp8 weights weight-only;
+  the kernel's name in the run's report says so, and a warning is given once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.choices import FLOAT32, INT_MM, SCALED_MM, TRITON, choose
+from lowvram_kernels.cpu_products import int_product, scaled_product
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
@@ -138,7 +139,7 @@ def int8_mm(
         rows, columns = len(q_MK), len(weight_NK)
         product = torch._int_mm(*_padded_for_cublas(q_MK, weight_NK))[:rows, :columns]
     else:
-        product = torch._int_mm(q_MK, weight_NK.t())
+        product = int_product(q_MK, weight_NK)
     return _epilogue(product.float().mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
 
@@ -157,9 +158,7 @@ def fp8_mm(
 ) -> Tensor:
     if q_MK.is_cuda:
         return _fp8_rowwise(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N).to(dtype)
-    one = scale_M1.new_ones(())
-    product = torch._scaled_mm(q_MK, weight_NK.t(), one, one, out_dtype=torch.float32)
-    return _epilogue(product.mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
+    return _epilogue(scaled_product(q_MK, weight_NK).mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
 
 def wide_mm(

@@ -54,17 +54,21 @@ def tiny_model(folder: Path, *, steps: int, clips: int) -> tuple[Path, Request]:
     return artifact, request
 
 
+def make_artifact(folder: Path, precision: str) -> Path:
+    """The artifact of the tiny checkpoint that ``prepare`` made in ``folder``."""
+    checkpoint, artifact = folder / "ckpt", folder / f"artifact-{precision}"
+    lora = checkpoint / "LiveAvatar" / "liveavatar.safetensors"
+    convert(checkpoint, artifact, precision=precision, lora=lora, lora_alpha=LORA_ALPHA, overwrite=True)
+    return artifact
+
+
 def run_demo(folder: Path, *, device: str = "auto") -> dict[str, dict[str, Any]]:
     """Convert the tiny checkpoint to int8 and bf16, infer both; return each one's report."""
     folder.mkdir(parents=True, exist_ok=True)
     request = prepare(folder)
-    checkpoint = folder / "ckpt"
-    lora = checkpoint / "LiveAvatar" / "liveavatar.safetensors"
     reports = {}
     for precision in PRECISIONS:
-        artifact = folder / f"artifact-{precision}"
-        convert(checkpoint, artifact, precision=precision, lora=lora, lora_alpha=LORA_ALPHA, overwrite=True)
-        pipeline = AvatarPipeline.from_artifact(artifact, device=device)
+        pipeline = AvatarPipeline.from_artifact(make_artifact(folder, precision), device=device)
         outputs = Outputs(
             video=folder / f"{precision}.mp4",
             dump_tensors=folder / f"{precision}.safetensors",

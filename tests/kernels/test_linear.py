@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lowvram_kernels import choices
+from lowvram_kernels.choices import INT_MM, SCALED_MM
 from lowvram_kernels.linear import fp8_weight_only, linear_q8, linear_w8a8, reference_w8a8
 from lowvram_kernels.rotation import rotated
-from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.rows import NAMES, quantize_rows
 from lowvram_kernels.trace import trace_kernels
 
 SHAPES = [(1, 80, 216), (17, 81, 7), (33, 64, 64), (128, 257, 96), (5, 16, 1)]
@@ -84,7 +86,8 @@ def test_trace_names_the_kernel():
     with trace_kernels() as counts:
         linear_w8a8(x, q, scale, bias)
         linear_w8a8(x, q, scale, bias)
-    assert counts == {("quantize_rows", "int8: torch"): 2, ("linear_w8a8", "int8: torch._int_mm"): 2}
+    chosen = choices.choose("linear_w8a8 int8", x.device)
+    assert counts == {("quantize_rows", "int8: torch"): 2, ("linear_w8a8", f"int8: {chosen}"): 2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,8 +99,17 @@ def test_gelu_behind_the_product(dtype):
     assert (out.double() - expected).norm() / expected.norm() < 1e-5
 
 
+def take_8_bit_product(dtype):
+    operation, backend = f"linear_w8a8 {NAMES[dtype]}", {torch.int8: INT_MM, torch.float8_e4m3fn: SCALED_MM}[dtype]
+    if backend not in choices.backends(operation, torch.device("cpu")):
+        pytest.skip(f"{backend} is wrong on this processor, or missing")
+    choices.prefer(operation, backend, torch.device("cpu"), "this test is about it")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_eight_bit_weights_never_run_as_a_wider_product(dtype, monkeypatch):
+def test_eight_bit_weights_never_run_as_a_wider_product_where_their_own_is_taken(dtype, monkeypatch):
+    take_8_bit_product(dtype)
+
     def refuse(*_args, **_kwargs):
         raise AssertionError("a wider product ran")
 

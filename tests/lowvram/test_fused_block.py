@@ -14,6 +14,7 @@ from lowvram.fused_block import FusedBlock, ProjectedKeys, fuse
 from lowvram.kv_format import kv_format
 from lowvram.pipeline import AvatarPipeline
 from lowvram.rings import RingMemory, Rings, RingShape, Sink
+from lowvram_kernels import choices
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, NormRope, QuantizedLinear, swap_linear
 from lowvram_kernels.ring_attention import reference_ring_attention, ring_and_sink_attention, ring_attention
@@ -291,8 +292,18 @@ def layers_without_float_products(monkeypatch, artifact, request) -> tuple[int, 
     return seen[0], sum(calls for (operation, _), calls in told if operation == "linear_w8a8")
 
 
+def take_8_bit_products() -> None:
+    """As a GPU does; a processor may find its float32 products faster."""
+    for operation, own in (("linear_w8a8 int8", choices.INT_MM), ("linear_w8a8 fp8", choices.SCALED_MM)):
+        for name in (operation, f"{operation} gelu"):
+            if own not in choices.backends(name, torch.device("cpu")):
+                pytest.skip(f"{own} is wrong on this processor, or missing")
+            choices.prefer(name, own, torch.device("cpu"), "this test is about it")
+
+
 @pytest.mark.parametrize(("precision", "rotate"), [("int8", False), ("int8", True), ("fp8", False)])
 def test_no_layer_of_an_8_bit_artifact_multiplies_in_floating_point(tiny, monkeypatch, tmp_path, precision, rotate):
+    take_8_bit_products()
     artifact = tiny.artifact(precision)
     if rotate:
         artifact = convert(tiny.checkpoint, tmp_path / "rotated", lora=tiny.lora, lora_alpha=2.0, rotate=True)
@@ -309,6 +320,7 @@ def test_a_product_in_floating_point_would_be_seen(tiny, monkeypatch):
 
 
 def test_a_layer_that_dequantizes_would_be_seen(monkeypatch):
+    take_8_bit_products()
     _, fused = both(model(torch.int8))
     with NoFloatProducts() as mode:
         run(fused, "plain")
