@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from lowvram.selftest.judging import relative_error as relative_error
+
 DEVICE = torch.device(os.environ["LOWVRAM_CHECK_DEVICE"])
 FP8_UNITS = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 FP8 = [torch.float8_e4m3fn] if FP8_UNITS else []
@@ -17,9 +19,3 @@ if DEVICE.type == "cpu":
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm; NaN where either has one, which no bound lets through."""
-    out, expected = out.double().cpu(), expected.double().cpu()
-    return ((out - expected).norm() / expected.norm()).item()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lowvram.selftest.checks import kernel_check, kernel_checks, makers
+from lowvram.selftest.judging import Measured
 from lowvram.selftest.trials import FULL, SMALL, sampled
 from lowvram_kernels.choices import OPERATIONS
 from lowvram_kernels.triton_linear import FEW_ROWS, TILES
@@ -61,6 +62,11 @@ def test_nan_in_any_output_fails(operation):
     result = kernel_check(operation, backend, SMALL, CPU, with_nan).run()
     assert result.status == "failed"
     assert "NaN" in result.message
+
+
+def test_an_error_that_is_no_number_is_not_within_any_bound():
+    assert not Measured(error=float("nan"), bound=1.0).right
+    assert Measured(error=0.0, bound=0.0).right
 
 
 def test_every_tile_has_rows_that_are_compared():
