@@ -14,7 +14,7 @@ from lowvram.selftest.checks import Check, kernel_check
 from lowvram.selftest.results import Result, Subject
 from lowvram.selftest.trials import SMALL, Trial
 from lowvram.selftest.worker import run_one
-from lowvram_kernels.choices import INT_MM, TORCH, TRITON
+from lowvram_kernels.choices import FLOAT32, TORCH, TRITON
 
 OPERATION = "linear_w8a8 int8"
 
@@ -22,7 +22,7 @@ OPERATION = "linear_w8a8 int8"
 def product(change, sizes, device) -> Trial:
     """The int8 product, with PyTorch's way in place of Triton's, and ``change`` done to what it gives."""
     trial = trials.linear(sizes, device, torch.int8, gelu=False)
-    return dataclasses.replace(trial, backends=trial.backends | {TRITON: lambda: change(trial.backends[INT_MM]())})
+    return dataclasses.replace(trial, backends=trial.backends | {TRITON: lambda: change(trial.backends[FLOAT32]())})
 
 
 def raising(error: Exception):
@@ -60,7 +60,7 @@ def checks_of(name: str, device: torch.device) -> list[Check]:
     rows = functools.partial(trials.quantize_rows, dtype=torch.int8)
     return [
         kernel_check(OPERATION, TRITON, SMALL, device, fault),
-        kernel_check(OPERATION, INT_MM, SMALL, device, fault),
+        kernel_check(OPERATION, FLOAT32, SMALL, device, fault),
         kernel_check("quantize_rows int8", TORCH, SMALL, device, rows),
     ]
 

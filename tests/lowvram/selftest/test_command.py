@@ -48,7 +48,7 @@ def test_a_machine_without_a_gpu_says_so_and_examines_its_processor(tmp_path):
     (processor,) = told["devices"]
     status = {check["subject"]["name"]: check["status"] for check in processor["checks"]}
     assert set(status.values()) == {"passed"}
-    assert {"linear_w8a8 int8: torch._int_mm, small", "ring_attention: torch, small", "copies without pinning"} <= set(
+    assert {"linear_w8a8 int8: torch float32, small", "ring_attention: torch, small", "copies without pinning"} <= set(
         status
     )
     assert "tiny model: on the device, and streamed from the host" in status
@@ -92,7 +92,7 @@ def test_a_run_goes_on_without_the_kernel_and_says_so(tiny, tmp_path, fault, cap
     def faulty(sizes, device):
         trial = fakes.trials.linear(sizes, device, torch.int8, gelu=False)
         backends = dict(trial.backends)
-        right = backends[INT_MM]
+        right = backends[FLOAT32]  # without VNNI the other one may be wrong by itself
         return type(trial)(backends=backends | {INT_MM: lambda: fakes.CHANGES[fault](right())}, judge=trial.judge)
 
     checks = [kernel_check(fakes.OPERATION, backend, SMALL, CPU, faulty) for backend in (INT_MM, FLOAT32)]
@@ -101,8 +101,9 @@ def test_a_run_goes_on_without_the_kernel_and_says_so(tiny, tmp_path, fault, cap
     assert f"{fakes.OPERATION}: torch._int_mm is switched off" in caplog.text
     pipeline = AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu")
     report = infer(pipeline, tiny.request(num_clip=1), Outputs(video=tmp_path / "a.mp4"), quiet=True)
-    (note,) = [note for note in report["kernel_choices"] if note["verdict"] == "off"]
-    assert (note["operation"], note["backend"]) == (fakes.OPERATION, INT_MM)
+    notes = [note for note in report["kernel_choices"] if note["operation"] == fakes.OPERATION]
+    (note,) = [note for note in notes if note["verdict"] == "off"]
+    assert note["backend"] == INT_MM
     assert "report it with the text of `lowvram selftest" in note["reason"]
     calls = {kernel["kernel"]: kernel["calls"] for kernel in report["kernels"] if kernel["operation"] == "linear_w8a8"}
     assert calls["int8: torch float32"] > 0

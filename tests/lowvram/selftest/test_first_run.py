@@ -49,7 +49,7 @@ class Card:
     def ready(self):
         with choices.restored():
             verdict = get_ready(CARD, file=self.file, identify=lambda device: self.identity, examine_card=self.examine)
-            return verdict, choices.noted()
+            return verdict, tuple(note for note in choices.noted() if note.device == str(CARD))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_a_check_that_ends_or_holds_its_process_costs_one_check(name, said):
     assert said in failed.message
     assert [result.status for result in others] == ["passed", "passed"]
     (off,) = judge([failed, *others]).off
-    assert (off.operation, off.backend, off.instead) == (fakes.OPERATION, "triton", "torch._int_mm")
+    assert (off.operation, off.backend, off.instead) == (fakes.OPERATION, "triton", "torch float32")
 
 
 @pytest.mark.parametrize(
