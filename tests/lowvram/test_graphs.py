@@ -33,7 +33,7 @@ from lowvram_models.dit import Head
 from lowvram_quantize.format import Artifact
 from tests.lowvram.fake_capture import FakeCapture
 
-STEPS, LAYERS, CLIPS, FRAMES, SIZE = 2, 4, 5, 16, (8, 8)
+STEPS, LAYERS, AUDIO_LAYERS, CLIPS, FRAMES, SIZE = 2, 4, 2, 5, 16, (8, 8)
 CELLS = tuple((step, layer) for step in range(STEPS) for layer in range(LAYERS))
 RESIDENT = Placement()
 GRAPHS = STEPS * LAYERS * 2  # two blocks a clip, the second of them shorter
@@ -102,6 +102,15 @@ def run(
     return Made(torch.cat([latent.flatten() for _, latent in denoiser.run(blocks, Alone())]), runtime)
 
 
+def in_lanes(kernels: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """What ``run`` counts with graphs, from what it counts without. A lane's tensors hold another block's values next
+    time, so that what depends on the audio alone is not kept there: keys and their norm, values and modulation of each
+    layer with audio are made anew in every step but a block's first, from the second clip on."""
+    anew = AUDIO_LAYERS * (STEPS - 1) * 2 * (CLIPS - 1)
+    of_audio = {"norm_rope": 1, "linear_w8a8": 3, "quantize_rows": 3}
+    return {key: calls + of_audio.get(key[0], 0) * anew for key, calls in kernels.items()}
+
+
 def conditions(config: DiTConfig) -> Conditions:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -122,7 +131,7 @@ def test_replays_give_the_same_latents_and_counts(tiny, monkeypatch, precision, 
     faked(monkeypatch, pools := Pools())
     replayed = run(tiny, placement, graphs=True, precision=precision)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == plain.runtime.kernels
+    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
     # The first clip is eager, the second warms up, the third captures and replays.
     assert (replayed.facts["captured"], replayed.facts["replayed"]) == (GRAPHS, GRAPHS * (CLIPS - 2))
     assert replayed.facts["capture_s"] > 0
@@ -135,7 +144,7 @@ def test_what_comes_from_the_host_is_not_captured(tiny, monkeypatch):
     faked(monkeypatch, Pools())
     replayed = run(tiny, placement, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == plain.runtime.kernels
+    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
     assert replayed.facts["captured"] == 3 * 2  # of (step, layer) (0, 1), (0, 3) and (1, 3), two blocks each
 
 
@@ -163,7 +172,7 @@ def test_moving_weights_and_rings_begins_anew(tiny, monkeypatch):
     monkeypatch.setattr(Denoiser, "_advance", advance)
     replayed = run(tiny, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == plain.runtime.kernels
+    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
     assert len(replayed.runtime.layout.placement.streamed_layers) == 1
     assert len(pools) == 2
     assert pools[1].graphs
@@ -193,7 +202,10 @@ def test_memory_that_runs_out_in_a_capture_ends_all_graphs(tiny, monkeypatch, ca
     faked(monkeypatch, pools := Pools(fails_at))
     replayed = run(tiny, Placement(wave=wave), graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == plain.runtime.kernels
+    assert replayed.runtime.kernels.keys() == plain.runtime.kernels.keys()
+    most = in_lanes(plain.runtime.kernels)  # lanes end with the graphs
+    for key, calls in plain.runtime.kernels.items():
+        assert calls <= replayed.runtime.kernels[key] <= most[key], key
     assert (len(pools), pools.captures) == (1, fails_at + 1)
     assert replayed.runtime.relief.events == ["cuda_graphs: layers run without graphs from here on"]
     assert replayed.runtime.layout.placement == Placement(wave=wave)
@@ -303,6 +315,6 @@ def test_on_the_card(tiny, precision, kv, wave):
     plain = run(tiny, placement, graphs=False, precision=precision, device="cuda")
     replayed = run(tiny, placement, graphs=True, precision=precision, device="cuda")
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == plain.runtime.kernels
+    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
     assert (replayed.facts["captured"], replayed.facts["replayed"]) == (GRAPHS * 3 // 4, GRAPHS * 3 // 4 * (CLIPS - 2))
     assert replayed.runtime.relief.events == []
