@@ -38,7 +38,7 @@ TILES = {
 }
 FEW_ROWS = Tile(64, 128, 64, 4, 3, parts=2)
 # A wgmma may run on into the next step only where a step has one; with an int32 sum Triton waits for each (``Rule 2.1``
-# of its WGMMAPipeline.cpp), which leaves fp8 the faster there.
+# of its WGMMAPipeline.cpp), so that fp8 alone overlaps there (not measured on a card).
 FEW_ROWS_90 = Tile(64, 128, 128, 4, 3)
 
 
@@ -90,7 +90,7 @@ def _linear_kernel(
     w_from = weight + first_column.to(tl.int64) * stride_wn
     w_at = w_from + tl.where(column_there, columns, 0)[None, :] * stride_wn + depth[:, None]
 
-    # Named to tl.dot too: Triton before 3.8 would take float32 for the result whatever the accumulator is.
+    # Named to tl.dot too: Triton 3.7.1 would take float32 for the result whatever the accumulator is.
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     product = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for start in range(0, K, BLOCK_K * PARTS):
