@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
-from lowvram.engine import Engine, Moment
+from lowvram.engine import Engine
+from lowvram.moments import Moment
 
 Tensor = torch.Tensor
 Moments = tuple[Moment, ...]

@@ -7,7 +7,8 @@ import weakref
 
 import torch
 
-from lowvram.engine import DONE, Engine, Moment
+from lowvram.engine import Engine
+from lowvram.moments import DONE, Moment
 from lowvram_models.vae import DecoderState, StreamingDecoder
 
 Tensor = torch.Tensor

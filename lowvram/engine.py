@@ -1,7 +1,8 @@
 """Copies between host and device beside the computation, and the host memory that they need.
 
 On CUDA, copies in and out run on streams of their own and wait for each other through events: nothing here makes the
-host wait, except ``settle``. On the CPU, and on the simulated device, the same calls copy at once.
+host wait, except ``settle``; and ``wait`` until a copy is asked for, where host memory could not be pinned. On the
+CPU, and on the simulated device, the same calls copy at once.
 """
 
 from __future__ import annotations
@@ -9,27 +10,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import mmap
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
 
 from lowvram.byte_sizes import gib
+from lowvram.devices import current
+from lowvram.moments import DONE, Mark, Moment
 from lowvram.out_of_memory import is_out_of_memory
+from lowvram.pinning import Pins, mapped, registry
+from lowvram.staging import PIECE_BYTES, PIECES, StagedMoment, Staging
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
-
-
-class Moment:
-    """A point in the device's work. This one has passed already."""
-
-
-DONE = Moment()
 
 
 class Engine:
@@ -86,6 +82,11 @@ class Engine:
     def settle(self) -> None:
         """Let the host wait until everything is copied and computed."""
 
+    def host_memory(self) -> dict[str, Any] | None:
+        """For a run's report: bytes of host memory pinned and not, at their highest, and how copies go. None where
+        nothing is pinned."""
+        return None
+
     def _host_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
@@ -98,10 +99,31 @@ class Engine:
         return DONE
 
 
-class CudaMoment(Moment):
+class CudaMoment(Mark):
     def __init__(self, stream: torch.cuda.Stream):
         self.event = torch.cuda.Event()
         self.event.record(stream)
+
+    def pass_on_host(self) -> None:
+        self.event.synchronize()
+
+
+class CudaWay:
+    """A stream that copies in one direction."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+
+    def wait(self, moment: Moment) -> None:
+        if isinstance(moment, CudaMoment):
+            self.stream.wait_event(moment.event)
+
+    def copy(self, dst: Tensor, src: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            dst.copy_(src, non_blocking=True)
+
+    def mark(self) -> Mark:
+        return CudaMoment(self.stream)
 
 
 class CudaEngine(Engine):
@@ -110,71 +132,96 @@ class CudaEngine(Engine):
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.apart = True
-        self._inwards, self._outwards = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._can_pin = True
+        self._inwards, self._outwards = CudaWay(device), CudaWay(device)
+        self._pins = Pins(registry())
+        self._staging: Staging | None = None
+        self._put_off: list[Moment] = []
 
     def _host_buffer(self, nbytes: int) -> Tensor:
-        # An anonymous mapping of these bytes, registered: torch's own pinned allocator rounds up to a power of two,
-        # which takes up to twice the memory of a slab.
-        pages = mmap.mmap(-1, max(nbytes, 1))
-        buffer = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
-        self._try_to_pin(buffer, len(pages))
+        buffer = mapped(nbytes)
+        self.pin(buffer)
         return buffer
 
     def pin(self, buffer: Tensor) -> None:
-        self._try_to_pin(buffer, buffer.nbytes)
+        could = self._pins.status == 0
+        if not self._pins.add(buffer) and could:
+            self._do_with_less()
 
-    def _try_to_pin(self, buffer: Tensor, nbytes: int) -> None:
-        if self._can_pin:
-            self._can_pin = self._pin(buffer, nbytes)
+    def _do_with_less(self) -> None:
+        """The driver has refused to pin more. WSL has a limit of about 1 GiB, Windows one that follows the card."""
+        status, ring = self._pins.status, self._pins.room(2 * PIECES * PIECE_BYTES)
+        if ring is None:
+            log.warning(
+                "host memory cannot be pinned here (the driver returned %d): copies to the GPU will not run beside the "
+                "computation, and the run takes longer; `lowvram doctor` says more",
+                status,
+            )
+            return
+        log.warning(
+            "only a part of the host memory can be pinned here (the driver returned %d): the rest is copied through %s "
+            "of pinned memory, beside the computation but slower; `lowvram doctor` says more",
+            status,
+            gib(ring.nbytes),
+        )
+        context = functools.partial(current, self.device)  # no method of this engine: threads would keep it alive
+        self._staging = Staging(self._inwards, self._outwards, ring, self._pins.holds, _failing, context)
+
+    def host_memory(self) -> dict[str, Any] | None:
+        copies = "beside the computation"
+        if self._pins.status:
+            copies = "in its way" if self._staging is None else f"{copies}, through {2 * PIECES} pinned pieces"
+        return {
+            "pinned_bytes": self._pins.most_pinned,
+            "pageable_bytes": self._pins.most_pageable,
+            "driver_status": self._pins.status,
+            "copies": copies,
+        }
 
     def keep_on_host(self, mapped: Tensor) -> Tensor:
         return self.host_buffer(mapped.numel()).copy_(mapped)
 
-    def _pin(self, buffer: Tensor, nbytes: int) -> bool:
-        runtime: Any = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
-        if status == 0:
-            settle = functools.partial(torch.cuda.synchronize, self.device)
-            weakref.finalize(buffer.untyped_storage(), _unpin, runtime, settle, buffer.data_ptr())
-            return True
-        log.warning(
-            "host memory cannot be pinned here (cudaHostRegister returned %d; WSL and limits on locked memory do "
-            "that): copies to the GPU will not run beside the computation, and the run takes longer",
-            status,
-        )
-        return False
-
     def _copy_in(self, dst: Tensor, src: Tensor, after: tuple[Moment, ...]) -> Moment:
+        if self._staging is not None:
+            return self._staging.copy_in(dst, src, after)
         return self._copy(self._inwards, dst, src, after)
 
     def _copy_out(self, dst: Tensor, src: Tensor, after: tuple[Moment, ...]) -> Moment:
+        if self._staging is not None:
+            return self._staging.copy_out(dst, src, after)
         return self._copy(self._outwards, dst, src, after)
 
-    def _copy(self, stream: torch.cuda.Stream, dst: Tensor, src: Tensor, after: tuple[Moment, ...]) -> Moment:
+    def _copy(self, way: CudaWay, dst: Tensor, src: Tensor, after: tuple[Moment, ...]) -> Moment:
         for moment in after:
-            if isinstance(moment, CudaMoment):
-                stream.wait_event(moment.event)
-        with torch.cuda.stream(stream):
-            dst.copy_(src, non_blocking=True)
-        return CudaMoment(stream)
+            way.wait(moment)
+        way.copy(dst, src)
+        return way.mark()
 
     def now(self) -> Moment:
+        self._catch_up()
         return CudaMoment(torch.cuda.current_stream(self.device))
 
     def wait(self, moment: Moment) -> None:
+        if self._staging is not None and self._staging.in_a_thread_of_its_own():
+            # What collects garbage there lets go of slots, and would wait for its own thread.
+            self._put_off.append(moment)
+            return
+        self._catch_up()
+        self._wait(moment)
+
+    def _catch_up(self) -> None:
+        while self._put_off:
+            self._wait(self._put_off.pop())
+
+    def _wait(self, moment: Moment) -> None:
+        if isinstance(moment, StagedMoment) and self._staging is not None:
+            moment = self._staging.asked(moment)
         if isinstance(moment, CudaMoment):
             torch.cuda.current_stream(self.device).wait_event(moment.event)
 
     def settle(self) -> None:
+        if self._staging is not None:
+            self._staging.settle()
         torch.cuda.synchronize(self.device)
-
-
-def _unpin(runtime: Any, settle: Callable[[], object], address: int) -> None:
-    """Let go of host memory that copies may still be on their way from or to."""
-    with contextlib.suppress(RuntimeError):  # a device that failed copies nothing any more
-        settle()
-    runtime.cudaHostUnregister(address)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import torch
 
 from lowvram.conveyor import Conveyor, Fill, Moments
-from lowvram.engine import DONE, Engine, Moment
+from lowvram.engine import Engine
 from lowvram.kv_format import Bytes, KVFormat
+from lowvram.moments import DONE, Moment
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_models.attention import Keys

@@ -69,4 +69,5 @@ class Runtime:
             "cuda_graphs": self.cuda_graphs,
             "bytes_in": self.engine.bytes_in,
             "bytes_out": self.engine.bytes_out,
+            "host_memory": self.engine.host_memory(),
         }

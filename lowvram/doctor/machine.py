@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib
-import mmap
 import os
 import shutil
 import socket
@@ -20,13 +19,15 @@ from typing import Any
 import psutil
 import torch
 
-from lowvram.doctor.probes import Driver, Gpu, Names, Probes, Torch
+from lowvram.doctor.probes import Driver, Gpu, Names, Pinned, Probes, Torch
 from lowvram.doctor.smi import card_states
+from lowvram.pinning import driver_library, mapped, registry
 from lowvram.planning.measure import COPY_BYTES, REPEATS, CudaRunner, Runner
 from lowvram_kernels import chips
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = Path("/dev/shm")
+PIN_PIECE_BYTES = 64 << 20
 
 
 def this_machine() -> Probes:
@@ -42,7 +43,7 @@ def this_machine() -> Probes:
         peers=torch.cuda.can_device_access_peer,
         ram=_ram,
         memlock=_memlock,
-        pin=_pin,
+        pin=pin,
         kernel=_kernel,
         disk_free=lambda folder: shutil.disk_usage(folder).free,
         shared_memory=lambda: shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None,
@@ -90,16 +91,12 @@ def compiler() -> str:
 
 def _driver() -> Driver | None:
     """Asked of the driver itself: a PyTorch without CUDA does not know of it."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library: Any = ctypes.CDLL(name)
-        except OSError:
-            continue
-        number = ctypes.c_int()
-        if status := library.cuDriverGetVersion(ctypes.byref(number)):
-            raise RuntimeError(f"cuDriverGetVersion returned {status}")
-        return Driver(cuda=(number.value // 1000, number.value % 1000 // 10), version=_driver_version())
-    return None
+    if (library := driver_library()) is None:
+        return None
+    number = ctypes.c_int()
+    if status := library.cuDriverGetVersion(ctypes.byref(number)):
+        raise RuntimeError(f"cuDriverGetVersion returned {status}")
+    return Driver(cuda=(number.value // 1000, number.value % 1000 // 10), version=_driver_version())
 
 
 def _driver_version() -> str:
@@ -152,13 +149,15 @@ def _memlock() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _pin(nbytes: int) -> int:
-    runtime: Any = torch.cuda.cudart()
-    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    status = int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))
-    if status == 0:
-        runtime.cudaHostUnregister(buffer.data_ptr())
-    return status
+def pin(nbytes: int) -> Pinned:
+    """As a run does it; what was registered goes back at the end."""
+    kept = []
+    for first in range(0, nbytes, PIN_PIECE_BYTES):
+        piece = mapped(min(PIN_PIECE_BYTES, nbytes - first))
+        if status := registry().pin(piece):
+            return Pinned(nbytes=first, status=status)
+        kept.append(piece)
+    return Pinned(nbytes=nbytes, status=0)
 
 
 def _kernel() -> str:

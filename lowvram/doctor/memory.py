@@ -10,9 +10,11 @@ from lowvram.doctor.probes import Probes
 from lowvram.doctor.wants import Wants
 
 MIB = 2**20
-# Pinned at a try: more than any usual limit on locked memory, so that the try tells whether the driver minds it.
+# Pinned at a try: at least more than any usual limit on locked memory, so that the try tells whether the driver minds
+# it; as much as a run would pin where that is less than the most that a check may take, beyond what WSL lets be pinned.
 TRY_BYTES = 64 * MIB
-LARGEST_TRY_BYTES = 512 * MIB
+LARGEST_TRY_BYTES = 4096 * MIB
+SHARE_OF_FREE = 4
 # A minute of video takes some 30 MB, the dumps of a comparison a few hundred.
 WORK_BYTES = 2**30
 
@@ -42,18 +44,23 @@ def check_pinning(probes: Probes, wants: Wants | None, *, on_gpu: bool) -> Findi
         return ok("pinning", "not used on the processor")
     limit = probes.memlock()
     said = "no limit on locked memory" if limit is None else f"limit on locked memory {limit // 1024} KiB"
-    nbytes = TRY_BYTES if limit is None else min(max(TRY_BYTES, limit + TRY_BYTES), LARGEST_TRY_BYTES)
-    status = probes.pin(nbytes)
-    if status == 0:
-        return ok("pinning", f"{nbytes // MIB} MiB pinned, {said}")
-    wanted = f" ({gib(wants.pinned_bytes)} for {wants.what})" if wants else ""
+    available, _ = probes.ram()
+    wanted = max(TRY_BYTES, min(wants.pinned_bytes if wants else TRY_BYTES, LARGEST_TRY_BYTES))
+    pinned = probes.pin(min(wanted, max(TRY_BYTES, available // SHARE_OF_FREE)))
+    found = f"{pinned.nbytes // MIB} MiB pinned, {said}"
+    if pinned.status == 0:
+        return ok("pinning", found)
+    expected = f"{gib(wants.pinned_bytes)} pinned for {wants.what}" if wants else f"{wanted // MIB} MiB"
     raised = "in .wslconfig, raise [wsl2] memory" if is_wsl(probes.kernel()) else "raise the limit: ulimit -l unlimited"
+    why = "copies out of memory that is not pinned do not run beside the computation"
+    if pinned.nbytes:
+        why = "the rest is copied through a little memory that is pinned, beside the computation but slower"
     return warning(
         "pinning",
-        f"cudaHostRegister of {nbytes // MIB} MiB returned {status}, {said}",
-        expected=f"host memory that can be pinned{wanted}",
+        f"{found}; then the driver returned {pinned.status}",
+        expected=expected,
         advice=f"{raised} (containers: --ulimit memlock=-1)",
-        why="copies out of memory that is not pinned do not run beside the computation",
+        why=why,
     )
 
 

@@ -60,6 +60,15 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pinned:
+    """Bytes that could be registered with the driver, and its status of the first piece that could not, 0 where all
+    could."""
+
+    nbytes: int
+    status: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Probes:
     """Questions to a machine. A question may raise anything: the check that asked then says so."""
 
@@ -80,8 +89,8 @@ class Probes:
     """Bytes (available, in all)."""
     memlock: Callable[[], int | None]
     """Bytes that a process may lock, None without a limit."""
-    pin: Callable[[int], int]
-    """Register a mapping of so many bytes with CUDA and give it back; CUDA's status, 0 where that worked."""
+    pin: Callable[[int], Pinned]
+    """Register so many bytes of host memory, a piece after the other, and give them back."""
     kernel: Callable[[], str]
     """The system's kernel, as /proc/version has it."""
     disk_free: Callable[[Path], int]

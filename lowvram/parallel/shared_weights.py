@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -27,6 +28,7 @@ class SharedSlabs:
         page = mmap.ALLOCATIONGRANULARITY
         lengths = [-(-size // page) * page for size in (len(sizes), *sizes)]
         self._file, self._sizes = file, list(sizes)
+        weakref.finalize(self, os.close, file).atexit = False  # mappings do without it
         self._offsets = list(accumulate(lengths, initial=0))
         if os.fstat(file).st_size < self._offsets[-1]:
             os.ftruncate(file, self._offsets[-1])

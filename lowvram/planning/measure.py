@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from lowvram.devices import current
+from lowvram.pinning import mapped, registry
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.outside import outside_allocator
@@ -92,7 +93,10 @@ class CudaRunner:
 
     def _prepared(self, what: str) -> Callable[[], Any]:
         if what in ("h2d", "d2h"):
-            host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+            # Not PyTorch's pinned memory, which it would keep for the rest of the process. Where nothing can be pinned,
+            # the rate is that of a run's copies there, too.
+            host = mapped(COPY_BYTES)
+            registry().pin(host)
             card = torch.empty(COPY_BYTES, dtype=torch.uint8, device=self._device)
             dst, src = (card, host) if what == "h2d" else (host, card)
             return lambda: dst.copy_(src, non_blocking=True)

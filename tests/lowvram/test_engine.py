@@ -2,89 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from lowvram import engine as engine_module
-from lowvram.engine import CudaEngine, Engine
 from lowvram.infer import infer
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions, Placement
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 from lowvram_models.dit import CausalDiT
-
-CPU = torch.device("cpu")
-
-
-class Runtime:
-    """Stands for the CUDA runtime; registering fails with ``status``."""
-
-    def __init__(self, status: int):
-        self.status, self.registered, self.freed = status, [], []
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        self.registered.append((address, nbytes, flags))
-        return self.status
-
-    def cudaHostUnregister(self, address: int) -> None:
-        self.freed.append(address)
-
-
-def cuda_engine(monkeypatch, status: int) -> tuple[CudaEngine, Runtime]:
-    runtime = Runtime(status)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    engine = CudaEngine.__new__(CudaEngine)
-    Engine.__init__(engine, CPU)
-    engine._can_pin = True
-    return engine, runtime
-
-
-def test_host_buffers_are_pinned_at_their_own_size(monkeypatch):
-    engine, runtime = cuda_engine(monkeypatch, 0)
-    buffer = engine.host_buffer(5000)
-    assert buffer.shape == (5000,)
-    assert runtime.registered == [(buffer.data_ptr(), 5000, 0)]
-    assert buffer.data_ptr() % mmap.PAGESIZE == 0
-    address = buffer.data_ptr()
-    del buffer
-    assert runtime.freed == [address]
-
-
-def test_pinning_that_fails_is_said_once_and_memory_is_there_all_the_same(monkeypatch, caplog):
-    engine, runtime = cuda_engine(monkeypatch, 801)
-    buffers = [engine.host_buffer(4096) for _ in range(3)]
-    buffers[2].fill_(7)
-    assert buffers[2].sum() == 7 * 4096
-    assert len(runtime.registered) == 1
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert "cannot be pinned" in messages[0]
-    assert "801" in messages[0]
-
-
-def test_weights_are_copied_to_where_copies_can_start_from(monkeypatch):
-    engine, _ = cuda_engine(monkeypatch, 0)
-    mapped = torch.arange(100, dtype=torch.uint8)
-    kept = engine.keep_on_host(mapped)
-    assert torch.equal(kept, mapped)
-    assert kept.data_ptr() != mapped.data_ptr()
-
-
-@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError("no"), RuntimeError("no")])
-def test_a_host_with_too_little_memory(monkeypatch, error):
-    def refuse(*_args) -> None:
-        raise error
-
-    engine, _ = cuda_engine(monkeypatch, 0)
-    monkeypatch.setattr(engine_module, "mmap", SimpleNamespace(mmap=refuse))
-    with pytest.raises(OutOfMemoryError, match=r"2\.00 GiB of host memory needed, .* GiB free .*--size"):
-        engine.host_buffer(2 << 30)
 
 
 def test_a_copy_that_fails_ends_the_run_with_the_blocks_that_were_made(tiny, tmp_path, monkeypatch, caplog):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lowvram.doctor.probes import CardState, Driver, Gpu, Names, Probes, Torch
+from lowvram.doctor.probes import CardState, Driver, Gpu, Names, Pinned, Probes, Torch
 from lowvram.doctor.wants import RankWants, Wants
 
 GIB, MIB = 2**30, 2**20
@@ -16,6 +16,13 @@ LOOPING = dataclasses.replace(NAMES, addresses=("127.0.1.1",))
 ALONE = RankWants(name="", vram_bytes=20 * GIB, bytes_in=13 * 10**9, bytes_out=6 * 10**9, busy_s=2.5)
 WANTS = Wants(what="a model", ranks=(ALONE,), host_bytes=21 * GIB, pinned_bytes=18 * GIB, artifact_bytes=25 * GIB)
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+NOTHING = Pinned(nbytes=0, status=2)
+
+
+def everything(nbytes: int) -> Pinned:
+    return Pinned(nbytes=nbytes, status=0)
 
 
 def gpu(index: int = 0, **changes: Any) -> Gpu:
@@ -48,7 +55,7 @@ def machine(*gpus: Gpu, **answers: Any) -> Probes:
         "compiler": "",
         "driver": Driver(cuda=(13, 0), version="580.65") if gpus else None, "gpus": gpus,
         "card_states": {g.index: CardState(display=False, link_gen=4, link_lanes=16) for g in gpus},
-        "pcie": (25e9, 25e9), "peers": True, "ram": (60 * GIB, 64 * GIB), "memlock": None, "pin": 0,
+        "pcie": (25e9, 25e9), "peers": True, "ram": (60 * GIB, 64 * GIB), "memlock": None, "pin": everything,
         "kernel": "Linux version 6.8", "disk_free": 500 * GIB, "shared_memory": 32 * GIB,
         "encoders": frozenset({"libx264", "aac"}), "nccl": "2.28.9" if gpus else None, "gloo": True, "bind": "",
         "free_port": 40000, "names": NAMES, "cores": 16, "environ": EXPANDABLE,
@@ -68,4 +75,7 @@ def four_4090s(**answers: Any) -> Probes:
 
 def wsl(**answers: Any) -> Probes:
     kernel = "Linux version 6.6.87.2-microsoft-standard-WSL2"
-    return machine(rtx3090(), **{"kernel": kernel, "ram": (14 * GIB, 16 * GIB), "pin": 2, "memlock": 8 * MIB} | answers)
+    return machine(
+        rtx3090(),
+        **{"kernel": kernel, "ram": (14 * GIB, 16 * GIB), "pin": NOTHING, "memlock": 8 * MIB} | answers,
+    )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from lowvram import pinning
 from lowvram.cli import main
 from lowvram.doctor import machine
 from lowvram.doctor.machine import bind, free_port, pcie_rates, this_machine
+from lowvram.doctor.probes import Pinned
 from lowvram.planning.measure import COPY_BYTES
+from tests.lowvram.fake_pinning import LimitedDriver
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -50,7 +52,7 @@ def test_a_driver_that_is_not_here(monkeypatch):
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    monkeypatch.setattr(pinning.ctypes, "CDLL", missing)
     assert this_machine().driver() is None
 
 
@@ -62,7 +64,7 @@ def test_a_driver_says_what_it_serves(monkeypatch, tmp_path):
 
     file = tmp_path / "version"
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb\nGCC version: gcc 12\n")
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(pinning.ctypes, "CDLL", lambda name: Library())
     monkeypatch.setattr(machine, "_DRIVER_FILE", file)
     found = this_machine().driver()
     assert (found.cuda, found.version) == ((12, 8), "570.124.06")
@@ -82,6 +84,17 @@ def test_a_compiler_is_tried_and_not_only_found(monkeypatch, tmp_path):
     assert this_machine().compiler() == f"{broken} failed: no such target"
     monkeypatch.setenv("CC", str(tmp_path / "gone"))
     assert "cannot be run" in this_machine().compiler()
+
+
+def test_as_much_is_pinned_as_the_driver_lets(monkeypatch):
+    driver = LimitedDriver(200)
+    registry = pinning.Registry(driver)
+    monkeypatch.setattr(machine, "registry", lambda: registry)
+    monkeypatch.setattr(machine, "PIN_PIECE_BYTES", 64)
+    assert this_machine().pin(150) == Pinned(nbytes=150, status=0)
+    assert this_machine().pin(300) == Pinned(nbytes=192, status=2)
+    assert driver.most == 192
+    assert driver.live == {}
 
 
 class Runner:
@@ -139,5 +152,5 @@ def test_a_real_card():
     assert card.generation >= 50
     assert probes.driver().cuda >= (11, 0)
     assert all(1e9 < rate < 1e12 for rate in probes.pcie(0))
-    assert isinstance(probes.pin(Path("/proc/self").stat().st_blksize * 16), int)
+    assert probes.pin(1 << 20).nbytes in (0, 1 << 20)
     assert set(probes.card_states()) <= {c.index for c in probes.gpus()}

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from lowvram.doctor.memory import LARGEST_TRY_BYTES, TRY_BYTES, check_disk, check_pinning, check_ram, check_wsl
+from lowvram.doctor.probes import Pinned
 from tests.lowvram.doctor.invented import GIB, MIB, WANTS, gpu, machine, wsl
 
 
@@ -19,28 +21,40 @@ def test_ram(available, total, planned, status):
 
 
 @pytest.mark.parametrize(
-    ("limit", "tried"),
-    [(None, TRY_BYTES), (8 * MIB, 72 * MIB), (200 * MIB, 264 * MIB), (64 * GIB, LARGEST_TRY_BYTES)],
+    ("pinned", "free", "tried"),
+    [
+        (None, 60 * GIB, TRY_BYTES),
+        (0, 60 * GIB, TRY_BYTES),
+        (GIB, 60 * GIB, GIB),
+        (18 * GIB, 60 * GIB, LARGEST_TRY_BYTES),
+        (18 * GIB, 2 * GIB, GIB // 2),
+        (18 * GIB, 100 * MIB, TRY_BYTES),
+    ],
 )
-def test_more_is_pinned_than_the_limit_allows(limit, tried):
+def test_what_a_run_would_pin_is_tried_as_far_as_that_does_no_harm(pinned, free, tried):
     asked = []
 
     def pin(nbytes):
         asked.append(nbytes)
-        return 0
+        return Pinned(nbytes=nbytes, status=0)
 
-    assert check_pinning(machine(gpu(), memlock=limit, pin=pin), WANTS, on_gpu=True).status == "ok"
+    wants = None if pinned is None else dataclasses.replace(WANTS, pinned_bytes=pinned)
+    assert check_pinning(machine(gpu(), ram=(free, 64 * GIB), pin=pin), wants, on_gpu=True).status == "ok"
     assert asked == [tried]
 
 
 def test_what_cannot_be_pinned():
-    linux = check_pinning(machine(gpu(), memlock=65536, pin=2), WANTS, on_gpu=True)
+    nothing = Pinned(nbytes=0, status=2)
+    linux = check_pinning(machine(gpu(), memlock=65536, pin=nothing), WANTS, on_gpu=True)
     assert linux.status == "warning"
     assert "64 KiB" in linux.found
     assert "ulimit -l unlimited" in linux.advice
     assert "18.00 GiB" in linux.expected
     assert ".wslconfig" in check_pinning(wsl(), None, on_gpu=True).advice
-    assert check_pinning(machine(pin=2), None, on_gpu=False).status == "ok"
+    assert check_pinning(machine(pin=nothing), None, on_gpu=False).status == "ok"
+    a_part = check_pinning(wsl(pin=Pinned(nbytes=896 * MIB, status=2)), WANTS, on_gpu=True)
+    assert "896 MiB pinned" in a_part.found
+    assert "through a little memory that is pinned" in a_part.why
 
 
 def test_wsl():

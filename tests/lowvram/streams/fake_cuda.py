@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowvram.engine import CudaEngine
+from lowvram.pinning import Registry
 
 Tensor = torch.Tensor
 COMPUTE, INWARDS, OUTWARDS, HOST = "compute", "copies in", "copies out", "host"
@@ -72,17 +73,17 @@ class FakeCuda(TorchDispatchMode):
     def installed(self, monkeypatch: Any) -> Iterator[CudaEngine]:
         """The engine whose streams these are."""
         with monkeypatch.context() as patch, self:
+            patch.setattr("lowvram.engine.registry", lambda: Registry(Driver(self.model)))
             for name, value in {
                 "Stream": lambda device=None: Stream(self, "unnamed"),
                 "Event": lambda **_: Event(self),
                 "current_stream": lambda device=None: self.current,
                 "stream": self._on,
                 "synchronize": lambda device=None: self.model.synchronized(),
-                "cudart": lambda: Runtime(self.model),
             }.items():
                 patch.setattr(torch.cuda, name, value)
             engine = CudaEngine(torch.device("cpu"))
-            engine._inwards.name, engine._outwards.name = INWARDS, OUTWARDS
+            engine._inwards.stream.name, engine._outwards.stream.name = INWARDS, OUTWARDS
             yield engine
 
     @contextlib.contextmanager
@@ -116,19 +117,22 @@ class Event:
         self._cuda.model.waits(HOST, self.point)
 
 
-class Runtime:
-    """What ``torch.cuda.cudart()`` gives: registering always succeeds."""
+class Driver:
+    """A ``lowvram.pinning.Driver``: registering always succeeds."""
 
     def __init__(self, model: Model):
         self._model = model
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+    def register(self, address: int, nbytes: int) -> int:
         self._model.registered(address, nbytes)
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:
+    def unregister(self, address: int) -> int:
         self._model.unregistered(address)
         return 0
+
+    def settle(self) -> None:
+        self._model.synchronized()
 
 
 class Registered:

@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 FILES = (
     "lowvram/engine.py",
+    "lowvram/pinning.py",
     "lowvram/conveyor.py",
     "lowvram/residency.py",
     "lowvram/rings.py",
@@ -152,8 +153,9 @@ MUTATIONS = [
     *_list(
         "lowvram/engine.py",
         ("        self.event.record(stream)\n", "        pass\n", "no event is ever recorded"),
-        ("                stream.wait_event(moment.event)\n", "                pass\n", "copies wait for nothing"),
-        ("        return CudaMoment(stream)\n", "        return DONE\n", "copies are taken for done at once"),
+        ("            self.stream.wait_event(moment.event)\n", "            pass\n", "streams wait for nothing"),
+        ("            way.wait(moment)\n", "            pass\n", "copies wait for nothing"),
+        ("        return CudaMoment(self.stream)\n", "        return DONE\n", "copies are taken for done at once"),
         (
             "        return CudaMoment(torch.cuda.current_stream(self.device))\n",
             "        return DONE\n",
@@ -165,7 +167,10 @@ MUTATIONS = [
             "computations wait for no copy",
         ),
         ("        torch.cuda.synchronize(self.device)\n", "        pass\n", "the host waits for nothing"),
-        ("        settle()\n", "        pass\n", "pinned memory goes while copies use it"),
+    ),
+    *_list(
+        "lowvram/pinning.py",
+        ("                self._driver.settle()\n", "                pass\n", "pinned memory goes while copies use it"),
     ),
     *_list(
         "lowvram/conveyor.py",
@@ -282,5 +287,15 @@ MUTATIONS = [
 
 EXCEPTIONS = {
     ("lowvram/graphs.py", "LayerGraphs._replay", "record(operation, kernel, calls)"): "counts kernels",
-    ("lowvram/engine.py", "CudaEngine._pin", "weakref.finalize("): "without it memory stays pinned: nothing is early",
+    ("lowvram/pinning.py", "Registry.pin", "weakref.finalize("): "without it memory stays pinned: nothing is early",
+    (
+        "lowvram/pinning.py",
+        "CudaDriver.settle",
+        "torch.cuda.synchronize(",
+    ): "the driver's own, which the fake stands for",
+    ("lowvram/pinning.py", "CudaDriver._enter", "torch.cuda.synchronize("): "makes a context, orders nothing",
+    ("lowvram/engine.py", "CudaMoment.pass_on_host", "self.event.synchronize("): "of staged copies: see test_staging",
+    ("lowvram/engine.py", "CudaEngine.settle", "self._staging.settle("): "of staged copies: see test_staging",
+    ("lowvram/engine.py", "CudaEngine._copy_in", "self._staging.copy_in("): "of staged copies: see test_staging",
+    ("lowvram/engine.py", "CudaEngine._copy_out", "self._staging.copy_out("): "of staged copies: see test_staging",
 }
