@@ -21,6 +21,12 @@ CARD, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 INT8, FP8 = "linear_w8a8 int8", "linear_w8a8 fp8"
 
 
+@pytest.fixture(autouse=True)
+def nothing_noted():
+    """Whatever tests before it have found out of this processor; it is set back behind it."""
+    choices.reset()
+
+
 @pytest.fixture
 def ada(monkeypatch):
     """Two cards of sm_89, with Triton."""

@@ -77,7 +77,7 @@ def allocator(fractions, monkeypatch) -> Allocator:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free(), 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: found.holds + found.cached)
     monkeypatch.setattr(measure, "outside_allocator", lambda *_, **__: None)
-    monkeypatch.setattr(measure, "_driver_version", lambda: "1")
+    monkeypatch.setattr(measure, "driver_version", lambda: "1")
     return found
 
 

@@ -73,7 +73,8 @@ class Maker:
         """``more`` and ``changes`` are options of the command line, ``options`` are those of ``Ranks.run``; 0 ranks are
         one process."""
         video, dump, report = out / "out.mp4", out / "out.safetensors", out / "out.json"
-        arguments = self.arguments(video, f"--dump-tensors={dump}", f"--report={report}", *more, **changes)
+        files = (f"--dump-tensors={dump}", f"--report={report}", "--overwrite")
+        arguments = self.arguments(video, *files, *more, **changes)
         ended = self.ranks.succeed(world, arguments, **(options or {}))
         return Made(
             tensors=load_file(dump),
