@@ -20,6 +20,7 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions
 from lowvram.request import Request, read_inputs
 from lowvram.selftest.first_run import get_ready
+from lowvram_kernels.errors import LowvramError
 from lowvram_quantize.format import Artifact
 
 
@@ -60,8 +61,7 @@ class RankRun:
             LowvramError: this rank failed, or another one did.
         """
         check_for_ranks(layout, self.memory)
-        if self.examine:  # before the ranks meet: from then on they watch how long each takes
-            get_ready(torch.device(rank_device(self.device, seat)))
+        self._examine_card(seat)
         artifact = Artifact.open(self.model)
         settler = Settler(options=self.options, artifact=artifact, request=self.request, memory=self.memory)
         with joined(seat, layout, self.device, settler.settle) as (team, device):
@@ -74,6 +74,16 @@ class RankRun:
             share_weights(team, pipeline.runtime)
             infer(pipeline, self.request, self.outputs, quiet=self.quiet)
         return team.role.media
+
+    def _examine_card(self, seat: Seat) -> None:
+        """Before the ranks meet: from then on they watch how long each takes."""
+        if not self.examine:
+            return
+        try:
+            where = rank_device(self.device, seat)
+        except LowvramError:
+            return  # raised again when the ranks have met, so that all of them hear it
+        get_ready(torch.device(where))
 
     def _check_outputs(self) -> None:
         self.outputs.check({"--image": self.request.image, "--audio": self.request.audio, "--model": self.model})
