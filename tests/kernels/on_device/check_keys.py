@@ -52,9 +52,13 @@ def test_equals_norm_rope_and_encode_block_but_for_roundings():
     encode_block(reference_norm_rope(k, weight, eps, 3, cos, sin), v, parts)
     assert torch.equal(out.v, parts.v)
     assert torch.equal(out.v_scale, parts.v_scale)
-    assert (out.k_mean.float() - parts.k_mean.float()).abs().max() <= parts.k_mean.abs().max() * 2**-8
-    assert (out.k.int() - parts.k.int()).abs().max() <= 3  # a mean's last bit, or a scale's, moves a head's keys
-    assert (out.k == parts.k).float().mean() > 0.9
+    # One step of bfloat16: Triton's interpreter cuts a float32 off where a card rounds it to the nearest.
+    last_bit = parts.k_mean.float().abs() * torch.finfo(torch.bfloat16).eps
+    assert ((out.k_mean.float() - parts.k_mean.float()).abs() <= last_bit).all()
+    apart = (out.k.int() - parts.k.int()).abs()
+    assert apart.max() <= 3  # a mean's last bit, or a scale's, moves a head's keys
+    assert (apart <= 1).float().mean() > 0.99
+    assert (apart == 0).float().mean() > (0.9 if DEVICE.type == "cuda" else 0.8)
 
 
 def test_a_token_that_is_not_finite_shows():
