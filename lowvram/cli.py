@@ -6,7 +6,6 @@ Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -20,10 +19,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from click.core import ParameterSource
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lowvram.command_options import convert_options, plan_options
 from lowvram.options import (
     FILE,
     SETTINGS,
@@ -33,12 +32,9 @@ from lowvram.options import (
     open_pipeline,
     rank_options,
     request_options,
-    switch,
 )
 from lowvram.out_of_memory import is_out_of_memory
-from lowvram_kernels.errors import InputError, LowvramError
-
-PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
+from lowvram_kernels.errors import LowvramError
 
 
 class ErrorsToExitCodes(click.Group):
@@ -89,21 +85,7 @@ def main(verbose: bool) -> None:
 
 
 @main.command(context_settings=SETTINGS)
-@click.option("--ckpt-dir", type=FILE, help="The published Wan2.2-S2V-14B folder, its parent, or repackaged files.")
-@click.option("--dit-file", type=FILE, help="The DiT: safetensors, also scaled fp8, or GGUF; instead of --ckpt-dir's.")
-@click.option("--vae-file", type=FILE, help="The VAE, likewise.")
-@click.option("--text-encoder-file", type=FILE, help="The UMT5-XXL encoder, likewise.")
-@click.option("--audio-encoder-dir", type=FILE, help="wav2vec2's folder, likewise.")
-@click.option("--tokenizer-dir", type=FILE, help="The folder with UMT5's tokenizer.json, likewise.")
-@click.option("--lora", multiple=True, metavar="FILE[:WEIGHT]", help="Merged in float32 before quantizing; repeatable.")
-@click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's.")
-@click.option("--out", type=FILE, required=True, help="Folder to make.")
-@click.option("--precision", type=PRECISIONS, default="int8", help="Of every component not set apart below.")
-@click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone.")
-@click.option("--vae", type=PRECISIONS, help="Precision of the VAE alone.")
-@click.option("--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder.")
-@click.option("--rotate", is_flag=True, help="Rotate groups of 16 inputs of the DiT's int8 Linears against outliers.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out.")
+@convert_options
 def convert(**options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
     from lowvram.progress import ByteProgress
@@ -206,6 +188,7 @@ def compare(
     """
     from lowvram.compare import compare as run
     from lowvram.compare import parse_fail_under
+    from lowvram.compare_both import refuse_both_ways, refuse_run_options, run_both
     from lowvram.compare_table import print_comparison
 
     bounds = parse_fail_under(fail_under)
@@ -227,69 +210,8 @@ def compare(
         fail("; ".join(missed), 1)
 
 
-def refuse_run_options() -> None:
-    """Two files are compared as they are: an option that says how to run would do nothing."""
-    context = click.get_current_context()
-    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if beyond := sorted(set(given) - {"a", "b", "as_json", "fail_under"}):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in beyond)
-        raise click.UsageError(f"{names} have an effect with --model and --baseline only; leave them out")
-
-
-def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) -> None:
-    needed = ("model", "baseline", "image", "audio", "prompt")
-    if missing := [f"--{name}" for name in needed if options[name] is None]:
-        raise click.UsageError(f"to run both, {', '.join(missing)} is missing")
-    if a is not None or b is not None:
-        raise click.UsageError("give either two files, or --model and --baseline; not both")
-
-
-def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
-    """Run the model and the baseline into ``folder``; return their reports."""
-    from lowvram.infer import infer as run
-    from lowvram.outputs import Outputs
-
-    if not folder.is_dir():
-        raise InputError(f"--out-dir is {folder}, which is no folder; make it first")
-    request = make_request(options)
-    reports = []
-    for name in ("model", "baseline"):
-        outputs = Outputs(
-            video=folder / f"{name}.mp4",
-            dump_tensors=folder / f"{name}.safetensors",
-            report=folder / f"{name}.json",
-            overwrite=options["overwrite"],
-        )
-        kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
-        run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)
-        reports.append(folder / f"{name}.json")
-    return reports[0], reports[1]
-
-
 @main.command(context_settings=SETTINGS)
-@click.option("--model", type=FILE, help="Artifact to plan for.")
-@click.option(
-    "--preset", type=click.Choice(["14b", "tiny"]), help="Published shapes, without an artifact; default: 14b."
-)
-@click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8.")
-@click.option("--vram", help='GPU memory to stay within, of each card, as "22.15GiB"; default: what it has for us.')
-@click.option(
-    "--ram", help='Host memory to stay within, as "64GiB"; default: all of it, or 64GiB for a card elsewhere.'
-)
-@click.option("--size", default="704*384", help="Exactly these sides: a portrait makes the same area or less of it.")
-@click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on.")
-@click.option("--sample-steps", type=int, default=4, help="Denoising steps a block.")
-@click.option("--gpu", default="auto", help="rtx4090, h100, ...; auto measures the card at hand once.")
-@click.option("--gpus", type=int, help="So many GPUs of one machine share the work; shows each rank and all layouts.")
-@click.option("--num-gpus-dit", type=int, help="With --gpus: how many of them denoise.")
-@click.option("--ulysses-size", type=int, help="With --gpus: how many share the tokens of a step, and its heads.")
-@switch("--enable-vae-parallel", None, "With --gpus: one more encodes and decodes; default: from 4 GPUs on.")
-@click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink.")
-@click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps.")
-@switch("--offload-model", False, "Keep all of the DiT's layers on the host.")
-@switch("--offload-kv-cache", False, "Keep all KV rings in host memory.")
-@click.option("--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit.")
+@plan_options
 def plan(
     model: Path | None, preset: str | None, precision: str | None, as_json: bool, dry: bool, **options: Any
 ) -> None:
@@ -298,6 +220,7 @@ def plan(
     Exits with 1 where it does not fit.
     """
     from lowvram.planning.command import PlanOptions
+    from lowvram.planning.shown import show_plan
     from lowvram_quantize.phantom import write_phantom
 
     asked = PlanOptions(**options)
@@ -307,50 +230,8 @@ def plan(
         )
     with tempfile.TemporaryDirectory(prefix="lowvram-plan-") as folder:
         path = model or write_phantom(Path(folder) / "preset", preset=preset or "14b", precision=precision or "int8")
-        if asked.gpus is None:
-            plan_one(path, asked, dry=dry, as_json=as_json)
-        else:
-            plan_several(path, asked, dry=dry, as_json=as_json)
-
-
-def plan_one(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
-    """``plan`` for one GPU."""
-    from lowvram.dry_run import dry_run as run_dry
-    from lowvram.planning.command import plan_for
-    from lowvram.planning.planner import DoesNotFit
-    from lowvram.planning.table import print_plan, to_json
-
-    try:
-        result = plan_for(path, options)
-        simulated = run_dry(path, result) if dry else None
-    except DoesNotFit as refused:
-        if not as_json:
-            raise
-        click.echo(json.dumps(to_json(refused.plan) | {"refused": str(refused)}, indent=1))
-        sys.exit(1)
-    if as_json:
-        extra = {"dry_run": dataclasses.asdict(simulated)} if simulated else {}
-        click.echo(json.dumps(to_json(result) | extra, indent=1))
-    else:
-        print_plan(result, Console(), simulated)
-
-
-def plan_several(path: Path, options: Any, *, dry: bool, as_json: bool) -> None:
-    """``plan`` for ranks that share the work."""
-    from lowvram.dry_run import dry_run_team
-    from lowvram.planning.command import plan_team_for
-    from lowvram.planning.team_table import compared_to_json, print_team
-
-    compared = plan_team_for(path, options)
-    team = compared.team
-    simulated = dry_run_team(path, team) if dry and team else []
-    if not as_json:
-        print_team(compared, Console(), simulated)
-        return
-    extra = {"dry_run": [dataclasses.asdict(run) for run in simulated]} if simulated else {}
-    click.echo(json.dumps(compared_to_json(compared) | extra, indent=1))
-    if team is None:
-        sys.exit(1)
+        if not show_plan(path, asked, dry=dry, as_json=as_json):
+            sys.exit(1)
 
 
 @main.command(context_settings=SETTINGS)

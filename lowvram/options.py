@@ -6,7 +6,7 @@ Libraries are imported in the functions that need them: ``--help`` does not wait
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,13 @@ def switch(name: str, default: bool | None, text: str) -> Callable[[Callable[...
     return click.option(name, is_flag=False, flag_value="true", type=bool, default=default, help=text)
 
 
+def declared(options: Sequence[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with all of ``options``, which ``--help`` shows in that order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say what to make: shared by ``infer`` and ``compare --model``."""
     options: list[Callable[..., Any]] = [
@@ -68,9 +75,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
         click.option("--no-selftest", is_flag=True, help="Do not examine a GPU that is new here; see selftest."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return declared(options, command)
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,9 +89,7 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--enable-vae-parallel", None, "One GPU more decodes meanwhile; default: from 4 GPUs on."),
         click.option("--port", type=int, help="Where --gpus lets ranks meet; default: any that is free."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return declared(options, command)
 
 
 def make_rank_options(options: dict[str, Any]) -> RankOptions:

@@ -1,0 +1,84 @@
+"""Options of single commands; those that several share are in ``lowvram.options``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lowvram.options import FILE, declared, switch
+
+PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
+
+
+def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``convert`` reads, what it makes of it, and where."""
+    options: list[Callable[..., Any]] = [
+        click.option(
+            "--ckpt-dir", type=FILE, help="The published Wan2.2-S2V-14B folder, its parent, or repackaged files."
+        ),
+        click.option(
+            "--dit-file", type=FILE, help="The DiT: safetensors, also scaled fp8, or GGUF; instead of --ckpt-dir's."
+        ),
+        click.option("--vae-file", type=FILE, help="The VAE, likewise."),
+        click.option("--text-encoder-file", type=FILE, help="The UMT5-XXL encoder, likewise."),
+        click.option("--audio-encoder-dir", type=FILE, help="wav2vec2's folder, likewise."),
+        click.option("--tokenizer-dir", type=FILE, help="The folder with UMT5's tokenizer.json, likewise."),
+        click.option(
+            "--lora", multiple=True, metavar="FILE[:WEIGHT]", help="Merged in float32 before quantizing; repeatable."
+        ),
+        click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's."),
+        click.option("--out", type=FILE, required=True, help="Folder to make."),
+        click.option("--precision", type=PRECISIONS, default="int8", help="Of every component not set apart below."),
+        click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone."),
+        click.option("--vae", type=PRECISIONS, help="Precision of the VAE alone."),
+        click.option(
+            "--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder."
+        ),
+        click.option(
+            "--rotate", is_flag=True, help="Rotate groups of 16 inputs of the DiT's int8 Linears against outliers."
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
+    ]
+    return declared(options, command)
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``plan`` plans for: a model, a machine, and what is to be made."""
+    options: list[Callable[..., Any]] = [
+        click.option("--model", type=FILE, help="Artifact to plan for."),
+        click.option(
+            "--preset", type=click.Choice(["14b", "tiny"]), help="Published shapes, without an artifact; default: 14b."
+        ),
+        click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8."),
+        click.option(
+            "--vram", help='GPU memory to stay within, of each card, as "22.15GiB"; default: what it has for us.'
+        ),
+        click.option(
+            "--ram", help='Host memory to stay within, as "64GiB"; default: all of it, or 64GiB for a card elsewhere.'
+        ),
+        click.option(
+            "--size", default="704*384", help="Exactly these sides: a portrait makes the same area or less of it."
+        ),
+        click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
+        click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
+        click.option("--gpu", default="auto", help="rtx4090, h100, ...; auto measures the card at hand once."),
+        click.option(
+            "--gpus", type=int, help="So many GPUs of one machine share the work; shows each rank and all layouts."
+        ),
+        click.option("--num-gpus-dit", type=int, help="With --gpus: how many of them denoise."),
+        click.option(
+            "--ulysses-size", type=int, help="With --gpus: how many share the tokens of a step, and its heads."
+        ),
+        switch("--enable-vae-parallel", None, "With --gpus: one more encodes and decodes; default: from 4 GPUs on."),
+        click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
+        click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
+        switch("--offload-model", False, "Keep all of the DiT's layers on the host."),
+        switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
+        click.option(
+            "--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit."),
+    ]
+    return declared(options, command)

@@ -1,0 +1,51 @@
+"""What ``compare`` is asked: two files as they are, or two artifacts to be run first, on the same input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from lowvram.options import make_request, open_pipeline
+from lowvram_kernels.errors import InputError
+
+
+def refuse_run_options() -> None:
+    """Two files are compared as they are: an option that says how to run would do nothing."""
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if beyond := sorted(set(given) - {"a", "b", "as_json", "fail_under"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in beyond)
+        raise click.UsageError(f"{names} have an effect with --model and --baseline only; leave them out")
+
+
+def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) -> None:
+    needed = ("model", "baseline", "image", "audio", "prompt")
+    if missing := [f"--{name}" for name in needed if options[name] is None]:
+        raise click.UsageError(f"to run both, {', '.join(missing)} is missing")
+    if a is not None or b is not None:
+        raise click.UsageError("give either two files, or --model and --baseline; not both")
+
+
+def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
+    """Run the model and the baseline into ``folder``; return their reports."""
+    from lowvram.infer import infer as run
+    from lowvram.outputs import Outputs
+
+    if not folder.is_dir():
+        raise InputError(f"--out-dir is {folder}, which is no folder; make it first")
+    request = make_request(options)
+    reports = []
+    for name in ("model", "baseline"):
+        outputs = Outputs(
+            video=folder / f"{name}.mp4",
+            dump_tensors=folder / f"{name}.safetensors",
+            report=folder / f"{name}.json",
+            overwrite=options["overwrite"],
+        )
+        kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
+        run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)
+        reports.append(folder / f"{name}.json")
+    return reports[0], reports[1]
