@@ -53,10 +53,16 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8."),
         click.option(
-            "--vram", help='GPU memory to stay within, of each card, as "22.15GiB"; default: what it has for us.'
+            "--vram",
+            "--vram-budget",
+            "vram",
+            help="GPU memory to stay within, of each card: 22.15GiB, 16g, 24GB; default: what it has for us.",
         ),
         click.option(
-            "--ram", help='Host memory to stay within, as "64GiB"; default: all of it, or 64GiB for a card elsewhere.'
+            "--ram",
+            "--ram-budget",
+            "ram",
+            help="Host memory to stay within, likewise; default: all of it, or 64GiB for a card elsewhere.",
         ),
         click.option(
             "--size", default="704*384", help="Exactly these sides: a portrait makes the same area or less of it."

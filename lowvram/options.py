@@ -65,8 +65,10 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
         switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
         switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
-        click.option("--vram-budget", help='GPU memory to stay within, as "22.15GiB"; default: what is free.'),
-        click.option("--ram-budget", help='Host memory to stay within, as "48GiB"; default: what is free.'),
+        click.option(
+            "--vram-budget", "--vram", help="GPU memory to stay within: 22.15GiB, 16g, 24GB; default: what is free."
+        ),
+        click.option("--ram-budget", "--ram", help="Host memory to stay within, likewise; default: what is free."),
         click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
         click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
         click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
@@ -105,12 +107,11 @@ def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
     from lowvram.pipeline import AvatarPipeline
     from lowvram.selftest.first_run import get_ready
 
+    memory = memory_options(options)  # before minutes are spent on a GPU that is new here
     if not options["no_selftest"]:
         get_ready(choose_device(options["device"]))
     names = ("device", "dtype", "verify")
-    return AvatarPipeline.from_artifact(
-        options["model"], memory=memory_options(options), **{name: options[name] for name in names}
-    )
+    return AvatarPipeline.from_artifact(options["model"], memory=memory, **{name: options[name] for name in names})
 
 
 def memory_options(options: dict[str, Any]) -> MemoryOptions:
@@ -118,12 +119,14 @@ def memory_options(options: dict[str, Any]) -> MemoryOptions:
     from lowvram.placement import MemoryOptions
 
     names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs")
-    vram, ram = (parse_bytes(text) if text else None for text in (options["vram_budget"], options["ram_budget"]))
+    budgets = {
+        name: None if options[name] is None else parse_bytes(options[name], f"--{name}")
+        for name in ("vram_budget", "ram_budget")
+    }
     wave = options["wave"]
     return MemoryOptions(
         **{name: options[name] for name in names},
-        vram_budget=vram,
-        ram_budget=ram,
+        **budgets,
         wave=int(wave) if wave.isdigit() else wave,
         fallback=not options["no_fallback"],
     )

@@ -80,7 +80,7 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
     result = plan(
         Artifact.open(model),
         options.workload,
-        vram_bytes=parse_bytes(options.vram) if options.vram else card.usable_bytes,
+        vram_bytes=_vram_bytes(options.vram, card),
         ram_bytes=_ram_bytes(options.ram, at_hand),
         card=card,
         kv=options.kv,
@@ -105,7 +105,7 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
     cards = _cards(options.gpu, gpus)
     there = Machines(
         cards=cards,
-        vram_bytes=[parse_bytes(options.vram) if options.vram else card.usable_bytes for card in cards],
+        vram_bytes=[_vram_bytes(options.vram, card) for card in cards],
         machines=[0] * gpus,
         ram_bytes=[_ram_bytes(options.ram, at_hand)],
     )
@@ -146,9 +146,13 @@ def _card(name: str) -> Card:
     return card_at_hand(torch.device("cuda")) if cuda_is_here() else card_named(DEFAULT_CARD)
 
 
+def _vram_bytes(text: str | None, card: Card) -> int:
+    return card.usable_bytes if text is None else parse_bytes(text, "--vram")
+
+
 def _ram_bytes(text: str | None, at_hand: bool) -> int:
-    if text:
-        return parse_bytes(text)
+    if text is not None:
+        return parse_bytes(text, "--ram")
     return int(psutil.virtual_memory().total) if at_hand else DEFAULT_RAM_BYTES
 
 
