@@ -22,7 +22,9 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lowvram.answers import Answering
 from lowvram.command_options import convert_options, plan_options
+from lowvram.option_values import place_of_video, prompt_file, refuse_seeds_of_their_own
 from lowvram.options import (
     FILE,
     SETTINGS,
@@ -39,6 +41,8 @@ from lowvram_kernels.errors import LowvramError
 
 class ErrorsToExitCodes(click.Group):
     """Turns lowvram's errors into one line and an exit code."""
+
+    command_class = Answering
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["arguments"] = list(args)  # as they came, for ranks that are started with the same
@@ -116,17 +120,16 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
 @click.option("--model", type=FILE, required=True, help="Artifact that convert wrote.")
 @click.option("--image", type=FILE, required=True, help="Portrait: JPEG, PNG or WebP.")
 @click.option("--audio", type=FILE, required=True, help="Voice: WAV, MP3, M4A, FLAC or OGG at any rate.")
-@click.option("--prompt", required=True, help="What is to be seen.")
-@click.option("--out", type=FILE, required=True, help="MP4 to write.")
+@click.option("--prompt", required=True, help="What is to be seen, or @FILE that says it.")
+@click.option("--out", "--save-file", "out", type=FILE, help="MP4 to write.")
+@click.option("--save-dir", type=FILE, help="Folder to write to instead, under a name made of what goes in.")
 @request_options
 @click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors.")
 @click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace files of these names.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @rank_options
-def infer(
-    out: Path, dump_tensors: Path | None, report: Path | None, overwrite: bool, quiet: bool, **options: Any
-) -> None:
+def infer(dump_tensors: Path | None, report: Path | None, overwrite: bool, quiet: bool, **options: Any) -> None:
     """Make an avatar video from a portrait, a voice and a prompt.
 
     Several GPUs of this machine share the work with --gpus; torchrun starts ranks too, also on several machines.
@@ -137,11 +140,19 @@ def infer(
     from lowvram.parallel.seat import Seat
     from lowvram_quantize.format import Artifact
 
-    outputs, request = (
-        Outputs(video=out, dump_tensors=dump_tensors, report=report, overwrite=overwrite),
-        make_request(options),
-    )
     seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
+    refuse_seeds_of_their_own(options["base_seed"], 1 if seat is None else seat.world_size)
+    request = make_request(options)
+    out = place_of_video(options["out"], options["save_dir"], request)
+    outputs = Outputs(
+        video=out,
+        dump_tensors=dump_tensors,
+        report=report,
+        overwrite=overwrite,
+        make_folder=options["save_dir"] is not None,
+    )
+    if (file := prompt_file(options["prompt"])) is not None:
+        outputs.check({"--prompt": file})
     layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
     if layout.world_size > 1:
         several = RankRun(
@@ -154,7 +165,8 @@ def infer(
             **{name: options[name] for name in ("model", "device", "dtype", "verify")},
         )
         if seat is None:
-            several.start(layout, click.get_current_context().meta["arguments"])
+            seed = ["--base_seed", str(request.base_seed)]  # one for all, also where it was drawn
+            several.start(layout, [*click.get_current_context().meta["arguments"], *seed])
             return
         log_as(f"rank {seat.rank}: ")
         if several.take_part(seat, layout):

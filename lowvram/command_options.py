@@ -26,7 +26,13 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--audio-encoder-dir", type=FILE, help="wav2vec2's folder, likewise."),
         click.option("--tokenizer-dir", type=FILE, help="The folder with UMT5's tokenizer.json, likewise."),
         click.option(
-            "--lora", multiple=True, metavar="FILE[:WEIGHT]", help="Merged in float32 before quantizing; repeatable."
+            "--lora",
+            "--lora-path",
+            "--lora-path-dmd",
+            "lora",
+            multiple=True,
+            metavar="FILE[:WEIGHT]",
+            help="Merged in float32 before quantizing; repeatable.",
         ),
         click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's."),
         click.option("--out", type=FILE, required=True, help="Folder to make."),
@@ -82,6 +88,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
         switch("--offload-model", False, "Keep all of the DiT's layers on the host."),
         switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
+        switch("--t5-cpu", False, "Encode the prompt on the host."),
         click.option(
             "--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank."
         ),

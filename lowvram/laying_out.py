@@ -83,6 +83,7 @@ def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: M
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
         cuda_graphs=options.cuda_graphs,
+        t5_cpu=options.t5_cpu,
     )
     cap_process(device, held + allocator_bytes(found))
     return LaidOut(placement=found.placement, plan=found)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowvram.byte_sizes import parse_bytes
+from lowvram.option_values import read_prompt, settled_seed
 
 if TYPE_CHECKING:
     from lowvram.parallel.options import RankOptions
@@ -56,7 +57,9 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
         click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
         click.option("--sample-solver", type=click.Choice(["euler"]), default="euler", help="The solver."),
-        click.option("--base-seed", type=int, default=420, help="Clip r's noise is seeded with base_seed + r."),
+        click.option(
+            "--base-seed", type=int, default=420, help="Clip r's noise is seeded with base_seed + r; -1 draws one."
+        ),
         click.option(
             "--cond-rope-distance", default="30", help='How far a block sees the reference frame: 0..30 or "random".'
         ),
@@ -65,6 +68,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
         switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
         switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
+        switch("--t5-cpu", False, "Encode the prompt on the host."),
         click.option(
             "--vram-budget", "--vram", help="GPU memory to stay within: 22.15GiB, 16g, 24GB; default: what is free."
         ),
@@ -118,15 +122,16 @@ def memory_options(options: dict[str, Any]) -> MemoryOptions:
     """What is said of memory."""
     from lowvram.placement import MemoryOptions
 
-    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs")
-    budgets = {
-        name: None if options[name] is None else parse_bytes(options[name], f"--{name}")
+    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs", "t5_cpu")
+    vram, ram = (
+        None if options[name] is None else parse_bytes(options[name], f"--{name}")
         for name in ("vram_budget", "ram_budget")
-    }
+    )
     wave = options["wave"]
     return MemoryOptions(
         **{name: options[name] for name in names},
-        **budgets,
+        vram_budget=vram,
+        ram_budget=ram,
         wave=int(wave) if wave.isdigit() else wave,
         fallback=not options["no_fallback"],
     )
@@ -137,9 +142,11 @@ def make_request(options: dict[str, Any]) -> Request:
     from lowvram.request import Request
 
     distance = options["cond_rope_distance"]
-    names = ("image", "audio", "prompt", "size", "infer_frames", "num_clip", "sample_steps", "base_seed")
+    names = ("image", "audio", "size", "infer_frames", "num_clip", "sample_steps")
     return Request(
         **{name: options[name] for name in names},
+        prompt=read_prompt(options["prompt"]),
+        base_seed=settled_seed(options["base_seed"]),
         cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
         online_decode=options["enable_online_decode"],
     )

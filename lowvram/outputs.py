@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Where a run writes: the video, and on demand all tensors and a report. ``overwrite``: what is there may go."""
+    """Where a run writes: the video, and on demand all tensors and a report. ``overwrite``: what is there may go;
+    ``make_folder``: the folder of the video is made where it is not there."""
 
     video: Path
     dump_tensors: Path | None = None
     report: Path | None = None
     overwrite: bool = False
+    make_folder: bool = False
 
     @property
     def named(self) -> dict[str, Path]:
@@ -49,7 +51,8 @@ class Outputs:
             raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
         _check_apart({**self.named, "the unfinished video": self.partial}, inputs or {})
         for option, path in self.named.items():
-            _check_place(option, real(path), overwrite=self.overwrite)
+            to_make = self.make_folder and path == self.video
+            _check_place(option, real(path), overwrite=self.overwrite, make_folder=to_make)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -57,8 +60,11 @@ class Outputs:
 
         Raises:
             InputError: another run writes there; which one.
+            OutputError: the folder could not be made.
         """
         with contextlib.ExitStack() as claims:
+            if self.make_folder:
+                _make_folder(real(self.video).parent)
             for path in self.named.values():
                 claims.enter_context(writing(real(path), "lowvram infer"))
             _put_aside(self.partial)
@@ -91,23 +97,34 @@ def _check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> Non
                 raise InputError(f"{option} is {path}, inside {other}; name a file in another folder")
 
 
-def _check_place(option: str, path: Path, *, overwrite: bool) -> None:
+def _check_place(option: str, path: Path, *, overwrite: bool, make_folder: bool) -> None:
     if path.is_dir():
         raise InputError(f"{option} is {path}, a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    folder = path.parent
+    while make_folder and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        said = "is no folder; name another" if folder.exists() else "does not exist"
+        raise InputError(f"{path} cannot be written: the folder {folder} {said}")
     if os.path.ismount(path) or (path.exists() and not path.is_file()):
         raise InputError(f"{option} is {path}, which is mounted or no ordinary file; name a file in a folder instead")
     if path.exists() and not overwrite:
         raise InputError(f"{option} is {path}, which is there already; choose another name, or replace it: --overwrite")
     try:
         # Asked of the system: rights alone do not tell of read-only disks.
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written: nothing can be made in {path.parent} ({error.strerror}); choose another folder"
+            f"{path} cannot be written: nothing can be made in {folder} ({error.strerror}); choose another folder"
         ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made ({error.strerror}); choose another") from error
 
 
 def _put_aside(partial: Path) -> None:

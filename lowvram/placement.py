@@ -23,7 +23,7 @@ class Placement:
     slots before they run. ``host_rings``: (step, layer) pairs whose KV ring stays on the host and is copied into one
     of ``ring_slots`` staging slots. ``kv`` "plain" keeps keys and values in the dtype that is computed in, "int8"
     in 8 bit with a scale a token and head. ``wave``: steps of different blocks that go through a layer together.
-    ``text_on_host``: the text encoder computes on the host, because the device is too small for it.
+    ``text_on_host``: the text encoder computes on the host, which was asked for, or the device is too small for it.
     """
 
     streamed_layers: tuple[int, ...] = ()
@@ -53,7 +53,8 @@ class MemoryOptions:
     ``vram_budget`` and ``ram_budget`` are bytes. ``kv`` is auto, int8 or bf16 (which stands for the dtype that is
     computed in, float32 on a CPU). ``fallback`` allows to give up speed when memory runs out, ``allow_quality_loss``
     also length, size and steps. ``placement`` lays a run out by hand, without a plan. ``cuda_graphs`` replays layers
-    that stay on the GPU from the third clip on, and takes memory for it.
+    that stay on the GPU from the third clip on, and takes memory for it. ``t5_cpu`` lets the text encoder
+    compute on the host.
     """
 
     vram_budget: int | None = None
@@ -66,6 +67,7 @@ class MemoryOptions:
     allow_quality_loss: bool = False
     placement: Placement | None = None
     cuda_graphs: bool = False
+    t5_cpu: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in ("auto", "int8", "bf16"):

@@ -72,7 +72,7 @@ def facts_to_agree_on(
     settings = dataclasses.asdict(request)
     for name in ("image", "audio"):
         del settings[name]
-    for name in ("kv", "wave", "offload_model", "offload_kv_cache", "cuda_graphs", "fallback"):
+    for name in ("kv", "wave", "offload_model", "offload_kv_cache", "cuda_graphs", "t5_cpu", "fallback"):
         settings[name] = getattr(memory, name)
     facts = {
         "lowvram": version("lowvram"),

@@ -39,6 +39,7 @@ class Wishes:
     offload_model: bool = False
     offload_kv: bool = False
     cuda_graphs: bool = False
+    t5_cpu: bool = False
     num_gpus_dit: int | None = None
     ulysses_size: int | None = None
     vae_rank: bool | None = None
@@ -52,6 +53,7 @@ class Wishes:
             offload_model=memory.offload_model,
             offload_kv=memory.offload_kv_cache,
             cuda_graphs=memory.cuda_graphs,
+            t5_cpu=memory.t5_cpu,
             num_gpus_dit=num_gpus_dit,
             vae_rank=vae_rank,
         )
@@ -142,6 +144,7 @@ def plan_layout(
         offload_model=wishes.offload_model,
         offload_kv=wishes.offload_kv,
         cuda_graphs=wishes.cuda_graphs,
+        t5_cpu=wishes.t5_cpu,
     )
 
 

@@ -41,6 +41,7 @@ class PlanOptions:
     wave: str = "auto"
     offload_model: bool = False
     offload_kv_cache: bool = False
+    t5_cpu: bool = False
     gpus: int | None = None
     num_gpus_dit: int | None = None
     ulysses_size: int | None = None
@@ -87,6 +88,7 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         wave=_wave(options.wave),
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
+        t5_cpu=options.t5_cpu,
     )
     if options.gpu == "auto" and not at_hand:
         result = dataclasses.replace(result, notes=(_not_here(card), *result.notes))
@@ -114,6 +116,7 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
         wave=_wave(options.wave),
         offload_model=options.offload_model,
         offload_kv=options.offload_kv_cache,
+        t5_cpu=options.t5_cpu,
         num_gpus_dit=options.num_gpus_dit,
         ulysses_size=options.ulysses_size,
         vae_rank=options.enable_vae_parallel,

@@ -145,6 +145,7 @@ def plan(
     offload_model: bool = False,
     offload_kv: bool = False,
     cuda_graphs: bool = False,
+    t5_cpu: bool = False,
     reserve: int | None = None,
 ) -> Plan:
     """The fastest predicted placement of an artifact's model within device and host memory.
@@ -159,6 +160,7 @@ def plan(
         offload_model: all layers on the host.
         offload_kv: all rings on the host.
         cuda_graphs: leave room for graphs of the layers that stay on the device.
+        t5_cpu: let the text encoder run on the host, whether or not it fits on the device.
         reserve: bytes kept free on the device; None for those of the card, see ``layout.reserve_bytes``.
 
     Raises:
@@ -174,6 +176,7 @@ def plan(
         offload_model=offload_model,
         offload_kv=offload_kv,
         cuda_graphs=cuda_graphs,
+        t5_cpu=t5_cpu,
     )
     kept_free = reserve_bytes(card.outside, workload, job.share, grouped=True) if reserve is None else reserve
     budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=kept_free)
@@ -206,9 +209,9 @@ def wave_of(wave: str | int, steps: int) -> int | None:
 
 
 def place_text_encoder(job: Job, usable_bytes: int) -> Job:
-    """On the host where it does not fit on the device: it runs once a video."""
+    """On the host where that is asked for, or where it does not fit on the device: it runs once a video."""
     needed = job.stage_peaks(least_placement(job)).get("encode_text", 0)
-    return dataclasses.replace(job, text_device="cpu") if needed > usable_bytes else job
+    return dataclasses.replace(job, text_device="cpu") if job.t5_cpu or needed > usable_bytes else job
 
 
 def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
@@ -253,7 +256,8 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
     reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
     notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}"]
     if job.text_device == "cpu":
-        notes.append("the text encoder does not fit on the device: it runs on the host, once a video")
+        reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
+        notes.append(f"the text encoder {reason}, once a video")
     if job.facts.precision == "fp8" and not card.has_fp8:
         notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to bf16 at use; int8 is faster there")
     if job.facts.precision == "fp32":

@@ -24,8 +24,8 @@ _ENCODERS = ("encode_text", "encode_audio", "encode_image")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """One rank's part of a model and a workload, with what is settled about it: ``kv`` "plain" or "int8", ``wave`` None
-    for any, all layers or all rings on the host, where the text encoder runs ("cuda" or "cpu"), and whether layers that
-    stay on the device are replayed as CUDA graphs.
+    for any, all layers or all rings on the host, where the text encoder runs ("cuda" or "cpu"; ``t5_cpu`` asks for the
+    host), and whether layers that stay on the device are replayed as CUDA graphs.
 
     ``link_bytes_per_s`` is what it sends other ranks in a second, while it receives as much."""
 
@@ -36,6 +36,7 @@ class Job:
     offload_model: bool = False
     offload_kv: bool = False
     text_device: str = "cuda"
+    t5_cpu: bool = False
     cuda_graphs: bool = False
     layout: ParallelLayout = dataclasses.field(default_factory=ParallelLayout)
     rank: int = 0

@@ -119,6 +119,7 @@ def plan_team(
     offload_model: bool = False,
     offload_kv: bool = False,
     cuda_graphs: bool = False,
+    t5_cpu: bool = False,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
     grouped: bool = False,
 ) -> TeamPlan:
@@ -128,7 +129,7 @@ def plan_team(
         artifact: what ``convert`` wrote, or its sizes; only headers are read.
         cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
         ram_bytes: bytes of each machine's memory that its ranks may take together.
-        kv, offload_model, offload_kv, cuda_graphs: for all ranks; as ``plan`` has them.
+        kv, offload_model, offload_kv, cuda_graphs, t5_cpu: for all ranks; as ``plan`` has them.
         wave: as there; a stage with fewer steps than that shares a pass among all it has.
         link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
         grouped: whether ``vram_bytes`` were told when NCCL had taken its part of the cards already.
@@ -150,6 +151,7 @@ def plan_team(
         offload_model=offload_model,
         offload_kv=offload_kv,
         cuda_graphs=cuda_graphs,
+        t5_cpu=t5_cpu,
         layout=layout,
         link_bytes_per_s=link_bytes_per_s,
     )

@@ -69,6 +69,15 @@ def test_everything_can_be_kept_on_the_host():
     assert len(plan["placement"]["host_rings"]) == 160
 
 
+def test_the_text_encoder_may_run_on_the_host():
+    plain, asked = (json.loads(run(*PLAN, *more, "--json").stdout) for more in ([], ["--t5_cpu"]))
+    assert (plain["text_encoder_device"], asked["text_encoder_device"]) == ("cuda", "cpu")
+    assert asked["stage_peak_bytes"]["encode_text"] == 0
+    assert "the text encoder is to run on the host, once a video" in asked["notes"]
+    several = json.loads(run(*PLAN, "--gpus", "2", "--t5_cpu", "True", "--json").stdout)
+    assert [rank["text_encoder_device"] for rank in several["ranks"]].count("cpu") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
