@@ -168,6 +168,10 @@ def infer(dump_tensors: Path | None, report: Path | None, overwrite: bool, quiet
             seed = ["--base_seed", str(request.base_seed)]  # one for all, also where it was drawn
             several.start(layout, [*click.get_current_context().meta["arguments"], *seed])
             return
+        if seat.by_hand:
+            logging.getLogger("lowvram.plan").info(
+                "this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint
+            )
         log_as(f"rank {seat.rank}: ")
         if several.take_part(seat, layout):
             click.echo(out)

@@ -115,6 +115,7 @@ def _checks(probes: Probes, options: Options, seen: _Seen) -> Iterator[Named]:
     for gpu in seen.used:
         yield from _of_a_gpu(probes, options, seen, gpu)
     yield from _of_the_host(probes, options, seen)
+    yield "rank variables", lambda: [ranks.check_left_over(probes)]
     if seen.ranks > 1:
         yield from _of_ranks(probes, options, seen)
     else:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from lowvram.byte_sizes import gib
 from lowvram.doctor.findings import Finding, ok, problem, warning
 from lowvram.doctor.probes import Gpu, Names, Probes
+from lowvram.parallel.seat import for_one, said_of, told_by
 
 # NCCL's buffers in shared memory between two ranks that cannot reach each other's card: some segments of 9 MiB each
 # way. Containers start with 64 MiB of /dev/shm, which two ranks just fit in.
@@ -105,6 +106,20 @@ def check_port(probes: Probes, port: int) -> Finding:
         f"{port} cannot be used ({error})",
         advice=f"take another, as {probes.free_port()} (torchrun --master-port, or MASTER_PORT), or end what holds it",
         why="ranks meet at that port",
+    )
+
+
+def check_left_over(probes: Probes) -> Finding:
+    """What torchrun tells a rank, and a shell or a container may have kept."""
+    told = told_by(probes.environ())
+    if not {"RANK", "WORLD_SIZE"} & told.keys():
+        return ok("rank variables", "RANK and WORLD_SIZE are not set")
+    return warning(
+        "rank variables",
+        said_of(told),
+        expected="none of them, where nobody starts ranks",
+        advice=for_one(told),
+        why="infer takes itself for one of several ranks, and waits for the others",
     )
 
 

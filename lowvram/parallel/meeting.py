@@ -62,7 +62,7 @@ class Meeting:
                 missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
                 raise DistributedError(
                     f"ranks {missing} of {self.seat.world_size} did not come within {within_s:.0f} s; start as many as "
-                    "the layout has, all with the same address and port"
+                    f"the layout has, all with the same address and port{self.seat.hint}"
                 )
             time.sleep(_POLL_S)
         return [json.loads(self.store.get(key)) for key in keys]
@@ -76,6 +76,7 @@ class Meeting:
             advice = "it is taken: give another" if keeps else "check that rank 0 runs there and that the port is open"
             raise DistributedError(
                 f"rank {seat.rank} cannot meet the others at {seat.address} port {seat.port} ({reason[:200]}); {advice}"
+                f"{seat.hint}"
             ) from error
         return PrefixStore(prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
 

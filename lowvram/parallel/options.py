@@ -39,9 +39,13 @@ class RankOptions:
             ConfigError: the options do not fit them.
         """
         if seat is not None and self.gpus not in (None, seat.world_size):
-            raise ConfigError(f"--gpus is {self.gpus}, but {seat.world_size} ranks were started; leave --gpus out")
+            raise ConfigError(
+                f"--gpus is {self.gpus}, but {seat.world_size} ranks were started; leave --gpus out{seat.hint}"
+            )
         if seat is not None and self.port not in (None, 0, seat.port):
-            raise ConfigError(f"--port is {self.port}, but the ranks were told {seat.port}; leave --port out")
+            raise ConfigError(
+                f"--port is {self.port}, but the ranks were told {seat.port}; leave --port out{seat.hint}"
+            )
         world = seat.world_size if seat else self.gpus or 1
         if seat is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
             wanted = (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel)
@@ -50,14 +54,17 @@ class RankOptions:
                 f"--num_gpus_dit {self.num_gpus_dit or 1}{vae} needs {wanted} ranks, and one was started; add --gpus "
                 f"{wanted}, or start them with torchrun --nproc_per_node={wanted} -m lowvram infer ..."
             )
-        return chosen_layout(
-            world,
-            sample_steps=sample_steps,
-            heads=artifact.component("dit").config["num_heads"],
-            num_gpus_dit=self.num_gpus_dit,
-            ulysses_size=self.ulysses_size,
-            vae_rank=self.enable_vae_parallel,
-        )
+        try:
+            return chosen_layout(
+                world,
+                sample_steps=sample_steps,
+                heads=artifact.component("dit").config["num_heads"],
+                num_gpus_dit=self.num_gpus_dit,
+                ulysses_size=self.ulysses_size,
+                vae_rank=self.enable_vae_parallel,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{error}{seat.hint if seat else ''}") from error
 
 
 def check_for_ranks(layout: ParallelLayout, memory: MemoryOptions) -> None:

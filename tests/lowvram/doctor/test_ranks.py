@@ -7,6 +7,7 @@ import pytest
 from lowvram.doctor.probes import Names
 from lowvram.doctor.ranks import (
     check_backend,
+    check_left_over,
     check_names,
     check_peers,
     check_port,
@@ -149,3 +150,19 @@ def test_threads(value, on_gpu, status):
 
 def test_more_ranks_than_cores():
     assert check_threads(machine(cores=2, environ={"OMP_NUM_THREADS": "1"}), 4, on_gpu=False).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("environ", "advice"),
+    [
+        ({}, ""),
+        ({"MASTER_ADDR": "node", "LOCAL_RANK": "0"}, ""),
+        ({"WORLD_SIZE": "1"}, "for a run of one, unset WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "for a run of one, unset RANK WORLD_SIZE"),
+        ({"RANK": "x", "MASTER_PORT": "1"}, "for a run of one, unset RANK MASTER_PORT"),
+    ],
+)
+def test_variables_of_ranks_that_nobody_started(environ, advice):
+    found = check_left_over(machine(environ=environ))
+    assert (found.status, found.advice) == ("warning" if advice else "ok", advice)
+    assert all(f"{name}={value}" in found.found for name, value in environ.items() if advice)

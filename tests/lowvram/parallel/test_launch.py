@@ -205,4 +205,4 @@ def test_a_wrong_world_size(refused):
     assert "--gpus is 4, but 5 ranks were started" in said
     code, said = refused(environ={"WORLD_SIZE": "5"})
     assert code == 2
-    assert "and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not; expected" in said
+    assert "and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; expected" in said

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import types
 from typing import Any
 
@@ -102,13 +101,58 @@ def test_device_of_a_rank(monkeypatch):
     assert rank_device("auto", seat(4, 3)) == "cpu"
 
 
+TOLD = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+
+
 def test_seat_from_what_the_starter_says():
-    told = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
-    found = Seat.from_environ(told)
-    assert found is not None
-    assert dataclasses.asdict(found) == {"rank": 2, "world_size": 4, "local_rank": 0, "address": "node", "port": 29500}
-    assert Seat.from_environ({"MASTER_ADDR": "node"}) is None
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK, MASTER_PORT is not; expected torchrun or --gpus.*unset RANK"):
-        Seat.from_environ({name: told[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")})
-    with pytest.raises(ConfigError, match=r"whole numbers.*'two'"):
-        Seat.from_environ(told | {"RANK": "two"})
+    found = Seat.from_environ(TOLD)
+    assert found == Seat(rank=2, world_size=4, local_rank=0, address="node", port=29500, by_hand=True)
+    assert found.hint.endswith(
+        "RANK=2 and WORLD_SIZE=4 in the environment say so: for a run of one, unset RANK WORLD_SIZE"
+    )
+    for starter in ({"TORCHELASTIC_RUN_ID": "none"}, {"LOWVRAM_STARTED": "1"}):
+        started = Seat.from_environ(TOLD | starter)
+        assert started is not None
+        assert not started.by_hand
+        assert not started.hint
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{}, {"MASTER_ADDR": "node"}, {"LOCAL_RANK": "0"}, {"RANK": "", "WORLD_SIZE": " "}, {"SLURM_PROCID": "1"}],
+)
+def test_nobody_started_ranks(environ):
+    assert Seat.from_environ(environ) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0"}, r"RANK=0 is set in the environment.* WORLD_SIZE, LOCAL_RANK, .* unset RANK$"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 is set.* and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, r"RANK=0, WORLD_SIZE=1 are set.* unset RANK WORLD_SIZE$"),
+        (
+            TOLD | {"LOCAL_RANK": "", "MASTER_PORT": ""},
+            r"LOCAL_RANK, MASTER_PORT is not set; expected torchrun or --gpus",
+        ),
+        (TOLD | {"RANK": "two"}, r"RANK=two, .*whole numbers.*'two'.*unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR"),
+        (TOLD | {"WORLD_SIZE": "4.0"}, r"WORLD_SIZE=4.0.*whole numbers"),
+        (TOLD | {"RANK": "4"}, r"RANK=4, WORLD_SIZE=4.* cannot be; expected RANK below WORLD_SIZE"),
+        (TOLD | {"RANK": "-1"}, r"RANK=-1.* cannot be"),
+        (TOLD | {"WORLD_SIZE": "0", "RANK": "0"}, r"WORLD_SIZE=0.* cannot be"),
+        (TOLD | {"LOCAL_RANK": "-1"}, r"LOCAL_RANK=-1.* cannot be"),
+        (TOLD | {"MASTER_PORT": "70000"}, r"MASTER_PORT=70000.* cannot be.* from 1 to 65535"),
+    ],
+)
+def test_variables_that_were_left_over_are_named(environ, words):
+    with pytest.raises(ConfigError, match=words):
+        Seat.from_environ(environ)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gpus": 3}, {"port": 1, "gpus": 4}, {"num_gpus_dit": 5}, {"num_gpus_dit": 1}, {"ulysses_size": 2}]
+)
+def test_options_that_contradict_left_over_variables_name_them(options):
+    left_over = Seat.from_environ(TOLD | {"RANK": "0"})
+    with pytest.raises(ConfigError, match=r"RANK=0 and WORLD_SIZE=4 in the environment.*unset RANK WORLD_SIZE"):
+        RankOptions(**options).layout(left_over, ARTIFACT, 4)
