@@ -48,6 +48,12 @@ def encode_audio(artifact: Artifact, speech: np.ndarray, infer_frames: int, devi
     return audio_embedding(hidden, infer_frames).cpu()
 
 
+def fit_audio(features: Tensor, frames: int) -> Tensor:
+    """Features [1, 25, audio_dim, N] of the first ``frames`` video frames: cut, or gone on with zeros, which are what
+    the reference takes behind the end of a voice."""
+    return torch.nn.functional.pad(features, (0, max(frames - features.shape[-1], 0)))[..., :frames]
+
+
 @torch.inference_mode()
 def encode_image(vae: StreamingVAE, portrait_3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Portrait [3, H, W] in [-1, 1] -> reference latents [16, 1, h, w] and motion latents [16, 19, h, w]."""

@@ -65,7 +65,7 @@ def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: 
     lost: list[str] = []
     while True:
         try:
-            recorder, written = _make(pipeline, request, outputs, quiet)
+            recorder, writer = _make(pipeline, request, outputs, quiet)
             break
         except (OutOfMemoryError, RuntimeError) as error:
             if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)):
@@ -80,7 +80,7 @@ def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: 
     if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
         recorder.save(real(outputs.dump_tensors), {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
-    report |= {"frames_written": written, "quality_lost": lost}
+    report |= {"frames_written": writer.frames_written, "fragmented": writer.fragmented, "quality_lost": lost}
     if pipeline.team.layout.world_size > 1:
         layout = dataclasses.asdict(pipeline.team.layout)
         report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
@@ -97,8 +97,8 @@ def _serve(pipeline: AvatarPipeline, request: Request) -> dict[str, Any]:
     return report
 
 
-def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, int]:
-    """One attempt: the video written, and what was recorded on the way."""
+def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, VideoWriter]:
+    """One attempt: who wrote the video, and what was recorded on the way."""
     inputs = read_inputs(request)
     recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
     height, width = inputs.portrait.shape[1:]
@@ -110,7 +110,7 @@ def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: b
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)
-    return recorder, writer.frames_written
+    return recorder, writer
 
 
 def make_report(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lowvram.block_decoder import BlockDecoder, to_pixels
-from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
+from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text, fit_audio
 from lowvram.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encoders import load_vae
@@ -29,7 +29,7 @@ from lowvram.recorder import BlockRecord, Recorder
 from lowvram.relief import Relief, free_cached
 from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
-from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
+from lowvram.schedule import Block, Extent, frames_to_denoise
 from lowvram.team import LatentSize, Solo, Team
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
@@ -86,8 +86,9 @@ class AvatarPipeline:
     def stream(self, request: Request | Inputs, *, recorder: Recorder | None = None) -> Iterator[np.ndarray]:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
 
-        All frames of all clips come; the last clip may go on behind the end of the audio. Of several ranks, this is
-        for the one that reads and writes; ``serve`` is for the others. The current CUDA device and PyTorch's switches
+        All frames of all clips come; the last clip may go on behind the end of the audio, and ``Inputs.voice_frames``
+        says how many are needed. Of several ranks, this is for the one that reads and writes; ``serve`` is for the
+        others. The current CUDA device and PyTorch's switches
         for float32 are the caller's own between two blocks.
         """
         return each_within(self._computing, self._stream(request, recorder or Recorder()))
@@ -107,12 +108,12 @@ class AvatarPipeline:
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
             conditions = self._encode(inputs, recorder)
         conditions = self.team.share_conditions(conditions)
-        clips = _clips(request, conditions)
+        extent = _extent(request, conditions)
         denoiser = self._denoiser(request, size, conditions) if self.team.role.denoises else None
         seconds = denoiser.seconds if denoiser else {}
-        latents = self._latents(request, size, clips, denoiser, seconds)
+        latents = self._latents(extent, size, denoiser, seconds)
         decoder = BlockDecoder(self.runtime, conditions.motion, denoiser.give_way if denoiser else _nothing_else)
-        recorder.started(clips * request.infer_frames - DROPPED_FIRST_FRAMES)
+        recorder.started(conditions.audio.shape[-1] - DROPPED_FIRST_FRAMES)
         waiting: list[tuple[Block, Tensor]] = []
         for block, latent in latents:
             recorder.latent(block, latent)
@@ -127,7 +128,7 @@ class AvatarPipeline:
         self._lay_out(request, size)
         conditions = self.team.share_conditions(None)
         denoiser = self._denoiser(request, size, conditions)
-        for block, _ in self._latents(request, size, _clips(request, conditions), denoiser, denoiser.seconds):
+        for block, _ in self._latents(_extent(request, conditions), size, denoiser, denoiser.seconds):
             del denoiser.seconds[block.index]
             yield block
 
@@ -179,27 +180,30 @@ class AvatarPipeline:
         recorder.tensor("audio_emb", features)
         recorder.tensor("ref_latents", reference[None])
         recorder.tensor("motion_latents", motion[None])
-        return Conditions(context=context, audio=features, reference=reference, motion=motion)
+        frames = frames_to_denoise(
+            inputs.voice_frames,
+            clips_in_audio=features.shape[-1] // request.infer_frames,
+            infer_frames=request.infer_frames,
+            num_clip=request.num_clip,
+            dropped=DROPPED_FIRST_FRAMES,
+        )
+        return Conditions(context=context, audio=fit_audio(features, frames), reference=reference, motion=motion)
 
     def _denoiser(self, request: Request, latent_size: LatentSize, conditions: Conditions) -> Denoiser:
         return Denoiser(self.runtime, request, latent_size, conditions, self.team, self._steps(request))
 
     def _latents(
         self,
-        request: Request,
+        extent: Extent,
         latent_size: LatentSize,
-        clips: int,
         denoiser: Denoiser | None,
         seconds: dict[int, float],
     ) -> Iterator[tuple[Block, Tensor]]:
         """Each block and its latent: denoised here, or by other ranks. Notes how long each took."""
-
-        def blocks() -> Iterator[Block]:
-            return blocks_of(clips, latent_frames_per_clip(request.infer_frames))
-
         if denoiser is None:
-            return _waited(self.team.arriving(blocks(), latent_size), seconds)
-        return denoiser.run(blocks(), self.team.chain(blocks(), latent_size, clips=clips))
+            return _waited(self.team.arriving(extent.blocks(), latent_size), seconds)
+        chain = self.team.chain(extent.blocks(), latent_size, clips=extent.clips_begun)
+        return denoiser.run(extent.blocks(), chain)
 
     def _decode(
         self,
@@ -237,9 +241,9 @@ def _waited(latents: Iterator[tuple[Block, Tensor]], seconds: dict[int, float]) 
         begin = time.perf_counter()
 
 
-def _clips(request: Request, conditions: Conditions) -> int:
-    in_audio = conditions.audio.shape[-1] // request.infer_frames
-    return min(request.num_clip or in_audio, in_audio)
+def _extent(request: Request, conditions: Conditions) -> Extent:
+    """What every rank has heard the length of with the conditions."""
+    return Extent.of(conditions.audio.shape[-1], request.infer_frames)
 
 
 def _nothing_else(layout: Layout) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lowvram.media.audio import check_duration, load_speech
+from lowvram.media.audio import SPEECH_RATE_HZ, check_duration, load_speech
 from lowvram.media.image import load_portrait, portrait_tensor
 from lowvram.media.sizes import output_size
 from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
@@ -24,7 +24,8 @@ PIXELS_PER_LATENT = 8
 class Request:
     """What to make. ``size`` names an area "A*B"; the portrait decides the shape. Validated at construction.
 
-    ``num_clip`` None means as many clips of ``infer_frames`` video frames as the audio fills.
+    ``num_clip`` None means as many clips of ``infer_frames`` video frames as the audio fills, and what its last frames
+    need of one more.
     ``online_decode`` False decodes a clip at a time instead of a block at a time.
     """
 
@@ -64,6 +65,11 @@ class Inputs:
     def latent_size(self) -> tuple[int, int]:
         height, width = self.portrait.shape[1:]
         return height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+    @property
+    def voice_frames(self) -> int:
+        """Video frames that begin before the voice ends."""
+        return -(-len(self.speech) * FPS // SPEECH_RATE_HZ)
 
 
 def read_inputs(request: Request) -> Inputs:

@@ -44,12 +44,60 @@ def latent_frames_per_clip(infer_frames: int) -> int:
     return (infer_frames + 76) // 4 - 19
 
 
-def blocks_of(clips: int, frames_per_clip: int, frames_per_block: int = FRAMES_PER_BLOCK) -> Iterator[Block]:
-    """All blocks in order; where a clip is no multiple of a block, its last block is shorter."""
+def frames_to_denoise(
+    voice_frames: int, *, clips_in_audio: int, infer_frames: int, num_clip: int | None, dropped: int
+) -> int:
+    """Video frames to denoise for a voice of ``voice_frames``: all whole clips that the reference makes of it, and more
+    where those end before the voice does.
+
+    The reference counts clips by the features of the voice and forgets that the video's first ``dropped`` frames are
+    not shown: a voice that ends within the last ones of a clip would lose its end. As many blocks of one clip more
+    are made as hold it, unless ``num_clip`` clips are all that was asked for.
+    """
+    clips = clips_in_audio if num_clip is None else min(num_clip, clips_in_audio)
+    frames = clips * infer_frames
+    missing = voice_frames - (frames - dropped)
+    if missing <= 0 or clips == num_clip:
+        return frames
+    block = FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT
+    return frames + min(-(-missing // block) * block, infer_frames)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How far a video goes: ``clips`` whole ones of ``frames_per_clip`` latent frames, and ``tail`` latent frames of
+    one more."""
+
+    clips: int
+    tail: int
+    frames_per_clip: int
+
+    @classmethod
+    def of(cls, frames: int, infer_frames: int) -> Extent:
+        """Of ``frames`` video frames, a multiple of 4, in clips of ``infer_frames``."""
+        clips, rest = divmod(frames, infer_frames)
+        return cls(
+            clips=clips, tail=rest // VIDEO_FRAMES_PER_LATENT, frames_per_clip=latent_frames_per_clip(infer_frames)
+        )
+
+    @property
+    def clips_begun(self) -> int:
+        return self.clips + (self.tail > 0)
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in order."""
+        return blocks_of(self.clips, self.frames_per_clip, tail=self.tail)
+
+
+def blocks_of(
+    clips: int, frames_per_clip: int, frames_per_block: int = FRAMES_PER_BLOCK, *, tail: int = 0
+) -> Iterator[Block]:
+    """All blocks in order; where a clip is no multiple of a block, its last block is shorter. Behind ``clips`` whole
+    clips come the first ``tail`` latent frames of another one."""
     index = 0
-    for clip in range(clips):
-        for slot, offset in enumerate(range(0, frames_per_clip, frames_per_block)):
-            frames = min(frames_per_block, frames_per_clip - offset)
+    for clip, length in enumerate([frames_per_clip] * clips + [tail]):
+        for slot, offset in enumerate(range(0, length, frames_per_block)):
+            frames = min(frames_per_block, length - offset)
             yield Block(
                 clip=clip,
                 index=index,
@@ -57,7 +105,7 @@ def blocks_of(clips: int, frames_per_clip: int, frames_per_block: int = FRAMES_P
                 offset=offset,
                 frames=frames,
                 first_frame=clip * frames_per_clip + offset,
-                last_of_clip=offset + frames == frames_per_clip,
+                last_of_clip=offset + frames == length,
             )
             index += 1
 

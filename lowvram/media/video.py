@@ -1,4 +1,4 @@
-"""The video: H.264 and AAC in a fragmented MP4 that is written as frames come, and read back to be compared."""
+"""The video: H.264 and AAC in an MP4 that is fragmented while frames come, and read back to be compared."""
 
 import errno
 import logging
@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from lowvram.media.audio import AudioTrack
+from lowvram.media.finish import finish
 from lowvram_kernels.errors import InputError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,13 @@ _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # none that can name ot
 
 
 class VideoWriter:
-    """Writes frames, and the sound that goes with them, to ``<stem>.partial.mp4``; a clean close renames it.
+    """Writes frames, and the sound that goes with them, to ``<stem>.partial.mp4``; a clean close makes the MP4 of it.
 
-    The file is playable up to its last fragment (half a second of video) at any moment, so a run that is killed keeps
-    what it wrote. Sound is read from ``audio_path`` as the video advances and ends where the video ends; with
-    ``trim_to_audio`` frames that begin after the sound's end are not written but counted in ``frames_dropped``. Memory
-    does not depend on the length. As a context manager, an exception closes the partial file and leaves it there.
+    The partial file is fragmented and playable up to its last fragment (half a second of video) at any moment, so a
+    run that is killed keeps what it wrote. The finished one has one index in front of everything. Sound is read from
+    ``audio_path`` as the video advances and ends where the video ends; with ``trim_to_audio`` frames that begin after
+    the sound's end are not written but counted in ``frames_dropped``. Memory does not depend on the length, but for
+    the index. As a context manager, an exception closes the partial file and leaves it there.
 
     Args:
         path: the ``.mp4`` to make, in a folder that exists; replaced if it exists.
@@ -74,6 +76,7 @@ class VideoWriter:
             raise ValueError(f"expected an even height and width of at least 2, received {height} and {width}")
         self.height, self.width, self.fps = height, width, fps
         self.frames_written = self.frames_dropped = 0
+        self.fragmented = True  # until an ordinary MP4 is made of it
         self._trim = trim_to_audio and audio_path is not None
         self._track = AudioTrack(audio_path) if audio_path is not None else None
         self._samples = 0  # of sound, given to the encoder
@@ -104,6 +107,9 @@ class VideoWriter:
     def close(self) -> None:
         """Finish the file and give it its final name. Does nothing when closed already.
 
+        Where the disk has no room for the ordinary MP4 beside the fragmented one, that one gets the name, with a
+        warning, and ``fragmented`` stays True.
+
         Raises:
             OutputError: no frame was written, a full disk, or any other failure; the partial file then stays.
         """
@@ -112,7 +118,7 @@ class VideoWriter:
         self._finish()
         if self.frames_written == 0:
             raise OutputError(f"{self.path} was not made: no frame was written, expected at least one; check the input")
-        self._guard(os.replace, self.partial_path, self.path)
+        self.fragmented = not self._guard(finish, self.partial_path, self.path)
 
     def abort(self) -> None:
         """Close the partial file so that it plays as far as it goes, and leave it there; without a frame it goes."""

@@ -20,6 +20,7 @@ import pytest
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.media.video import VideoWriter, probe, read_frames
 from lowvram_kernels.errors import InputError, OutputError
+from tests.lowvram.media.boxes import top_level
 
 MakeFrames = Callable[..., np.ndarray]
 
@@ -29,15 +30,6 @@ def voice(tmp_path: Path) -> Path:
     """3.0 s of speech-like sound."""
     write_wav(tmp_path / "voice.wav", synth_voice(3.0), 16000)
     return tmp_path / "voice.wav"
-
-
-def boxes(data: bytes) -> list[str]:
-    """Names of an MP4's top-level boxes."""
-    names, offset = [], 0
-    while offset + 8 <= len(data):
-        names.append(data[offset + 4 : offset + 8].decode("latin-1"))
-        offset += max(int.from_bytes(data[offset : offset + 4], "big"), 8)
-    return names
 
 
 def write_blocks(path: Path, block: np.ndarray, count: int) -> None:
@@ -129,12 +121,13 @@ def test_stereo_sound_of_any_kind(
 
 
 def test_file_is_fragmented_with_a_key_frame_a_second(tmp_path: Path, voice: Path, moving_frames: MakeFrames) -> None:
-    with VideoWriter(tmp_path / "a.mp4", 64, 96, audio_path=voice) as writer:
-        writer.write(moving_frames(75))
-    names = boxes((tmp_path / "a.mp4").read_bytes())
+    writer = VideoWriter(tmp_path / "a.mp4", 64, 96, audio_path=voice)
+    writer.write(moving_frames(75))
+    writer.abort()
+    names = top_level(writer.partial_path.read_bytes())
     assert names[:2] == ["ftyp", "moov"]
     assert names.count("moof") == names.count("mdat") >= 5
-    with av.open(str(tmp_path / "a.mp4")) as container:
+    with av.open(str(writer.partial_path)) as container:
         keys = [round(float(p.pts * p.time_base) * 25) for p in container.demux(video=0) if p.size and p.is_keyframe]
     assert keys[0] == 0
     assert max(np.diff([*keys, 75])) <= 25
@@ -143,9 +136,10 @@ def test_file_is_fragmented_with_a_key_frame_a_second(tmp_path: Path, voice: Pat
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_a_cut_copy_plays(tmp_path: Path, voice: Path, moving_frames: MakeFrames, share: float) -> None:
     frames = moving_frames(75)
-    with VideoWriter(tmp_path / "a.mp4", 64, 96, audio_path=voice) as writer:
-        writer.write(frames)
-    whole = (tmp_path / "a.mp4").read_bytes()
+    writer = VideoWriter(tmp_path / "a.mp4", 64, 96, audio_path=voice)
+    writer.write(frames)
+    writer.abort()
+    whole = writer.partial_path.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: int(len(whole) * share)])
     read = list(read_frames(tmp_path / "cut.mp4"))
     assert 75 * share - 25 < len(read) < 75

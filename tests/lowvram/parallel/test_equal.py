@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram.media.samples import synth_voice, write_wav
 from lowvram.media.video import VideoWriter, read_frames
 from lowvram.pipeline import FPS, to_pixels
 from tests.golden_cases import relative_error
@@ -69,6 +70,17 @@ def test_a_single_clip_which_refreshes_no_sink(maker, alone, tmp_path, stages, u
     assert max(errors) <= (0 if ulysses == 1 else FP32), errors
     frames = made.tensors["frames"]
     assert relative_error(frames, alone().tensors["frames"][:, : frames.shape[1]]) <= (0 if ulysses == 1 else FP32)
+
+
+def test_a_voice_that_ends_in_a_clip_s_last_frames(maker, tmp_path):
+    """All ranks hear that a block of a second clip follows, which refreshes the sink."""
+    write_wav(tmp_path / "voice.wav", synth_voice(16 / FPS), 16000)
+    (tmp_path / "alone").mkdir()
+    one = maker.make(tmp_path / "alone", 0, audio=tmp_path / "voice.wav")
+    made = maker.make(tmp_path, 3, *layout_options(2, 1, True), audio=tmp_path / "voice.wav")
+    assert len(made.latents) == len(one.latents) == 3
+    assert all(torch.equal(mine, its) for mine, its in zip(made.latents, one.latents, strict=True))
+    assert len(made.video) == len(one.video) == 16
 
 
 @pytest.mark.parametrize(
