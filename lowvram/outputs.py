@@ -64,7 +64,7 @@ class Outputs:
         """
         with contextlib.ExitStack() as claims:
             if self.make_folder:
-                _make_folder(real(self.video).parent)
+                claims.enter_context(_folder(real(self.video).parent))
             for path in self.named.values():
                 claims.enter_context(writing(real(path), "lowvram infer"))
             _put_aside(self.partial)
@@ -120,11 +120,20 @@ def _check_place(option: str, path: Path, *, overwrite: bool, make_folder: bool)
         ) from error
 
 
-def _make_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make it, and what leads to it; what is made and stays empty goes again."""
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} cannot be made ({error.strerror}); choose another") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for above in made:
+                above.rmdir()
 
 
 def _put_aside(partial: Path) -> None:

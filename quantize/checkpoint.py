@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_kernels.errors import CheckpointError, ConfigError
+from lowvram_quantize.absent import absent, is_there
 from lowvram_quantize.recognise import FETCH, WANTED, parts_of, said
 from lowvram_quantize.source import (
     AUDIO_ENCODER_FOLDER,
@@ -188,6 +189,8 @@ def hugging_face_snapshot(folder: Path) -> Path:
 def _published(folder: Path) -> Path:
     """The folder that the parts lie in: ``folder``, its ``Wan2.2-S2V-14B``, or a snapshot of it."""
     if not folder.is_dir():
+        if not is_there(folder):
+            raise CheckpointError(f"{folder} {absent(folder)}; expected the folder of the published checkpoint")
         what = "a file; name it with --dit-file" if folder.is_file() else "no folder, so it holds no config.json"
         raise CheckpointError(f"{folder} is {what}; expected the folder of the published checkpoint")
     folder = hugging_face_snapshot(folder)

@@ -351,8 +351,14 @@ class Artifact:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path} is no artifact: it has no {MANIFEST}; make one with lowvram convert")
+    try:
+        there = file.is_file()
+    except (OSError, ValueError):  # a folder that may not be looked into, a name that no file can have
+        there = False
+    if not there:
+        from lowvram_quantize.no_artifact import why_no_artifact  # which reads with this module
+
+        raise CheckpointError(why_no_artifact(path))
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

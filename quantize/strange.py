@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.absent import elsewhere
 
 # What browsers (Chrome, Firefox), aria2, wget-like tools and Hugging Face's client call a file until it is whole.
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
@@ -49,4 +50,4 @@ def _missing(path: Path) -> str:
     for ending in UNFINISHED:
         if path.with_name(path.name + ending).is_file():
             return f"{path} is missing: {path.name}{ending} is an unfinished download of it; let it finish"
-    return f"{path} is missing; fetch the checkpoint again"
+    return f"{path} {elsewhere(path) or 'is missing; fetch the checkpoint again'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -101,10 +102,12 @@ def line(result: Result) -> str:
 
 
 @pytest.fixture
-def nearly(tiny, tmp_path) -> list[object]:
+def nearly(tiny, tmp_path, monkeypatch) -> Iterator[list[object]]:
     """What runs but for the portrait, which is not there: the error of a command line with nothing else to say."""
+    monkeypatch.chdir(tmp_path)
     given = ["--model", tiny.artifact("int8"), "--audio", tiny.voice, "--prompt", "A person speaks", "--device", "cpu"]
-    return ["infer", *given, "--image", tmp_path / "gone.png"]
+    yield ["infer", *given, "--image", tmp_path / "gone.png"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", USED)

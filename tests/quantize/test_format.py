@@ -332,7 +332,7 @@ def test_a_folder_without_a_manifest(artifact, tmp_path):
     replace(artifact / MANIFEST, None)
     with refusal(CheckpointError, "no artifact", MANIFEST, "lowvram convert"):
         Artifact.open(artifact)
-    with refusal(CheckpointError, "nowhere", "no artifact"):
+    with refusal(CheckpointError, "nowhere", "is not there"):
         Artifact.open(tmp_path / "nowhere")
 
 

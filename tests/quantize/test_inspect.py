@@ -153,7 +153,7 @@ def test_the_command_line_refuses_what_is_damaged(spoiled, tmp_path):
     refused(inspect(spoiled, "--json"), "format version 7", "reads 1")
     replace(spoiled / MANIFEST, "{")
     refused(inspect(spoiled), MANIFEST, "JSON")
-    refused(inspect(tmp_path / "nowhere"), "nowhere", "no artifact")
+    refused(inspect(tmp_path / "nowhere"), "nowhere", "is not there")
 
 
 @pytest.mark.parametrize("name", ["libraries", "sources", "lowvram"])

@@ -87,7 +87,7 @@ def test_the_text_encoder_may_run_on_the_host():
         (["--wave", "5"], "--wave is 5"),
         (["--wave", "most"], "--wave is 'most'"),
         (["--infer_frames", "13"], "--infer_frames is 13"),
-        (["--model", "nowhere"], "no artifact"),
+        (["--model", "nowhere"], "nowhere is not there"),
         (["--model", "nowhere", "--precision", "int8"], "leave them out"),
     ],
 )
