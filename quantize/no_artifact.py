@@ -75,7 +75,8 @@ def _folder(path: Path) -> str:
         return "what an unfinished convert has made so far; run the same convert again, which goes on there"
     inside = [entry.parent for entry in islice(_manifests(path), 4)]
     if inside:
-        return f"no artifact, but holds {', '.join(map(str, inside))}; give {'that' if len(inside) == 1 else 'one of them'}"
+        which = "that" if len(inside) == 1 else "one of them"
+        return f"no artifact, but holds {', '.join(map(str, inside))}; give {which}"
     if any(name in names for name in _OWN):
         return f"no artifact without its {MANIFEST}, copied in part perhaps; copy it whole, or lowvram convert again"
     convert = f"make an artifact of it: lowvram convert --ckpt-dir {path} --out DIR, then give DIR"
