@@ -10,7 +10,7 @@ import torch
 from lowvram.conveyor import Conveyor, Fill, Moments
 from lowvram.engine import Engine
 from lowvram.host_copies import HostCopies, Shared
-from lowvram.weights import bind, unbind
+from lowvram.weights import bind, converted, unbind
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 
@@ -25,7 +25,8 @@ class Layers:
     """Makes a layer's weights present: every pass enters and leaves all layers in order.
 
     Resident layers are loaded once. Streamed ones lie on the host; the next of them are copied into staging slots
-    while the ones before them run. ``shared`` is where ranks of one machine keep those together.
+    while the ones before them run. What is stored in another dtype than ``dtype``, which is computed in, has a copy on
+    the device: of a streamed layer while it runs. ``shared`` is where ranks of one machine keep those together.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Layers:
         self._host = HostCopies(engine, shared)
         self._present: set[int] = set()
         self._on_host: dict[int, Tensor] = {}
+        self._copied: dict[int, list[str]] = {}
         self._conveyor = Conveyor(engine, [])
 
     @property
@@ -53,6 +55,7 @@ class Layers:
         for index in sorted(set(streamed) - set(self._on_host)):
             self._on_host[index] = self._host.keep(index, self._read(index))
         self._on_host = {index: self._on_host[index] for index in sorted(streamed)}
+        self._copied = {index: self._copied_names(index) for index in self._on_host}
         if self._on_host:
             nbytes = max(slab.numel() for slab in self._on_host.values())
             buffers = [torch.empty(nbytes, dtype=torch.uint8, device=self._engine.device) for _ in range(slots)]
@@ -72,6 +75,8 @@ class Layers:
     def leave(self, index: int) -> None:
         """What was asked of the device so far is the last that reads the layer's weights in this pass."""
         if index in self._on_host:
+            # They lie beside the slot: left bound, copies of all streamed layers would be there at once.
+            unbind(self._dit, self._copied[index])
             self._conveyor.release(index)
 
     def _load(self, index: int) -> None:
@@ -83,6 +88,10 @@ class Layers:
 
     def _read(self, index: int) -> Tensor:
         return self._component.read_slab(layer_slab(index))
+
+    def _copied_names(self, index: int) -> list[str]:
+        specs = self._component.slab_specs(layer_slab(index))
+        return [spec.name for spec in specs if converted(spec.name, spec.dtype, self._dtype)]
 
     def _bind(self, index: int, slab: Tensor) -> None:
         bind(self._dit, self._component.views(layer_slab(index), slab), self._dtype)

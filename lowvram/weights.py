@@ -79,7 +79,8 @@ def bind(model: nn.Module, views: dict[str, Tensor], dtype: torch.dtype) -> None
         module = model.get_submodule(path)
         if leaf not in module._parameters:
             raise CheckpointError(f"the artifact holds {name}, which the model does not have; convert it again")
-        module._parameters[leaf] = nn.Parameter(_computable(name, tensor, dtype), requires_grad=False)
+        values = tensor.to(dtype) if converted(name, tensor.dtype, dtype) else tensor
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
 
 
 def unbind(model: nn.Module, names: Iterable[str]) -> None:
@@ -93,9 +94,9 @@ def unbind(model: nn.Module, names: Iterable[str]) -> None:
         module._parameters[leaf] = nn.Parameter(absent, requires_grad=False)
 
 
-def _computable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = tensor.dtype in (torch.int8, torch.float8_e4m3fn) or name.endswith(".weight_scale")
-    return tensor if kept else tensor.to(dtype)
+def converted(name: str, stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether ``bind`` makes a copy of a tensor that is ``stored`` so, because ``dtype`` is what is computed in."""
+    return not (stored in (torch.int8, torch.float8_e4m3fn) or name.endswith(".weight_scale") or stored is dtype)
 
 
 def load_slabs(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:

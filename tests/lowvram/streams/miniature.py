@@ -31,6 +31,7 @@ BLOCKS = CLIPS * 3
 @dataclasses.dataclass(frozen=True)
 class Spec:
     name: str
+    dtype: torch.dtype
 
 
 class Component:
@@ -53,7 +54,7 @@ class Component:
         return self._slabs[int(slab.rpartition(".")[2])]
 
     def slab_specs(self, slab: str) -> list[Spec]:
-        return [Spec(name) for name in self.views(slab, self.read_slab(slab))]
+        return [Spec(name, view.dtype) for name, view in self.views(slab, self.read_slab(slab)).items()]
 
     def views(self, slab: str, buffer: Tensor) -> dict[str, Tensor]:
         at, layer = 4 * HEADS * WIDTH, f"layers.{slab.rpartition('.')[2]}"
