@@ -12,7 +12,7 @@ from lowvram.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.planning import CARDS, Workload, plan_team
-from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, step_exchange
+from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.share import share_of
 from lowvram.weights import build_dit
@@ -56,7 +56,7 @@ def held(facts: ModelFacts, placement: Placement, layout: ParallelLayout, rank: 
     streamed = set(placement.streamed_layers)
     resident = sum(nbytes for layer, nbytes in enumerate(facts.layer_bytes) if layer not in streamed)
     slots = placement.weight_slots * max((facts.layer_bytes[layer] for layer in streamed), default=0)
-    return facts.shared_bytes + resident + slots
+    return facts.shared.nbytes + resident + slots
 
 
 class Fsdp:
@@ -82,7 +82,7 @@ class Fsdp:
 
     def _shard(self, unit: Shapes) -> int:
         """Bytes of one rank: every tensor is cut along its first dimension, and padded to the same for all ranks."""
-        return COMPUTE_BYTES * sum(-(-shape[0] // self._ranks) * math.prod(shape[1:]) for shape in unit)
+        return BFLOAT16_BYTES * sum(-(-shape[0] // self._ranks) * math.prod(shape[1:]) for shape in unit)
 
 
 def published() -> dict[str, Any]:

@@ -86,6 +86,9 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--enable-vae-parallel", None, "With --gpus: one more encodes and decodes; default: from 4 GPUs on."),
         click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
         click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
+        click.option(
+            "--dtype", default="auto", help="Of what is not 8-bit: auto (bfloat16 on a GPU), float32 or bfloat16."
+        ),
         switch("--offload-model", False, "Keep all of the DiT's layers on the host."),
         switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
         switch("--t5-cpu", False, "Encode the prompt on the host."),

@@ -79,7 +79,7 @@ def dry_run(
     )
     with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True):
         memory, team = MemoryOptions(placement=plan.placement), _team(opened, plan, inputs, clips, layout)
-        pipeline = AvatarPipeline(opened, torch.device("meta"), memory=memory, team=team)
+        pipeline = AvatarPipeline(opened, torch.device("meta"), work.dtype_name, memory=memory, team=team)
         engine, crossed = pipeline.runtime.engine, [(0, 0)]
         blocks = pipeline.stream(inputs) if team.role.media else pipeline.serve(request)
         for _ in blocks:

@@ -59,10 +59,13 @@ def load_text_encoder(
     absent = {id(parameter): parameter for parameter in model.parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for slab in component.slab_names:
-        tensors |= component.views(slab, component.read_slab(slab).to(device))
-    plain = {name: tensor for name, tensor in tensors.items() if component.tensor_scheme(name) in ("bf16", "fp32")}
+        views = component.views(slab, component.read_slab(slab).to(device))
+        plain = {name: view for name, view in views.items() if component.tensor_scheme(name) in ("bf16", "fp32")}
+        # One after the other: a slab whose tensors are all copied goes before the next one comes.
+        bind(model, plain, dtype)
+        tensors |= {name: view for name, view in views.items() if name not in plain}
+        del views, plain
     swap_text_linears(model, component, tensors, dtype)
-    bind(model, plain, dtype)
     model.encoder.embed_tokens.weight = model.shared.weight
     if left := [name for name, parameter in model.named_parameters() if id(parameter) in absent]:
         raise CheckpointError(f"{component.path} lacks {len(left)} tensors, first {left[0]}; convert again")

@@ -139,7 +139,12 @@ class AvatarPipeline:
             OutOfMemoryError: it does not fit the budgets, and how much would.
         """
         runtime, team = self.runtime, self.team
-        work = Workload(latent_size=latent_size, infer_frames=request.infer_frames, sample_steps=request.sample_steps)
+        work = Workload(
+            latent_size=latent_size,
+            infer_frames=request.infer_frames,
+            sample_steps=request.sample_steps,
+            dtype=runtime.dtype,
+        )
         self.laid_out = found = lay_out(runtime.artifact, work, runtime.device, runtime.memory, team)
         if team.role.media and found.plan is not None:
             plan_log.info("%s", found.summary())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
+from lowvram.devices import choose_dtype
 from lowvram.planning.cards import CARDS, Card
 from lowvram.planning.choice import Machines, choose_team
 from lowvram.planning.command import DEFAULT_CARD
@@ -64,7 +67,8 @@ def wants_of(facts: ModelFacts, rooms: Sequence[Room | None], *, ram_bytes: int)
         ram_bytes=[_NO_LIMIT if on_cpu else ram_bytes],
     )
     try:
-        team = choose_team(facts, Workload.of_size(SIZE), there)
+        dtype = choose_dtype("auto", torch.device("cpu" if on_cpu else "cuda"))
+        team = choose_team(facts, Workload.of_size(SIZE, dtype=dtype), there)
         ranks, host = team.ranks, team.host[0]
     except DoesNotFit as refused:
         ranks, host = refused.ranks, refused.host[0]

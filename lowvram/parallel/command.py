@@ -63,7 +63,9 @@ class RankRun:
         check_for_ranks(layout, self.memory)
         self._examine_card(seat)
         artifact = Artifact.open(self.model)
-        settler = Settler(options=self.options, artifact=artifact, request=self.request, memory=self.memory)
+        settler = Settler(
+            options=self.options, artifact=artifact, request=self.request, memory=self.memory, dtype=self.dtype
+        )
         with joined(seat, layout, self.device, settler.settle) as (team, device):
             if team.role.media:
                 self._check_outputs()

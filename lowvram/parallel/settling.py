@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from lowvram.devices import choose_dtype
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.team import RankTeam
@@ -30,6 +31,7 @@ class Settler:
     artifact: Artifact
     request: Request
     memory: MemoryOptions
+    dtype: str
 
     def settle(self, team: RankTeam, device: torch.device) -> None:
         """Tell the team what it runs on, and let it take the layout that is predicted to be the fastest there.
@@ -41,14 +43,14 @@ class Settler:
             return
         team.there = there = machines_of(team, device, self.memory)
         if self.options.ulysses_size is None:
-            team.settle(self._layout(there))
+            team.settle(self._layout(there, choose_dtype(self.dtype, device)))
 
-    def _layout(self, there: Machines) -> ParallelLayout:
+    def _layout(self, there: Machines, dtype: torch.dtype) -> ParallelLayout:
         # The portrait, which one rank reads, makes the size named here or less of it.
+        request, options = self.request, self.options
         work = Workload.of_size(
-            self.request.size, infer_frames=self.request.infer_frames, sample_steps=self.request.sample_steps
+            request.size, infer_frames=request.infer_frames, sample_steps=request.sample_steps, dtype=dtype
         )
-        options = self.options
         wishes = Wishes.of(self.memory, num_gpus_dit=options.num_gpus_dit, vae_rank=options.enable_vae_parallel)
         return choose_team(self.artifact, work, there, wishes).layout
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from lowvram.byte_sizes import parse_bytes
-from lowvram.devices import cuda_is_here
+from lowvram.devices import choose_dtype, cuda_is_here
 from lowvram.planning.cards import Card, card_named
 from lowvram.planning.choice import Alternative, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.costs import GIB
@@ -39,6 +39,7 @@ class PlanOptions:
     gpu: str = "auto"
     kv: str = "auto"
     wave: str = "auto"
+    dtype: str = "auto"
     offload_model: bool = False
     offload_kv_cache: bool = False
     t5_cpu: bool = False
@@ -56,7 +57,8 @@ class PlanOptions:
 
     @property
     def workload(self) -> Workload:
-        return Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps)
+        dtype = choose_dtype(self.dtype, torch.device("cuda"))
+        return Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Bytes and operations of the rollout from shapes alone: rings, sink, arithmetic.
 
 Shapes: L tokens of a block, D width, N heads, H head_dim. ``kv`` is "plain" (keys and values in the dtype that is
-computed in) or "int8", as in ``Placement``. ``share`` is what one rank has of it all.
+computed in) or "int8", as in ``Placement``. ``share`` is what one rank has of it all; ``value_bytes`` are those of a
+value in the dtype that is computed in.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from lowvram.planning.workload import Workload
 from lowvram_models.config import DiTConfig
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-COMPUTE_BYTES = 2
-"""A value of bfloat16, which a GPU computes in."""
-FLOAT32_BYTES = 4
+BFLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 SCALE_BYTES = 2
 """Scales and means of int8 keys and values are bfloat16."""
 _BLOCK_ALIGNMENT = 16
@@ -47,11 +46,11 @@ class KVBytes:
         return -(-(self.payload + self.scales) // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
 
 
-def kv_bytes(config: DiTConfig, tokens: int, kv: str, heads: int) -> KVBytes:
+def kv_bytes(config: DiTConfig, tokens: int, kv: str, heads: int, value_bytes: int) -> KVBytes:
     """Bytes of keys and values of so many tokens and heads, one layer and one step."""
     width = heads * config.head_dim
     if kv == "plain":
-        return KVBytes(payload=2 * tokens * width * COMPUTE_BYTES, scales=0)
+        return KVBytes(payload=2 * tokens * width * value_bytes, scales=0)
     scales = 2 * tokens * heads * SCALE_BYTES + width * SCALE_BYTES
     return KVBytes(payload=2 * tokens * width, scales=scales)
 
@@ -74,7 +73,8 @@ class RingCosts:
 
 def ring_costs(config: DiTConfig, work: Workload, kv: str, share: Share) -> RingCosts:
     """Rings of the rank's steps: its heads of all tokens."""
-    block, slots = kv_bytes(config, work.block_tokens, kv, share.heads), work.blocks_per_clip
+    slots = work.blocks_per_clip
+    block = kv_bytes(config, work.block_tokens, kv, share.heads, work.value_bytes)
     return RingCosts(
         cells=len(share.steps) * config.num_layers,
         payload=block.payload * slots,
@@ -87,7 +87,7 @@ def ring_costs(config: DiTConfig, work: Workload, kv: str, share: Share) -> Ring
 
 def sink_bytes(config: DiTConfig, work: Workload, kv: str, share: Share) -> KVBytes:
     """The sink of all layers, the rank's heads of it; every step shares it."""
-    layer = kv_bytes(config, work.sink_tokens, kv, share.heads)
+    layer = kv_bytes(config, work.sink_tokens, kv, share.heads, work.value_bytes)
     return KVBytes(payload=layer.payload * config.num_layers, scales=layer.scales * config.num_layers)
 
 
@@ -139,8 +139,8 @@ def step_exchange(config: DiTConfig, work: Workload, share: Share) -> Exchanged:
     away, back = own * (config.dim - mine), others * mine  # values of own tokens elsewhere, of others' tokens here
     outputs = 4 * config.out_dim * FLOAT32_BYTES  # a token's, four values a channel
     return Exchanged(
-        sent=config.num_layers * (3 * away + back) * COMPUTE_BYTES + own * (share.parts - 1) * outputs,
-        received=config.num_layers * (3 * back + away) * COMPUTE_BYTES + others * outputs,
+        sent=config.num_layers * (3 * away + back) * work.value_bytes + own * (share.parts - 1) * outputs,
+        received=config.num_layers * (3 * back + away) * work.value_bytes + others * outputs,
     )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
+
+import torch
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
@@ -12,6 +15,30 @@ from lowvram_quantize.format import Artifact, Component, read_header
 
 EIGHT_BIT = ("int8", "fp8")
 _NOT_A_PARAMETER = ("_scale", "._scale", ".absmax")
+# What is used as it is stored, whatever is computed in: weights in 8 and 4 bit, and scales that their kernels take.
+_AS_STORED = (torch.int8, torch.float8_e4m3fn, torch.uint8)
+_SCALES_AS_STORED = ("weight_scale", ".absmax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlabFacts:
+    """A slab of ``nbytes``: whether a part of it is used ``as_stored`` whatever is computed in, and how many values of
+    the others it has in bfloat16 and in float32."""
+
+    nbytes: int
+    as_stored: bool
+    bf16_values: int
+    fp32_values: int
+
+    def copies(self, dtype: torch.dtype) -> int:
+        """Bytes of the copies that are made of it where ``dtype`` is computed in."""
+        other = self.fp32_values if dtype is torch.bfloat16 else self.bf16_values
+        return other * dtype.itemsize
+
+    def bound(self, dtype: torch.dtype) -> int:
+        """Bytes that it takes once it is bound. Where everything was copied nobody holds the slab any more."""
+        same = self.bf16_values if dtype is torch.bfloat16 else self.fp32_values
+        return self.copies(dtype) + (self.nbytes if self.as_stored or same else 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,23 +55,23 @@ class AudioFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Sizes in bytes, as the artifact's slabs have them; ``parameters`` are counts.
+    """Sizes of the artifact's slabs; ``parameters`` are counts.
 
-    ``layer_bytes`` has each layer's slab; ``start_bytes`` go before the first block. ``precision`` is the DiT's.
+    ``layers`` has each layer's slab; ``start`` goes before the first block. ``precision`` is the DiT's.
     """
 
     config: DiTConfig
     precision: str
-    layer_bytes: tuple[int, ...]
-    shared_bytes: int
-    start_bytes: int
+    layers: tuple[SlabFacts, ...]
+    shared: SlabFacts
+    start: SlabFacts
     parameters: int
-    text_bytes: int
+    text: tuple[SlabFacts, ...]
     text_parameters: int
     text_width: int
     text_ffn: int
     text_heads: int
-    vae_bytes: int
+    vae: tuple[SlabFacts, ...]
     vae_base_dim: int
     vae_parameters: int
     audio: AudioFacts
@@ -52,7 +79,22 @@ class ModelFacts:
     @property
     def weight_bytes(self) -> int:
         """The DiT's, wherever they lie."""
-        return self.start_bytes + self.shared_bytes + sum(self.layer_bytes)
+        return self.start.nbytes + self.shared.nbytes + sum(self.layer_bytes)
+
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Of each layer's slab, as it is stored."""
+        return tuple(slab.nbytes for slab in self.layers)
+
+    @property
+    def text_bytes(self) -> int:
+        """Of the text encoder, as it is stored."""
+        return sum(slab.nbytes for slab in self.text)
+
+    @property
+    def vae_bytes(self) -> int:
+        """Of the VAE, as it is stored."""
+        return sum(slab.nbytes for slab in self.vae)
 
     @property
     def quantized(self) -> bool:
@@ -73,19 +115,35 @@ def facts_of(artifact: Artifact) -> ModelFacts:
     return ModelFacts(
         config=config,
         precision=dit.precision,
-        layer_bytes=tuple(dit.slab_nbytes(f"layer.{index}") for index in range(config.num_layers)),
-        shared_bytes=dit.slab_nbytes("shared"),
-        start_bytes=dit.slab_nbytes("start"),
+        layers=_slabs(dit, (f"layer.{index}" for index in range(config.num_layers))),
+        shared=_slab(dit, "shared"),
+        start=_slab(dit, "start"),
         parameters=_parameters(dit),
-        text_bytes=sum(text.slab_nbytes(slab) for slab in text.slab_names),
+        text=_slabs(text, text.slab_names),
         text_parameters=_parameters(text),
         text_width=int(text.config["d_model"]),
         text_ffn=int(text.config["d_ff"]),
         text_heads=int(text.config["num_heads"]),
-        vae_bytes=sum(vae.slab_nbytes(slab) for slab in vae.slab_names),
+        vae=_slabs(vae, vae.slab_names),
         vae_base_dim=int(vae.config["base_dim"]),
         vae_parameters=_parameters(vae),
         audio=_audio_facts(artifact),
+    )
+
+
+def _slabs(component: Component, names: Iterable[str]) -> tuple[SlabFacts, ...]:
+    return tuple(_slab(component, name) for name in names)
+
+
+def _slab(component: Component, name: str) -> SlabFacts:
+    specs = component.slab_specs(name)
+    values = [spec for spec in specs if spec.dtype not in _AS_STORED and not spec.name.endswith(_SCALES_AS_STORED)]
+    counts = [sum(math.prod(s.shape) for s in values if s.dtype is dtype) for dtype in (torch.bfloat16, torch.float32)]
+    return SlabFacts(
+        nbytes=component.slab_nbytes(name),
+        as_stored=len(values) < len(specs),
+        bf16_values=counts[0],
+        fp32_values=counts[1],
     )
 
 

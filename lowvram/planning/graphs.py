@@ -27,7 +27,9 @@ def graph_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: 
     if not cells or share.exchanges:
         return 0
     seen = work.ring_tokens + work.sink_tokens
-    pool = workspace.layer_workspace(config, share.block_tokens, quantized=facts.quantized, seen_tokens=seen).peak
+    pool = workspace.layer_workspace(
+        config, share.block_tokens, quantized=facts.quantized, seen_tokens=seen, value_bytes=work.value_bytes
+    ).peak
     inputs = [workspace.rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
     # A clip that is no multiple of a block has shorter blocks, with inputs of their own.
     lanes = (inputs[0] - inputs[1]) * (2 if work.frames_per_clip % work.frames_per_block else 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from lowvram.placement import Placement
 from lowvram.planning import workspace
-from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
-from lowvram.planning.facts import ModelFacts
+from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
+from lowvram.planning.facts import ModelFacts, SlabFacts
 from lowvram.planning.graphs import graph_bytes
 from lowvram.planning.outside import FLAT_BYTES, NCCL_FLAT_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.planning.share import Share, whole
@@ -57,18 +59,17 @@ def device_parts(
     facts: ModelFacts, work: Workload, placement: Placement, share: Share, *, cuda_graphs: bool = False
 ) -> DeviceParts:
     config, streamed = facts.config, placement.streamed_layers
-    vae = allocated(facts.vae_bytes) if share.media else 0
+    vae = allocated(sum(slab.bound(work.dtype) for slab in facts.vae)) if share.media else 0
     cache = workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0
     if not share.denoises:
         return DeviceParts(vae=vae, decoder_cache=cache)
     ring = ring_costs(config, work, placement.kv, share)
-    sink = kv_bytes(config, work.sink_tokens, placement.kv, share.heads)
-    slabs = [bound_bytes(facts, nbytes) for i, nbytes in enumerate(facts.layer_bytes) if i not in set(streamed)]
+    sink = kv_bytes(config, work.sink_tokens, placement.kv, share.heads, work.value_bytes)
     slot = max((facts.layer_bytes[i] for i in streamed), default=0)
     return DeviceParts(
-        shared_weights=allocated(bound_bytes(facts, facts.shared_bytes)),
-        resident_layers=sum(map(allocated, slabs)),
-        weight_slots=placement.weight_slots * allocated(slot) + widened(facts, streamed),
+        shared_weights=allocated(facts.shared.bound(work.dtype)),
+        resident_layers=sum(allocated(slab.bound(work.dtype)) for slab in resident(facts, placement)),
+        weight_slots=placement.weight_slots * allocated(slot),
         rings=(ring.cells - len(placement.host_rings)) * allocated(ring.cell),
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
@@ -80,53 +81,82 @@ def device_parts(
     )
 
 
-def bound_bytes(facts: ModelFacts, slab_nbytes: int) -> int:
-    """What a slab takes once it is bound: weights stored in float32 are narrowed to what is computed in."""
-    return slab_nbytes * COMPUTE_BYTES // FLOAT32_BYTES if facts.precision == "fp32" else slab_nbytes
+def resident(facts: ModelFacts, placement: Placement) -> list[SlabFacts]:
+    """The layers that stay on the device."""
+    streamed = set(placement.streamed_layers)
+    return [slab for index, slab in enumerate(facts.layers) if index not in streamed]
 
 
-def widened(facts: ModelFacts, streamed: tuple[int, ...]) -> int:
-    """Copies in the compute dtype that streamed float32 layers leave beside their staging slots."""
-    if facts.precision != "fp32":
-        return 0
-    return sum(bound_bytes(facts, facts.layer_bytes[index]) for index in streamed)
+def loading(slabs: Iterable[SlabFacts], dtype: torch.dtype) -> int:
+    """The most that slabs take while they are loaded one after the other: the one that is bound just now stands beside
+    all copies that are made of it."""
+    there = peak = 0
+    for slab in slabs:
+        peak = max(peak, there + slab.nbytes + slab.copies(dtype))
+        there += slab.bound(dtype)
+    return peak
 
 
 def stage_peaks(
-    facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str, share: Share
+    facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts, text_device: str, share: Share
 ) -> dict[str, int]:
     """Device bytes at the worst moment of each stage that the rank has, without the reserve."""
     encoding = _encoding_peaks(facts, work, parts, text_device) if share.media else {}
-    denoising = _denoising_peaks(facts, work, parts, share) if share.denoises else {}
+    denoising = _denoising_peaks(facts, work, placement, parts, share) if share.denoises else {}
     decode = parts.total + workspace.decode_workspace(facts.vae_base_dim, work)
     return encoding | denoising | ({"decode": decode} if share.media else {})
 
 
 def _encoding_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
-    text = allocated(facts.text_bytes) + workspace.text_workspace(facts) if text_device == "cuda" else 0
+    text = allocated(sum(slab.bound(work.dtype) for slab in facts.text))
+    text = max(loading(facts.text, work.dtype), text + workspace.text_workspace(facts, work.value_bytes))
+    image = parts.vae + workspace.encode_workspace(facts.vae_base_dim, work)
     return {
-        "encode_text": text,
+        "encode_text": text if text_device == "cuda" else 0,
         "encode_audio": facts.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(facts.audio),
-        "encode_image": parts.vae + workspace.encode_workspace(facts.vae_base_dim, work),
+        "encode_image": max(loading(facts.vae, work.dtype), image),
     }
 
 
-def _denoising_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, share: Share) -> dict[str, int]:
+def _denoising_peaks(
+    facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts, share: Share
+) -> dict[str, int]:
     config, quantized, seen = facts.config, facts.quantized, work.ring_tokens + work.sink_tokens
     block_of, sink_of = (
         workspace.Attended(tokens=tokens, heads=share.heads) if share.exchanges else None
         for tokens in (work.block_tokens, work.sink_tokens)
     )
     block = workspace.layer_workspace(
-        config, share.block_tokens, quantized=quantized, seen_tokens=seen, attended=block_of
+        config,
+        share.block_tokens,
+        quantized=quantized,
+        seen_tokens=seen,
+        attended=block_of,
+        value_bytes=work.value_bytes,
     )
-    sink = workspace.layer_workspace(config, share.sink_tokens, quantized=quantized, audio=False, attended=sink_of)
+    sink = workspace.layer_workspace(
+        config,
+        share.sink_tokens,
+        quantized=quantized,
+        audio=False,
+        attended=sink_of,
+        value_bytes=work.value_bytes,
+    )
     sink_residual = share.sink_tokens * config.dim * FLOAT32_BYTES
+    # Of a streamed layer, while it runs, beside its slot.
+    copies = max((facts.layers[index].copies(work.dtype) for index in placement.streamed_layers), default=0)
     return {
-        "load_dit": parts.total - parts.decoder_cache + allocated(bound_bytes(facts, facts.start_bytes)),
-        "prefill_sink": parts.total + sink_residual + sink.peak,
-        "denoise": parts.total + block.peak,
+        "load_dit": _loading_peak(facts, work, placement, parts),
+        "prefill_sink": parts.total + sink_residual + max(sink.embed, copies + sink.layer),
+        "denoise": parts.total + max(block.embed, copies + block.layer),
     }
+
+
+def _loading_peak(facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts) -> int:
+    """Once everything is there, what goes before the first block included; or while weights are loaded, which comes
+    before slots and rings."""
+    whole = parts.total - parts.decoder_cache + allocated(facts.start.bound(work.dtype))
+    return max(whole, loading([facts.start, facts.shared, *resident(facts, placement)], work.dtype) + parts.sink)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,14 +177,17 @@ class HostParts:
 
 
 def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
-    """Of one rank's process; what it streams lies there once for all ranks of a machine."""
+    """Of one rank's process; what it streams lies there once for all ranks of a machine. A text encoder computes in
+    float32 there."""
     cell = ring_costs(facts.config, work, placement.kv, share).cell
     return HostParts(
         base=HOST_BASE_BYTES,
         pinned_weights=pinned_weights(facts, placement.streamed_layers),
         pinned_rings=len(placement.host_rings) * _pages(cell),
         pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0,
-        text_encoder=facts.text_bytes if share.media and text_device == "cpu" else 0,
+        text_encoder=sum(slab.bound(torch.float32) for slab in facts.text)
+        if share.media and text_device == "cpu"
+        else 0,
     )
 
 
@@ -225,16 +258,17 @@ class ReferenceParts:
 
 def reference_parts(facts: ModelFacts, work: Workload) -> ReferenceParts:
     config, base_dim = facts.config, facts.vae_base_dim
+    work = dataclasses.replace(work, dtype=torch.bfloat16)
     ring = ring_costs(config, work, "plain", whole(config, work))
-    sink = kv_bytes(config, work.sink_tokens, "plain", config.num_heads)
+    sink = kv_bytes(config, work.sink_tokens, "plain", config.num_heads, work.value_bytes)
     seen = work.ring_tokens + work.sink_tokens
     layer = workspace.layer_workspace(config, work.block_tokens, quantized=False, seen_tokens=seen)
     return ReferenceParts(
-        dit=facts.parameters * COMPUTE_BYTES,
+        dit=facts.parameters * BFLOAT16_BYTES,
         kv_rings=ring.cells * ring.payload,
         sink=sink.payload * config.num_layers,
-        text_encoder=facts.text_parameters * COMPUTE_BYTES,
+        text_encoder=facts.text_parameters * BFLOAT16_BYTES,
         audio_encoder=facts.audio.parameters * FLOAT32_BYTES,
-        vae=facts.vae_parameters * COMPUTE_BYTES,
+        vae=facts.vae_parameters * BFLOAT16_BYTES,
         workspace=workspace.decoder_cache(base_dim, work) + max(layer.peak, workspace.decode_workspace(base_dim, work)),
     )

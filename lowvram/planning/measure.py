@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lowvram.devices import current
+from lowvram.devices import computing_on
 from lowvram.pinning import mapped, registry
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
@@ -48,7 +48,7 @@ class Runner(Protocol):
 
     def seconds(self, what: str) -> float:
         """Seconds of one copy of ``COPY_BYTES`` ("h2d", "d2h") or one product of ``PRODUCT_SIZE`` ("bf16", "int8",
-        "fp8"), started and finished on the card."""
+        "fp8", "fp32"), started and finished on the card."""
         ...
 
 
@@ -80,7 +80,7 @@ class CudaRunner:
 
     def seconds(self, what: str) -> float:
         # Pinned memory, too, belongs to the current device: without this the first card would lose some of its own.
-        with current(self._device):
+        with computing_on(self._device):
             if what not in self._work:
                 self._work = {what: self._prepared(what)}  # what was measured before gives its memory back
             work = self._work[what]
@@ -104,8 +104,9 @@ class CudaRunner:
         if what == "int8":
             a, b = (torch.ones(shape, dtype=torch.int8, device=self._device) for _ in range(2))
             return lambda: torch._int_mm(a, b.t())
-        a, b = (torch.ones(shape, dtype=torch.bfloat16, device=self._device) for _ in range(2))
-        if what == "bf16":
+        dtype = torch.float32 if what == "fp32" else torch.bfloat16
+        a, b = (torch.ones(shape, dtype=dtype, device=self._device) for _ in range(2))
+        if what in ("bf16", "fp32"):
             return lambda: a @ b.t()
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         rows, columns = (
@@ -135,6 +136,7 @@ def measure(runner: Runner) -> Rates:
         int8=operations / best("int8"),
         fp8=operations / best("fp8") if runner.has_fp8 else None,
         bf16=operations / best("bf16"),
+        fp32=operations / best("fp32"),
         h2d=COPY_BYTES / best("h2d"),
         d2h=COPY_BYTES / best("d2h"),
         measured=True,
@@ -184,7 +186,7 @@ def _read(file: Path) -> dict[str, Rates]:
 
 def _rates(values: dict[str, Any]) -> Rates:
     rates = Rates(**values)
-    for name in ("int8", "bf16", "h2d", "d2h"):
+    for name in ("int8", "bf16", "fp32", "h2d", "d2h"):
         if not isinstance(getattr(rates, name), (int, float)) or not getattr(rates, name) > 0:
             raise ValueError(f"{name} is {getattr(rates, name)!r}, expected a rate above 0")
     if rates.fp8 is not None and not (isinstance(rates.fp8, (int, float)) and rates.fp8 > 0):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
+
 from lowvram.byte_sizes import gib
 from lowvram.placement import Placement
 from lowvram.planning.cards import Card
@@ -221,7 +223,7 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
     host = host_parts(facts, work, placement, job.text_device, share)
     ring = ring_costs(facts.config, work, placement.kv, share)
     sink = sink_bytes(facts.config, work, placement.kv, share)
-    peaks = stage_peaks(facts, work, parts, job.text_device, share)
+    peaks = stage_peaks(facts, work, placement, parts, job.text_device, share)
     return Plan(
         placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
         workload=work,
@@ -259,9 +261,15 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
         reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")
     if job.facts.precision == "fp8" and not card.has_fp8:
-        notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to bf16 at use; int8 is faster there")
+        widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"
+        notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to {widened} at use; int8 is faster there")
     if job.facts.precision == "fp32":
         notes.append("weights stored in float32 cross PCIe at twice the bytes of bf16; convert with --precision bf16")
+    if job.work.dtype is torch.float32:
+        notes.append(
+            "what is not 8-bit is computed in float32, at twice the bytes of bfloat16 and without tensor cores; "
+            "bfloat16 is the default on GPUs"
+        )
     return tuple(notes)
 
 
@@ -294,7 +302,7 @@ def advice(job: Job, fits: Callable[[Job], bool]) -> str:
     kv = "" if job.kv == "int8" else "--kv int8 "
     changes = [(kv, job.work)] if kv else []
     for size in _SMALLER_SIZES:
-        work = Workload.of_size(size, infer_frames=job.work.infer_frames, sample_steps=job.work.sample_steps)
+        work = job.work.at_size(size)
         if work.pixels < job.work.pixels:
             changes.append((f'{kv}--size "{size}"', work))
     for options, work in changes:

@@ -66,7 +66,8 @@ class Job:
 
     def stage_peaks(self, placement: Placement) -> dict[str, int]:
         """Device bytes of each stage, without the reserve."""
-        return stage_peaks(self.facts, self.work, self.device_parts(placement), self.text_device, self.share)
+        parts = self.device_parts(placement)
+        return stage_peaks(self.facts, self.work, placement, parts, self.text_device, self.share)
 
     def device_parts(self, placement: Placement) -> DeviceParts:
         return device_parts(self.facts, self.work, placement, self.share, cuda_graphs=self.cuda_graphs)

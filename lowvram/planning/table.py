@@ -74,6 +74,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "text_encoder_device": plan.text_encoder_device,
         "precision": plan.precision,
+        "dtype": plan.workload.dtype_name,
         "gpu": plan.card.name,
         "latent_size": list(plan.workload.latent_size),
         "tokens_per_block": plan.workload.block_tokens,
@@ -115,13 +116,15 @@ def _placement(plan: Plan) -> Table:
     table = empty_table(f"{title}: {plan.workload.block_tokens} tokens a block", "", "on the device", "from the host")
     layers, streamed = plan.layers, len(plan.placement.streamed_layers)
     rings, hosted = layers * plan.workload.sample_steps, len(plan.placement.host_rings)
-    kv = "int8" if plan.placement.kv == "int8" else "bf16"
+    dtype = plan.workload.dtype_name
+    kv = {"int8": "int8", "plain": "bf16" if dtype == "bfloat16" else dtype}[plan.placement.kv]
     table.add_row(f"layers, {plan.precision} ({gib(plan.weight_bytes)} in all)", str(layers - streamed), str(streamed))
     rings_bytes = plan.kv_ring_bytes + plan.kv_scale_bytes
     table.add_row(f"KV rings, {kv} ({gib(rings_bytes)} in all)", str(rings - hosted), str(hosted))
     table.add_row(f"sink, {kv}", gib(plan.sink_bytes + plan.sink_scale_bytes), "")
     table.add_row("text encoder, while it works", *(("yes", "") if plan.text_encoder_device == "cuda" else ("", "yes")))
     table.add_row("steps that share a pass over the layers", str(plan.placement.wave), "")
+    table.add_row("computed in, what is not 8-bit", dtype, "")
     return table
 
 

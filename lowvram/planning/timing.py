@@ -90,11 +90,13 @@ def seconds_of(
     share: Share,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
 ) -> Seconds:
-    """Attention computes in bf16 whatever the rings are kept in."""
+    """Attention over 8-bit rings computes in bf16 whatever is computed in around it."""
     step, reached = step_operations(facts.config, work, share), rates.efficiency
-    linear = step.linear / (rates.of(facts.precision) * reached["linear"])
-    attention = step.attention / (rates.bf16 * reached["attention"])
-    decode = decode_operations(facts.vae_base_dim, work) / (rates.bf16 * reached["vae"]) if share.media else 0.0
+    linear = step.linear / (rates.of(facts.precision, work.dtype) * reached["linear"])
+    attended = rates.bf16 if placement.kv == "int8" else rates.values(work.dtype)
+    attention = step.attention / (attended * reached["attention"])
+    decoding = decode_operations(facts.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])
+    decode = decoding if share.media else 0.0
     bytes_ = traffic(facts, work, placement, share)
     # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
     beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from lowvram.media.sizes import parse_size
 from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
 
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16
+_COMPUTED_IN = (torch.bfloat16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """``latent_size`` is (h, w) of the latents, ``infer_frames`` video frames a clip. Validated at construction.
+    """``latent_size`` is (h, w) of the latents, ``infer_frames`` video frames a clip, ``dtype`` what everything that is
+    not 8-bit is computed in on the device. Validated at construction.
 
     ``num_clip`` changes no byte and no second a block: rings, cache and workspace are those of one clip.
     """
@@ -23,6 +27,7 @@ class Workload:
     infer_frames: int = 48
     sample_steps: int = 4
     num_clip: int | None = None
+    dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         latent_frames_per_clip(self.infer_frames)
@@ -30,9 +35,13 @@ class Workload:
             raise ConfigError(f"latents of {self.latent_size} are too small; expected 8 x 8 (64 x 64 px) or more")
         if not 1 <= self.sample_steps <= 1000:
             raise ConfigError(f"--sample_steps is {self.sample_steps}; expected 1 to 1000, 4 is what the model is for")
+        if self.dtype not in _COMPUTED_IN:
+            raise ConfigError(f"{self.dtype} was to be computed in; expected torch.bfloat16 or torch.float32")
 
     @classmethod
-    def of_size(cls, size: str, *, infer_frames: int = 48, sample_steps: int = 4) -> Workload:
+    def of_size(
+        cls, size: str, *, infer_frames: int = 48, sample_steps: int = 4, dtype: torch.dtype = torch.bfloat16
+    ) -> Workload:
         """The workload of a size "A*B" without a portrait.
 
         A portrait's aspect turns an area into multiples of 64 px that stay *within* it. Without one, the area's own
@@ -44,7 +53,22 @@ class Workload:
         """
         height, width = sorted(parse_size(size))
         latent_size = (_latents(height), _latents(width))
-        return cls(latent_size=latent_size, infer_frames=infer_frames, sample_steps=sample_steps)
+        return cls(latent_size=latent_size, infer_frames=infer_frames, sample_steps=sample_steps, dtype=dtype)
+
+    def at_size(self, size: str) -> Workload:
+        """The same at another size; see ``of_size``."""
+        latent_size = Workload.of_size(size).latent_size
+        return dataclasses.replace(self, latent_size=latent_size)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value that is not 8-bit."""
+        return self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        """As ``--dtype`` has it."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def size_px(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning.costs import COMPUTE_BYTES, FLOAT32_BYTES, kv_bytes
+from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, kv_bytes
 from lowvram.planning.facts import AudioFacts, ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
@@ -38,8 +38,12 @@ class LayerWorkspace:
     audio: int
 
     @property
+    def layer(self) -> int:
+        return max(self.norms, self.attend, self.feed_forward, self.audio)
+
+    @property
     def peak(self) -> int:
-        return max(self.embed, self.norms, self.attend, self.feed_forward, self.audio)
+        return max(self.embed, self.layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,10 @@ def layer_workspace(
     seen_tokens: int = 0,
     audio: bool = True,
     attended: Attended | None = None,
+    value_bytes: int = BFLOAT16_BYTES,
 ) -> LayerWorkspace:
-    """What ``CausalDiT.layer`` and its attention memory allocate over ``tokens`` tokens in bfloat16.
+    """What ``CausalDiT.layer`` and its attention memory allocate over ``tokens`` tokens, activations of
+    ``value_bytes`` each.
 
     ``quantized``: Linears take 8-bit activations. ``seen_tokens``: keys of ring and sink that are laid out for
     attention (none in the sink pass). ``audio``: with injection (a block, not the sink pass). ``attended``: where the
@@ -68,23 +74,24 @@ def layer_workspace(
     everything = attended or Attended(tokens=tokens, heads=config.num_heads)
     width = everything.heads * config.head_dim
     values = everything.tokens * width  # of all tokens, this rank's heads
-    half = tokens * config.dim * COMPUTE_BYTES  # [L, D] as activations
+    half = tokens * config.dim * value_bytes  # [L, D] as activations
     full = tokens * config.dim * FLOAT32_BYTES  # [L, D] in float32
-    wide_half, wide_full = (tokens * config.ffn_dim * size for size in (COMPUTE_BYTES, FLOAT32_BYTES))
+    wide_half, wide_full = (tokens * config.ffn_dim * size for size in (value_bytes, FLOAT32_BYTES))
     wide_byte = tokens * config.ffn_dim
+    copies = int(value_bytes != FLOAT32_BYTES)  # what is in float32 already is not copied to it
     # RMSNorm of a projection in float32: its copy, scaled, weighted; the projection and the layer's input beside it.
-    rms_norm = 2 * half + 3 * full
+    rms_norm = 2 * half + (copies + 2) * full
     # RoPE in float32: the copy, two rotated halves (as much again), the stacked result; or the codec's float32 copies.
-    rotation = 3 * max(full, values * FLOAT32_BYTES)
-    # Keys and values laid out, and the float32 copy of the block of them that is decoded.
-    laid_out = 2 * seen_tokens * width * COMPUTE_BYTES + values * (FLOAT32_BYTES + COMPUTE_BYTES)
+    rotation = (copies + 2) * max(full, values * FLOAT32_BYTES)
+    # Keys and values laid out, and of the block that is decoded the values in float32 beside the keys.
+    laid_out = 2 * seen_tokens * width * value_bytes + values * (FLOAT32_BYTES + value_bytes)
     # Queries, keys and values in the order in which they are sent, and those that came.
-    exchange = 3 * (half + values * COMPUTE_BYTES) if attended else 0
+    exchange = 3 * (half + values * value_bytes) if attended else 0
     # Plain: both sides of the GELU. 8-bit: the second Linear's input, its float32 copy, that scaled, its 8-bit values.
-    feed_forward = wide_half + 2 * wide_full + wide_byte if quantized else half + 2 * wide_half
+    feed_forward = wide_half + (copies + 1) * wide_full + wide_byte if quantized else half + 2 * wide_half
     return LayerWorkspace(
         # All ranks embed all tokens: what the latent gives, the pose, their sum, and that in float32.
-        embed=everything.tokens * config.dim * (3 * COMPUTE_BYTES + FLOAT32_BYTES),
+        embed=everything.tokens * config.dim * (3 * value_bytes + copies * FLOAT32_BYTES),
         norms=full + rms_norm,  # cross-attention's, with the new residual beside it
         attend=4 * half + exchange + max(rotation, laid_out),  # the layer's input, q, k, v
         feed_forward=full + feed_forward,
@@ -98,9 +105,9 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -
     own = share.block_tokens if share.exchanges else 0  # rotations of own tokens stand beside those of all
     rope = 2 * FLOAT32_BYTES * (config.head_dim // 2) * (work.block_tokens + own + work.sink_tokens)
     residual = share.block_tokens * config.dim * FLOAT32_BYTES
-    heard = work.frames_per_block * config.dim * (10 * COMPUTE_BYTES + 2 * FLOAT32_BYTES)
-    audio = 6 * work.frames_per_block * config.dim * COMPUTE_BYTES + len(config.audio_inject_layers) * heard
-    text = config.text_len * (config.dim * (COMPUTE_BYTES + 1) + FLOAT32_BYTES)
+    heard = work.frames_per_block * config.dim * (10 * work.value_bytes + 2 * FLOAT32_BYTES)
+    audio = 6 * work.frames_per_block * config.dim * work.value_bytes + len(config.audio_inject_layers) * heard
+    text = config.text_len * (config.dim * (work.value_bytes + 1) + FLOAT32_BYTES)
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
     times += len(share.steps) * config.num_layers * 8 * config.dim * FLOAT32_BYTES
     return wave * (rope + residual + audio) + text + times
@@ -108,22 +115,22 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -
 
 def rotated_keys(config: DiTConfig, work: Workload, kv: str, share: Share) -> int:
     """Room for the sink's rotated keys of one layer; plain rings have none."""
-    return kv_bytes(config, work.sink_tokens, kv, share.heads).block // 2 if kv == "int8" else 0
+    return kv_bytes(config, work.sink_tokens, kv, share.heads, work.value_bytes).block // 2 if kv == "int8" else 0
 
 
 def decoder_cache(base_dim: int, work: Workload) -> int:
     """The last two inputs of every causal convolution; kept from block to block."""
-    return int(DECODER_CACHE_PLANES * base_dim * work.pixels * COMPUTE_BYTES)
+    return int(DECODER_CACHE_PLANES * base_dim * work.pixels * work.value_bytes)
 
 
 def decode_workspace(base_dim: int, work: Workload) -> int:
     """One latent frame through the decoder, with the block's frames decoded before it."""
-    return int(DECODER_PLANES * base_dim * work.pixels * COMPUTE_BYTES) + _frames(work)
+    return int(DECODER_PLANES * base_dim * work.pixels * work.value_bytes) + _frames(work)
 
 
 def encode_workspace(base_dim: int, work: Workload) -> int:
     """Four video frames through the encoder, its cache of before and after included."""
-    return int(ENCODER_PLANES * base_dim * work.pixels * COMPUTE_BYTES)
+    return int(ENCODER_PLANES * base_dim * work.pixels * work.value_bytes)
 
 
 def _frames(work: Workload) -> int:
@@ -131,12 +138,13 @@ def _frames(work: Workload) -> int:
     return (work.frames_per_block - 1) * _FRAMES_PER_LATENT * _RGB * work.pixels * FLOAT32_BYTES
 
 
-def text_workspace(facts: ModelFacts) -> int:
+def text_workspace(facts: ModelFacts, value_bytes: int) -> int:
     """UMT5 over ``text_len`` tokens: scores and biases of all heads in float32, and one Linear's weight dequantized."""
     tokens = facts.config.text_len
-    scores = 4 * facts.text_heads * tokens**2 * COMPUTE_BYTES + tokens**2 * facts.text_heads * FLOAT32_BYTES
-    hidden = tokens * (6 * facts.text_width + 2 * facts.text_ffn) * COMPUTE_BYTES
-    return scores + hidden + 2 * facts.text_width * facts.text_ffn * COMPUTE_BYTES
+    copy = FLOAT32_BYTES if value_bytes != FLOAT32_BYTES else 0  # scores go through the softmax in float32
+    scores = tokens**2 * facts.text_heads * (4 * value_bytes + copy)
+    hidden = tokens * (6 * facts.text_width + 2 * facts.text_ffn) * value_bytes
+    return scores + hidden + 2 * facts.text_width * facts.text_ffn * value_bytes
 
 
 def audio_workspace(audio: AudioFacts) -> int:

@@ -18,6 +18,7 @@ from lowvram.placement import MemoryOptions
 from lowvram.planning import CARDS, Card
 from lowvram.planning.outside import OutsideAllocator
 from lowvram.request import Request
+from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 
@@ -55,7 +56,7 @@ def facts(card: str, vram_gib: float, ram_gib: float) -> dict:
     return {"card": dataclasses.asdict(CARDS[card]), "vram": int(vram_gib * GIB), "ram": int(ram_gib * GIB)}
 
 
-def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, **options: int) -> Ranks:
+def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, dtype="auto", **options: int) -> Ranks:
     def card_at_hand(device: torch.device) -> Card:
         ranks.said.append(("measures", None))
         return CARDS["rtx4090"]
@@ -67,6 +68,7 @@ def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, **opt
         artifact=artifact,
         request=REQUEST,
         memory=memory or MemoryOptions(ram_budget=60 * GIB),
+        dtype=dtype,
     )
     settler.settle(ranks, GPU)
     return ranks
@@ -121,9 +123,25 @@ def test_what_was_asked_for_stays(artifact, monkeypatch):
     assert settled(artifact, ranks, monkeypatch, num_gpus_dit=3, ulysses_size=1).layout == before
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_the_layout_is_planned_for_what_ranks_compute_in(artifact, monkeypatch, given, dtype):
+    asked: list[torch.dtype] = []
+
+    def choose_team(artifact, work, *_):
+        asked.append(work.dtype)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(settling, "choose_team", choose_team)
+    with pytest.raises(ConfigError, match="enough"):
+        settled(artifact, Ranks([facts("rtx4090", 22.15, 60)], ["here"] * 2), monkeypatch, dtype=given)
+    assert asked == [dtype]
+
+
 def test_on_the_cpu_nothing_is_told(artifact):
     ranks = Ranks([], ["here"])
-    Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions()).settle(
+    Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions(), dtype="auto").settle(
         ranks, torch.device("cpu")
     )
     assert ranks.there is None

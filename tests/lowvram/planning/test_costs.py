@@ -42,19 +42,20 @@ def test_weights_are_those_of_the_published_model(facts):
     assert facts("bf16").weight_bytes == pytest.approx(32.6e9, rel=0.01)
     assert facts("bf16").parameters == facts("int8").parameters == pytest.approx(16.3e9, rel=0.01)
     # 8 bit a parameter, and 8 more for the 0.34e9 that stay in bf16.
-    kept = (facts("int8").start_bytes + facts("int8").shared_bytes) / 2
+    kept = (facts("int8").start.nbytes + facts("int8").shared.nbytes) / 2
     assert facts("int8").weight_bytes == pytest.approx(16.3e9 + kept, rel=0.002)
     assert facts("bf16").text_bytes == pytest.approx(11.4e9, rel=0.01)
     assert facts("bf16").vae_bytes == pytest.approx(0.25e9, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kv", ["plain", "int8"])
 @pytest.mark.parametrize("tokens", [3168, 960, 77])
 @pytest.mark.parametrize("heads", [40, 13])
-def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens, heads):
+def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens, heads, dtype):
     config = facts("int8").config
-    kind = kv_format(kv, heads, config.head_dim, torch.bfloat16)
-    costs = kv_bytes(config, tokens, kv, heads)
+    kind = kv_format(kv, heads, config.head_dim, dtype)
+    costs = kv_bytes(config, tokens, kv, heads, dtype.itemsize)
     assert costs.payload + costs.scales == kind.nbytes(tokens)
     assert costs.block == -(-kind.nbytes(tokens) // 16) * 16
 

@@ -27,7 +27,7 @@ class FakeRunner:
         self.calls.append(what)
         first = self.calls.count(what) == 1
         # The first run is slow, as a cold one is; the others differ a little.
-        return {"h2d": 0.01, "d2h": 0.02, "bf16": 0.5, "int8": 0.25, "fp8": 0.125}[what] * (
+        return {"h2d": 0.01, "d2h": 0.02, "bf16": 0.5, "int8": 0.25, "fp8": 0.125, "fp32": 2.0}[what] * (
             50 if first else 1 + 0.1 * (self.calls.count(what) % 3)
         )
 
@@ -40,6 +40,7 @@ def test_rates_are_the_best_of_the_warm_runs(tmp_path):
     assert rates.bf16 == pytest.approx(operations / 0.5)
     assert rates.int8 == pytest.approx(operations / 0.25)
     assert rates.fp8 == pytest.approx(operations / 0.125)
+    assert rates.fp32 == pytest.approx(operations / 2.0)
     assert rates.measured
 
 
@@ -62,8 +63,12 @@ def test_another_driver_is_measured_anew_and_both_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[1]", '{"a": {"int8": 1}}', '{"a": {"int8": 0, "fp8": null, "bf16": 1, "h2d": 1, "d2h": 1}}']
-)
+    "text",
+    [
+        "{", "[1]", '{"a": {"int8": 1}}', '{"a": {"int8": 1, "fp8": null, "bf16": 1, "h2d": 1, "d2h": 1}}',
+        '{"a": {"int8": 0, "fp8": null, "bf16": 1, "fp32": 1, "h2d": 1, "d2h": 1}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_said_and_replaced(tmp_path, caplog, text):
     file = tmp_path / "cards.json"
     file.write_text(text)

@@ -161,7 +161,7 @@ def test_the_text_encoder_goes_to_the_host_where_the_device_is_too_small(facts):
     small, large = (planned(facts("bf16"), gib, Workload.of_size("384*256")) for gib in (8, 22.15))
     assert (small.text_encoder_device, large.text_encoder_device) == ("cpu", "cuda")
     assert small.stage_peaks["encode_text"] == 0
-    assert small.host.text_encoder == facts("bf16").text_bytes
+    assert small.host.text_encoder == pytest.approx(2 * facts("bf16").text_bytes, rel=1e-4)  # float32 there
     assert any("text encoder" in note for note in small.notes)
     assert large.stage_peaks["encode_text"] > 10 * GIB
 

@@ -77,7 +77,7 @@ def test_a_stage_has_the_sink_once_and_every_stage_has_it(facts, kv):
 def test_13_heads_of_int8_by_hand(facts):
     config, work = facts("int8").config, Workload.of_size("704*384")
     share = share_of(config, work, THREE, 1)
-    block = kv_bytes(config, 3168, "int8", share.heads)
+    block = kv_bytes(config, 3168, "int8", share.heads, 2)
     assert block.payload == 2 * 3168 * 13 * 128
     assert block.scales == 2 * 3168 * 13 * 2 + 13 * 128 * 2
     rings = ring_costs(config, work, "int8", share)

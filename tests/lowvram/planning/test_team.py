@@ -90,7 +90,7 @@ def test_rings_on_the_host_are_of_the_ranks_own_steps(facts):
 @pytest.mark.parametrize("gib", [7, 9, 12, 16, 22.15, (22.15, 9, 12, 16, 8), (9, 48, 9, 48, 22.15)])
 def test_ranks_of_a_stage_have_the_same_wave(facts, gib):
     for precision, layout in itertools.product(("int8", "bf16"), layouts(5, sample_steps=4, heads=40)):
-        found = team(facts(precision), layout, gib=gib, ram_gib=96)
+        found = team(facts(precision), layout, gib=gib, ram_gib=120)
         for stage in range(layout.stages):
             waves = {found.ranks[rank].placement.wave for rank in layout.members(stage)}
             assert len(waves) == 1
@@ -124,10 +124,10 @@ def test_each_machine_has_its_own_copy(facts):
 
 def test_the_text_encoder_on_the_host_stands_beside_what_others_have_pinned(facts):
     model = facts("bf16")
-    found = team(model, ParallelLayout(num_gpus_dit=2, vae_rank=True), gib=(22.15, 22.15, 8), ram_gib=96)
+    found = team(model, ParallelLayout(num_gpus_dit=2, vae_rank=True), gib=(22.15, 22.15, 8), ram_gib=120)
     host = found.host[0]
     assert [rank.text_encoder_device for rank in found.ranks] == ["", "", "cpu"]
-    assert host.text_encoder == model.text_bytes
+    assert host.text_encoder == pytest.approx(2 * model.text_bytes, rel=1e-4)  # float32 there
     assert host.beside_text == host.pinned_weights + host.pinned_rings
     assert host.peak == host.base + host.text_encoder + host.beside_text > host.base + host.pinned
 

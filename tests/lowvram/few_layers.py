@@ -1,0 +1,30 @@
+"""Artifacts of the published widths with few layers and small encoders, without values: soon run on a simulated GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lowvram_quantize import phantom
+from lowvram_quantize.format import Artifact
+from lowvram_quantize.presets import PUBLISHED
+
+LAYERS = 4
+FEW = dataclasses.replace(
+    PUBLISHED,
+    dit=PUBLISHED.dit | {"num_layers": LAYERS, "audio_inject_layers": [0, 2], "audio_dim": 24},
+    text_encoder=PUBLISHED.text_encoder | {"num_layers": 1, "vocab_size": 8192},
+    audio_encoder={"width": 24},
+)
+
+
+def few_layers(folder: Path, precision: str) -> Artifact:
+    """The one in ``folder``, written the first time."""
+    path = folder / precision
+    if not path.exists():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(phantom.PRESETS, "14b", FEW)
+            phantom.write_phantom(path, precision=precision)
+    return Artifact.open(path)
