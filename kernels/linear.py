@@ -201,8 +201,9 @@ def _weight_only(x_MK: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 def _epilogue(product: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    product.mul_(weight_scale_N)
-    return product if bias_N is None else product.add_(bias_N)
+    if bias_N is None:
+        return product.mul_(weight_scale_N)
+    return torch.addcmul(bias_N.to(product.dtype), product, weight_scale_N, out=product)
 
 
 @functools.cache
