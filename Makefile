@@ -44,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/plans.py --out benchmarks/results/plans.json
 	$(BIN)/python benchmarks/faults.py --out benchmarks/results/faults_cpu.json
+	$(BIN)/python benchmarks/collisions.py --out benchmarks/results/collisions_cpu.json
+	$(BIN)/python benchmarks/cpu_linear.py --out benchmarks/results/cpu_linear.json
 	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_cpu.json
 	$(BIN)/python benchmarks/host_time.py --out benchmarks/results/host_time.json
 

@@ -2,9 +2,10 @@
 
 python benchmarks/collisions.py [--times 20] [--seed 0] [--out benchmarks/results/collisions_cpu.json]
 
-Two runs of ``convert`` into one folder, with other options and with the same; two of ``infer`` into one file; ``convert``
-over an artifact from which ``infer`` reads. The second starts at a random moment of the first. A run that ends with exit
-code 0 has to have made what it makes alone, or to have been followed by one that did; a refused one says who is there.
+Two runs of ``convert`` into one folder, with other options and with the same; two of ``infer`` into one file; and
+``convert`` over an artifact from which ``infer`` reads. The second starts at a random moment of the first. A run that
+ends with exit code 0 has to have made what it makes alone, or to have been followed by one that did; a refused one says
+who is there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 120.0
+PRELOADED = [
+    "lowvram.cli",
+    "lowvram.infer",
+    "lowvram_quantize.convert",
+    "transformers.models.umt5.modeling_umt5",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+]
 KINDS = ("two converts", "two equal converts", "two infers", "infer beside convert")
 
 
@@ -90,9 +98,9 @@ class House:
 
         # Processes that have imported everything and computed nothing: what is random is when they meet, not an import.
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["lowvram.cli", "lowvram.infer", "lowvram_quantize.convert"])
+        self._processes.set_forkserver_preload(PRELOADED)
         self._ckpt, self._portrait, self._voice = folder / "ckpt", folder / "portrait.png", folder / "voice.wav"
-        write_checkpoint(self._ckpt, num_layers=4)
+        write_checkpoint(self._ckpt, vae_base_dim=2)
         draw_portrait(128, 128).save(self._portrait)
         write_wav(self._voice, synth_voice(0.7), 16000)
         self._artifacts = {name: folder / name for name in ("int8", "fp8")}
@@ -102,6 +110,7 @@ class House:
             for name, seed in (("int8", 7), ("int8", 420), ("fp8", 7))
         }
         commands |= videos
+        self._alone(["--help"])  # the first process waits for the imports
         self._seconds = {name: self._alone(command) for name, command in commands.items()}
         self._made = {artifact_hash(path): name for name, path in self._artifacts.items()}
         self._made |= {video_hash(folder / f"{name}.mp4"): name for name in videos}

@@ -5,24 +5,32 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lowvram.chain import LATENT_CHANNELS, Alone, Chain
+from lowvram.conditions import Conditions
 from lowvram.demo import TINY_LAYERS, tiny_model
 from lowvram.engine import engine_for
 from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions, Placement
-from lowvram.recorder import TensorRecorder
 from lowvram.request import Request
+from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result, Subject
+from lowvram.team import LatentSize, Solo
+from lowvram_models.config import DiTConfig
+from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 COPY_BYTES = 64 * 2**20
 CPU_COPY_BYTES = 2**20
 STEPS = 2
+LATENT_SIZE = (16, 16)
+CONTEXT_TOKENS, MOTION_LATENTS = 12, 19
 _WITHOUT_REPORTS = "report it with this text (lowvram selftest --report FILE); keep everything on one side meanwhile"
 
 
@@ -60,9 +68,51 @@ def copies(subject: Subject, device: torch.device, pinned: bool) -> Result:
     return Result(subject=subject, status="failed" if wrong else "passed", message=message, figures=figures)
 
 
-def latents(device: torch.device, model: tuple[Path, Request], placement: Placement, *, graphs: bool = False) -> Tensor:
+class OnlyDenoising(Solo):
+    """Stands for ranks that encode random conditions and decode nothing; keeps the latents that come."""
+
+    def __init__(self, artifact: Path, request: Request):
+        super().__init__()
+        config = DiTConfig.from_dict(Artifact.open(artifact).component("dit").config)
+        height, width = LATENT_SIZE
+        frames = (request.num_clip or 1) * request.infer_frames
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        self._conditions = Conditions(
+            context=draw(CONTEXT_TOKENS, config.text_dim),
+            audio=draw(1, config.audio_layers, config.audio_dim, frames),
+            reference=draw(LATENT_CHANNELS, 1, height, width),
+            motion=draw(LATENT_CHANNELS, MOTION_LATENTS, height, width),
+        )
+        self._kept = _Kept()
+
+    @property
+    def latents(self) -> Tensor:
+        """Of all blocks, in one row on the CPU."""
+        return torch.cat([latent.flatten().cpu() for latent in self._kept.latents])
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        return [LATENT_SIZE if what == "latent_size" else value]
+
+    def share_conditions(self, conditions: Conditions | None) -> Conditions:
+        return self._conditions
+
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        return self._kept
+
+
+class _Kept(Alone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents: list[Tensor] = []
+
+    def pass_on(self, block: Block, latent_CFhw: Tensor) -> None:
+        super().pass_on(block, latent_CFhw)
+        self.latents.append(latent_CFhw)
+
+
+def latents(device: torch.device, model: tuple[Path, Request], placement: Placement) -> Tensor:
     """All latents of a short video in one row, with 8-bit rings."""
-    made, _ = _run(device, model, placement, graphs)
+    made, _ = _run(device, model, placement, graphs=False)
     return made
 
 
@@ -70,12 +120,11 @@ def _run(
     device: torch.device, model: tuple[Path, Request], placement: Placement, graphs: bool
 ) -> tuple[Tensor, AvatarPipeline]:
     artifact, request = model
-    memory = MemoryOptions(placement=placement, cuda_graphs=graphs)
-    pipeline, recorder = AvatarPipeline.from_artifact(artifact, device=str(device), memory=memory), TensorRecorder()
-    for _ in pipeline.stream(request, recorder=recorder):
+    memory, team = MemoryOptions(placement=placement, cuda_graphs=graphs), OnlyDenoising(artifact, request)
+    pipeline = AvatarPipeline.from_artifact(artifact, device=str(device), memory=memory, team=team)
+    for _ in pipeline.serve(request):
         pass
-    found = [tensor for name, tensor in sorted(recorder.tensors().items()) if name.startswith("latents")]
-    return torch.cat([tensor.flatten().cpu() for tensor in found]), pipeline
+    return team.latents, pipeline
 
 
 def placements(subject: Subject, device: torch.device) -> Result:
