@@ -236,9 +236,12 @@ def plan(
     Exits with 1 where it does not fit.
     """
     from lowvram.planning.command import PlanOptions
-    from lowvram.planning.shown import show_plan
+    from lowvram.planning.shown import show_cards, show_plan
     from lowvram_quantize.phantom import write_phantom
 
+    if options["gpu"] == "list":
+        show_cards(as_json=as_json)
+        return
     asked = PlanOptions(**options)
     if model is not None and (preset or precision):
         raise click.UsageError(

@@ -75,7 +75,12 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
         click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
-        click.option("--gpu", default="auto", help="rtx4090, h100, ...; auto measures the card at hand once."),
+        click.option(
+            "--gpu",
+            default="auto",
+            help='As rtx4090 or "RTX 4060 Ti 16GB"; list for all, custom:vram=24GiB,like=rtx3090,... for others; '
+            "auto measures the card at hand once.",
+        ),
         click.option(
             "--gpus", type=int, help="So many GPUs of one machine share the work; shows each rank and all layouts."
         ),

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from lowvram.devices import choose_dtype
-from lowvram.planning.cards import CARDS, Card
+from lowvram.planning.card_names import DEFAULT_CARD, cards_called
+from lowvram.planning.card_table import CARDS
+from lowvram.planning.cards import Card
 from lowvram.planning.choice import Machines, choose_team
-from lowvram.planning.command import DEFAULT_CARD
 from lowvram.planning.facts import ModelFacts
 from lowvram.planning.planner import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
@@ -84,9 +85,9 @@ def wants_of(facts: ModelFacts, rooms: Sequence[Room | None], *, ram_bytes: int)
 
 
 def _card_like(gpu: str) -> Card:
-    """The card of the table whose name is in "NVIDIA GeForce RTX 3090 Ti", or the default one."""
-    name = gpu.lower().replace(" ", "")
-    return next((card for key, card in CARDS.items() if key in name), CARDS[DEFAULT_CARD])
+    """The card of the table that CUDA calls "NVIDIA GeForce RTX 3090 Ti", or the default one. Editions with more and
+    with less memory have the same rates, or nearly so."""
+    return next(iter(cards_called(gpu)), CARDS[DEFAULT_CARD])
 
 
 def _of_rank(plan: Plan, *, on_cpu: bool, alone: bool) -> RankWants:

@@ -1,6 +1,7 @@
 """What fits where and how fast it will be, from shapes alone: no weights are read and no device is needed."""
 
-from lowvram.planning.cards import CARDS, Card
+from lowvram.planning.card_table import CARDS
+from lowvram.planning.cards import Card
 from lowvram.planning.choice import Machines, Wishes, alternatives, choose_team
 from lowvram.planning.planner import DoesNotFit, Plan, plan
 from lowvram.planning.team import TeamPlan, plan_team

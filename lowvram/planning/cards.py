@@ -1,4 +1,4 @@
-"""Graphics cards by name: memory and rates, from public data sheets."""
+"""What plans know of a graphics card: memory and rates."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 
 import torch
 
-from lowvram.planning.costs import GIB, MIB
 from lowvram.planning.outside import OutsideAllocator
-from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.chips import GENERATIONS
 
 TERA, GIGA = 1e12, 1e9
 
@@ -27,7 +26,8 @@ LINK_BYTES_PER_S = 10 * GIGA
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
     """Dense operations a second and bytes a second. ``fp8`` None: no FP8 units, fp8 weights are widened to what is
-    computed in. ``fp32`` is IEEE's, without TF32."""
+    computed in. ``fp32`` is IEEE's, without TF32. ``memory`` is what the card reads of its own, None where that is not
+    known."""
 
     int8: float
     fp8: float | None
@@ -36,6 +36,7 @@ class Rates:
     h2d: float
     d2h: float
     measured: bool = False
+    memory: float | None = None
 
     @property
     def efficiency(self) -> dict[str, float]:
@@ -54,66 +55,36 @@ class Rates:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """``usable_bytes`` is what a process of ours can allocate: without the CUDA context, and on cards that draw a
-    desktop without that. ``outside`` is what was measured beside tensors, None where nothing was."""
+    desktop without that. ``outside`` is what was measured beside tensors, None where nothing was. ``generation`` is the
+    compute capability without the dot, None of a card that is here and was asked itself; ``said`` is what else a plan
+    has to say of the card."""
 
     name: str
     vram_bytes: int
     usable_bytes: int
     rates: Rates
     outside: OutsideAllocator | None = None
+    generation: int | None = None
+    said: str = ""
 
     @property
     def has_fp8(self) -> bool:
         return self.rates.fp8 is not None
 
-
-def _card(
-    name: str,
-    vram_mib: int,
-    usable_gib: float,
-    *,
-    int8: float,
-    fp8: float | None,
-    bf16: float,
-    fp32: float,
-    pcie: float,
-) -> Card:
-    """Rates in tera operations a second, ``pcie`` in GB/s each way."""
-    rates = Rates(
-        int8=int8 * TERA,
-        fp8=fp8 and fp8 * TERA,
-        bf16=bf16 * TERA,
-        fp32=fp32 * TERA,
-        h2d=pcie * GIGA,
-        d2h=pcie * GIGA,
-    )
-    return Card(name=name, vram_bytes=vram_mib * MIB, usable_bytes=int(usable_gib * GIB), rates=rates)
-
-
-# Memory as the driver reports it. Rates are NVIDIA's data sheets' dense tensor-core figures (Ampere GA102, Ada and
-# Blackwell architecture papers; A100, L40S, H100 SXM and H200 data sheets), bf16 and fp8 with float32 accumulation,
-# which is half of the fp16-accumulating figure on GeForce; fp32 is that of the cores without tensor cores. PCIe is what
-# pinned copies of tens of MiB reach on a board with 16 lanes: 25 of 32 GB/s on PCIe 4.0, 50 of 64 on 5.0.
-CARDS = {
-    card.name: card
-    for card in (
-        _card("rtx3060", 12288, 11.0, int8=102, fp8=None, bf16=25.6, fp32=12.7, pcie=25),
-        _card("rtx3090", 24576, 22.15, int8=284, fp8=None, bf16=71, fp32=35.6, pcie=25),
-        _card("rtx4080", 16376, 14.5, int8=390, fp8=195, bf16=97.5, fp32=48.7, pcie=25),
-        _card("rtx4090", 24564, 22.15, int8=660, fp8=330, bf16=165, fp32=82.6, pcie=25),
-        _card("rtx5090", 32607, 30.0, int8=838, fp8=419, bf16=209.5, fp32=104.8, pcie=50),
-        _card("a6000", 49140, 46.5, int8=310, fp8=None, bf16=155, fp32=38.7, pcie=25),
-        _card("l40s", 46068, 43.5, int8=733, fp8=733, bf16=362, fp32=91.6, pcie=25),
-        _card("a100-40gb", 40960, 38.5, int8=624, fp8=None, bf16=312, fp32=19.5, pcie=25),
-        _card("a100-80gb", 81920, 78.0, int8=624, fp8=None, bf16=312, fp32=19.5, pcie=25),
-        _card("h100", 81559, 78.0, int8=1979, fp8=1979, bf16=989, fp32=66.9, pcie=50),
-        _card("h200", 143771, 138.0, int8=1979, fp8=1979, bf16=989, fp32=66.9, pcie=50),
-    )
-}
-
-
-def card_named(name: str) -> Card:
-    """Raises: ConfigError for a card that is not in the table."""
-    if name not in CARDS:
-        raise ConfigError(f"--gpu is {name!r}; expected auto (the card at hand) or one of {', '.join(CARDS)}")
-    return CARDS[name]
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes a plan for it less sure, or another one than its rates say."""
+        notes = [self.said] if self.said else []
+        if self.generation is None or self.generation in GENERATIONS:
+            return tuple(notes)
+        if self.generation < GENERATIONS[0]:
+            notes.append(
+                f"{self.name} has sm_{self.generation}, and sm_80 is the oldest that is supported: PyTorch's own "
+                "kernels run, where it has code for the card, bf16 is emulated, and memory and seconds are guesses"
+            )
+        else:
+            notes.append(
+                f"{self.name} has sm_{self.generation}: kernels have no settings of their own for it and run with "
+                "those of an RTX 30, slower than its rates say"
+            )
+        return tuple(notes)

@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowvram.byte_sizes import parse_bytes
+from lowvram.byte_sizes import gib, parse_bytes
 from lowvram.devices import choose_dtype, cuda_is_here
-from lowvram.planning.cards import Card, card_named
+from lowvram.planning.card_names import DEFAULT_CARD, card_named
+from lowvram.planning.cards import Card
 from lowvram.planning.choice import Alternative, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.costs import GIB
 from lowvram.planning.facts import facts_of
@@ -22,14 +23,15 @@ from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
 
 # For a card that is not here, whose host is not here either.
-DEFAULT_CARD, DEFAULT_RAM_BYTES = "rtx4090", 64 * GIB
+DEFAULT_RAM_BYTES = 64 * GIB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """As they come from the command line. ``vram`` (of each card) and ``ram`` are texts as "22.15GiB", None for what
-    the card, and the host, have; ``gpu`` is a name of the table or "auto". ``gpus`` None: a plan for one, without
-    ranks; the last three say how several share the work, None leaves it to the choice. Validated at construction."""
+    the card, and the host, have; ``gpu`` is a card's name, ``custom:...``, or "auto". ``gpus`` None: a plan for one,
+    without ranks; the last three say how several share the work, None leaves it to the choice. Validated at
+    construction."""
 
     vram: str | None = None
     ram: str | None = None
@@ -92,9 +94,8 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         offload_kv=options.offload_kv_cache,
         t5_cpu=options.t5_cpu,
     )
-    if options.gpu == "auto" and not at_hand:
-        result = dataclasses.replace(result, notes=(_not_here(card), *result.notes))
-    return result
+    said = [_not_here(card)] if options.gpu == "auto" and not at_hand else []
+    return dataclasses.replace(result, notes=(*said, *_beyond(card, result.vram_budget_bytes), *result.notes))
 
 
 def plan_team_for(model: Path, options: PlanOptions) -> Compared:
@@ -128,8 +129,9 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
         team = choose_team(facts, options.workload, there, wishes)
     except DoesNotFit as error:
         refusal = error
-    if team is not None and options.gpu == "auto" and not at_hand:
-        team = dataclasses.replace(team, notes=(_not_here(cards[0]), *team.notes))
+    if team is not None:
+        said = [_not_here(cards[0])] if options.gpu == "auto" and not at_hand else []
+        team = dataclasses.replace(team, notes=(*said, *_beyond(cards[0], there.vram_bytes[0]), *team.notes))
     return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, options.workload, there, wishes))
 
 
@@ -139,6 +141,12 @@ def _cards(name: str, gpus: int) -> list[Card]:
         return [_card(name)] * gpus
     here = [card_at_hand(torch.device("cuda", index)) for index in range(min(gpus, torch.cuda.device_count()))]
     return here + [here[0]] * (gpus - len(here))
+
+
+def _beyond(card: Card, budget: int) -> list[str]:
+    if budget <= card.vram_bytes:
+        return []
+    return [f"--vram is {gib(budget)}, more than the {gib(card.vram_bytes)} that {card.name} has"]
 
 
 def _not_here(card: Card) -> str:

@@ -256,7 +256,7 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
 def _notes(job: Job, card: Card) -> tuple[str, ...]:
     source = "rates measured on this card" if card.rates.measured else "data-sheet rates"
     reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
-    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}"]
+    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}", *card.notes]
     if job.text_device == "cpu":
         reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")

@@ -9,7 +9,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from lowvram.byte_sizes import gib
 from lowvram.dry_run import dry_run, dry_run_team
+from lowvram.planning.card_table import CARDS
+from lowvram.planning.cards import GIGA, TERA
 from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
 from lowvram.planning.planner import DoesNotFit
 from lowvram.planning.table import print_plan, to_json
@@ -26,6 +29,22 @@ def show_plan(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> 
     """
     show = _show_one if options.gpus is None else _show_several
     return show(path, options, dry=dry, as_json=as_json)
+
+
+def show_cards(*, as_json: bool) -> None:
+    """Print the cards that are known by name."""
+    if as_json:
+        click.echo(json.dumps({name: dataclasses.asdict(card) for name, card in CARDS.items()}, indent=1))
+        return
+    click.echo(f"{'card':26} {'memory':>10} {'for us':>10}   int8    fp8   bf16  own GB/s  PCIe GB/s  sm")
+    for card in CARDS.values():
+        rates = card.rates
+        tops = " ".join(
+            f"{'-' if rate is None else f'{rate / TERA:.0f}':>6}" for rate in (rates.int8, rates.fp8, rates.bf16)
+        )
+        beside = f"{(rates.memory or 0) / GIGA:9.0f} {rates.h2d / GIGA:10g} {card.generation:>3}"
+        click.echo(f"{card.name:26} {gib(card.vram_bytes):>10} {gib(card.usable_bytes):>10} {tops} {beside}")
+    click.echo("Rates are dense tera operations a second, from data sheets; for us is what a process is taken to get.")
 
 
 def _show_one(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> bool:

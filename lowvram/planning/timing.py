@@ -90,23 +90,33 @@ def seconds_of(
     share: Share,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
 ) -> Seconds:
-    """Attention over 8-bit rings computes in bf16 whatever is computed in around it."""
+    """Attention over 8-bit rings computes in bf16 whatever is computed in around it. A step takes as long as the card
+    computes, or as it reads weights and rings of its own memory, where that is longer."""
     step, reached = step_operations(facts.config, work, share), rates.efficiency
     linear = step.linear / (rates.of(facts.precision, work.dtype) * reached["linear"])
     attended = rates.bf16 if placement.kv == "int8" else rates.values(work.dtype)
     attention = step.attention / (attended * reached["attention"])
     decoding = decode_operations(facts.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])
     decode = decoding if share.media else 0.0
+    reading = _read_bytes(facts, work, placement, share) / rates.memory if rates.memory else 0.0
     bytes_ = traffic(facts, work, placement, share)
     # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
     beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)
     return Seconds(
-        arithmetic=len(share.steps) * (linear + attention),
+        arithmetic=len(share.steps) * max(linear + attention, reading),
         pcie=max((bytes_.h2d + beside.received) / rates.h2d, (bytes_.d2h + beside.sent) / rates.d2h),
         exposed=bytes_.exposed / rates.h2d,
         decode=decode,
         exchange=max(bytes_.sent, bytes_.received) / link_bytes_per_s,
     )
+
+
+def _read_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> int:
+    """What one step reads of the card's memory at the least: every layer's weights and ring once."""
+    if not share.denoises:
+        return 0
+    ring = ring_costs(facts.config, work, placement.kv, share)
+    return sum(facts.layer_bytes) + facts.config.num_layers * (ring.payload + ring.scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
