@@ -16,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from lowvram.media.video import probe, read_frames
 from lowvram.metrics import Frame
 from lowvram_kernels.errors import InputError
+from lowvram_quantize.format import MANIFEST
 
 Tensor = torch.Tensor
 
 DUMP_FPS = 25.0
 FRAMES = "frames"
 LATENTS = "latents"
+_KINDS = (".safetensors", ".mp4", ".json")
 _BLOCK = re.compile(r"latents\.block(\d+)")
 # Elements read at once: 64 MiB in float32.
 _PIECE = 2**24
@@ -175,17 +177,31 @@ def open_source(path: Path) -> Source:
     """Open a dump (.safetensors), a video (.mp4) or a run's report (.json) with the files it names.
 
     Raises:
-        InputError: another kind of file, no file, or a damaged one.
+        InputError: another kind of file, a folder, no file, or a damaged one.
     """
     suffix = path.suffix.lower()
+    if suffix not in _KINDS or path.is_dir():
+        raise InputError(_another(path))
     if suffix == ".safetensors":
         dump = Dump(path)
         return Source(path=path, dump=dump, settings=dump.settings)
     if suffix == ".mp4":
         return Source(path=path, video=Video(path), settings={})
-    if suffix == ".json":
-        return _open_report(path)
-    raise InputError(f"{path} cannot be compared: expected .safetensors (a dump), .mp4 or .json (a run's report)")
+    return _open_report(path)
+
+
+def _another(path: Path) -> str:
+    """What is wrong with a path that no kind of file is to be seen by."""
+    expected = "expected .safetensors (a dump), .mp4 or .json (a run's report)"
+    if (path / MANIFEST).is_file():
+        return f"{path} is an artifact, and runs are compared; name both with --model and --baseline to run them"
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _KINDS)
+        held = f", with {', '.join(files[:4])} in it" if files else ""
+        return f"{path} is a folder{held}: {expected}; name the file"
+    if not path.exists():
+        return f"{path} is not there; check the path: {expected}"
+    return f"{path} cannot be compared: {expected}"
 
 
 def _open_report(path: Path) -> Source:

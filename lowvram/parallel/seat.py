@@ -80,7 +80,7 @@ def said_of(told: Mapping[str, str]) -> str:
 
 def for_one(names: Iterable[str]) -> str:
     """What to do about variables that nobody meant."""
-    return f"for a run of one, unset {' '.join(names)}"
+    return f"where nobody started ranks, unset {' '.join(names)}"
 
 
 def rank_device(name: str, seat: Seat) -> str:

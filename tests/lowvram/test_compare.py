@@ -316,6 +316,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path, tensor):
         ("names.json", b'{"video": 3}', "damaged"),
         ("lost.json", b'{"video": "gone.mp4"}', "gone.mp4 is not there"),
         ("picture.png", b"", "expected .safetensors"),
+        ("none.mov", None, "none.mov is not there; check the path"),
+        ("nothing", None, "nothing is not there"),
     ],
 )
 def test_files_that_cannot_be_compared_are_refused(tmp_path, name, content, message):
@@ -324,3 +326,22 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path, name, content, mess
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         compare(path, path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "is a folder: expected"),
+        (("a.txt",), "is a folder: expected"),
+        (("a.mp4", "a.json"), "is a folder, with a.json, a.mp4 in it: .*name the file"),
+        (("manifest.json", "dit.safetensors"), "is an artifact, .*--model and --baseline"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_folders_are_no_files_to_compare(tmp_path, names, message, suffix):
+    folder = tmp_path / f"run{suffix}"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(InputError, match=message):
+        compare(folder, folder)

@@ -157,9 +157,9 @@ def test_more_ranks_than_cores():
     [
         ({}, ""),
         ({"MASTER_ADDR": "node", "LOCAL_RANK": "0"}, ""),
-        ({"WORLD_SIZE": "1"}, "for a run of one, unset WORLD_SIZE"),
-        ({"RANK": "0", "WORLD_SIZE": "4"}, "for a run of one, unset RANK WORLD_SIZE"),
-        ({"RANK": "x", "MASTER_PORT": "1"}, "for a run of one, unset RANK MASTER_PORT"),
+        ({"WORLD_SIZE": "1"}, "where nobody started ranks, unset WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "where nobody started ranks, unset RANK WORLD_SIZE"),
+        ({"RANK": "x", "MASTER_PORT": "1"}, "where nobody started ranks, unset RANK MASTER_PORT"),
     ],
 )
 def test_variables_of_ranks_that_nobody_started(environ, advice):

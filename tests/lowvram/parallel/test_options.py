@@ -108,7 +108,7 @@ def test_seat_from_what_the_starter_says():
     found = Seat.from_environ(TOLD)
     assert found == Seat(rank=2, world_size=4, local_rank=0, address="node", port=29500, by_hand=True)
     assert found.hint.endswith(
-        "RANK=2 and WORLD_SIZE=4 in the environment say so: for a run of one, unset RANK WORLD_SIZE"
+        "RANK=2 and WORLD_SIZE=4 in the environment say so: where nobody started ranks, unset RANK WORLD_SIZE"
     )
     for starter in ({"TORCHELASTIC_RUN_ID": "none"}, {"LOWVRAM_STARTED": "1"}):
         started = Seat.from_environ(TOLD | starter)
