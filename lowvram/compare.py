@@ -23,7 +23,8 @@ UPPER_BOUNDS = ("latent_error", "latent_error_max")
 
 # Settings that change what is computed: with one of them different, a difference says nothing about the weights.
 _SETTINGS = (
-    "base_seed", "size", "prompt", "infer_frames", "sample_steps", "cond_rope_distance", "image", "audio",
+    "base_seed", "size", "prompt", "infer_frames", "sample_steps", "cond_rope_distance", "image", "audio", "upscale",
+    "audio_track", "audio_start", "audio_duration",
 )  # fmt: skip
 _FILES = ("image", "audio")
 

@@ -65,7 +65,7 @@ def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: 
     lost: list[str] = []
     while True:
         try:
-            recorder, writer = _make(pipeline, request, outputs, quiet)
+            recorder, written = _make(pipeline, request, outputs, quiet)
             break
         except (OutOfMemoryError, RuntimeError) as error:
             if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)):
@@ -80,7 +80,7 @@ def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: 
     if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
         recorder.save(real(outputs.dump_tensors), {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
-    report |= {"frames_written": writer.frames_written, "fragmented": writer.fragmented, "quality_lost": lost}
+    report |= written | {"quality_lost": lost}
     if pipeline.team.layout.world_size > 1:
         layout = dataclasses.asdict(pipeline.team.layout)
         report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
@@ -97,20 +97,20 @@ def _serve(pipeline: AvatarPipeline, request: Request) -> dict[str, Any]:
     return report
 
 
-def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, VideoWriter]:
-    """One attempt: who wrote the video, and what was recorded on the way."""
+def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, dict[str, Any]]:
+    """One attempt: what the report says of files read and written, and what was recorded on the way."""
     inputs = read_inputs(request)
     recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
     height, width = inputs.portrait.shape[1:]
     with (
-        VideoWriter(real(outputs.video), height=height, width=width, fps=FPS, audio_path=request.audio) as writer,
+        VideoWriter(real(outputs.video), height, width, FPS, audio_path=inputs.sound or request.audio) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
     ):
         for frames in pipeline.stream(inputs, recorder=recorder):
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)
-    return recorder, writer
+    return recorder, inputs.facts | {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
 
 
 def make_report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 from pathlib import Path
@@ -21,6 +22,7 @@ DRAWN = -1
 _MOST_BYTES = 2**16
 _LIKE_A_FILE = re.compile(r"\S+\.(txt|md|prompt|text)", re.IGNORECASE)
 _PART_LENGTH = 48
+_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
 
 def prompt_file(text: str) -> Path | None:
@@ -66,6 +68,20 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a prompt may be longer than names of files, or hold what no name can
         return False
+
+
+def seconds_of(text: str, option: str) -> float:
+    """Seconds from "90", "90.5", "90s", "1:30" or "1:02:03.5".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = text.strip().removesuffix("s").rstrip().split(":")
+    numbers = [float(part) if _NUMBER.fullmatch(part) else math.nan for part in parts]
+    whole = all("." not in part for part in parts[:-1])
+    if len(parts) > 3 or not whole or math.isnan(sum(numbers)) or any(number >= 60 for number in numbers[1:]):
+        raise ConfigError(f"{option} is {text!r}; expected seconds, as 90 or 90.5, or mm:ss, as 1:30 or 1:02:03.5")
+    return sum(number * 60**place for place, number in enumerate(reversed(numbers)))
 
 
 def settled_seed(seed: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowvram.byte_sizes import parse_bytes
-from lowvram.option_values import read_prompt, settled_seed
+from lowvram.option_values import read_prompt, seconds_of, settled_seed
 
 if TYPE_CHECKING:
     from lowvram.parallel.options import RankOptions
@@ -53,6 +53,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say what to make: shared by ``infer`` and ``compare --model``."""
     options: list[Callable[..., Any]] = [
         click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
+        switch("--upscale", False, "Scale a portrait that is smaller than --size up to it."),
+        click.option(
+            "--audio-track", type=int, help="Sound track to take, from 1 on; default: the first that is not silent."
+        ),
+        click.option("--audio-start", help="Where the voice begins in the file: seconds or mm:ss."),
+        click.option("--audio-duration", help="How much of it to take, likewise; default: the rest."),
         click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
         click.option("--num-clip", type=int, help="Clips to make, at most; default: as many as the audio fills."),
         click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
@@ -142,11 +148,17 @@ def make_request(options: dict[str, Any]) -> Request:
     from lowvram.request import Request
 
     distance = options["cond_rope_distance"]
-    names = ("image", "audio", "size", "infer_frames", "num_clip", "sample_steps")
+    start, duration = (
+        None if options[name] is None else seconds_of(options[name], f"--{either_spelling(name)}")
+        for name in ("audio_start", "audio_duration")
+    )
+    names = ("image", "audio", "size", "upscale", "audio_track", "infer_frames", "num_clip", "sample_steps")
     return Request(
         **{name: options[name] for name in names},
         prompt=read_prompt(options["prompt"]),
         base_seed=settled_seed(options["base_seed"]),
         cond_rope_distance=int(distance) if distance.lstrip("-").isdigit() else distance,
         online_decode=options["enable_online_decode"],
+        audio_start=start or 0.0,
+        audio_duration=duration,
     )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from lowvram.media.audio import SPEECH_RATE_HZ, check_duration, load_speech
-from lowvram.media.image import load_portrait, portrait_tensor
+from lowvram.media.audio import check_duration
+from lowvram.media.image import portrait_tensor, read_portrait
 from lowvram.media.sizes import output_size
+from lowvram.media.sound import Sound
+from lowvram.media.voice import SPEECH_RATE_HZ, load_voice
 from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 FPS = 25
 PIXELS_PER_LATENT = 8
@@ -25,8 +31,10 @@ class Request:
     """What to make. ``size`` names an area "A*B"; the portrait decides the shape. Validated at construction.
 
     ``num_clip`` None means as many clips of ``infer_frames`` video frames as the audio fills, and what its last frames
-    need of one more.
-    ``online_decode`` False decodes a clip at a time instead of a block at a time.
+    need of one more. ``online_decode`` False decodes a clip at a time instead of a block at a time. ``upscale``: a
+    portrait that is smaller than ``size`` is scaled up to it. Of the audio file sound track ``audio_track`` is taken,
+    counted from 1 (None: the first that is not silent), from ``audio_start`` on, in seconds, for ``audio_duration`` or
+    to its end.
     """
 
     image: Path
@@ -39,6 +47,10 @@ class Request:
     base_seed: int = 420
     cond_rope_distance: int | str = 30
     online_decode: bool = True
+    upscale: bool = False
+    audio_track: int | None = None
+    audio_start: float = 0.0
+    audio_duration: float | None = None
 
     def __post_init__(self) -> None:
         latent_frames_per_clip(self.infer_frames)
@@ -51,15 +63,25 @@ class Request:
         distance = self.cond_rope_distance
         if distance != "random" and not (isinstance(distance, int) and 0 <= distance <= 30):
             raise ConfigError(f"--cond-rope-distance is {distance!r}; expected 0 to 30, or random")
+        if self.audio_track is not None and self.audio_track < 1:
+            raise ConfigError(f"--audio-track is {self.audio_track}; expected 1, the first, or more")
+        if not (math.isfinite(self.audio_start) and self.audio_start >= 0):
+            raise ConfigError(f"--audio-start is {self.audio_start:g} s; expected 0 or more")
+        duration = self.audio_duration
+        if duration is not None and not (math.isfinite(duration) and duration > 0):
+            raise ConfigError(f"--audio-duration is {duration:g} s; expected more than 0, or none for the rest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A request's files, read: portrait [3, H, W] in [-1, 1] and speech, mono float32 at 16 kHz."""
+    """A request's files, read: portrait [3, H, W] in [-1, 1] and speech, mono float32 at 16 kHz; ``sound`` is the part
+    of the audio file that the speech is, ``facts`` say for a report what the files were."""
 
     request: Request
     portrait: Tensor
     speech: np.ndarray
+    sound: Sound | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -78,8 +100,36 @@ def read_inputs(request: Request) -> Inputs:
     Raises:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
-    speech = load_speech(request.audio)
-    check_duration(speech, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
-    image = load_portrait(request.image)
-    height, width = output_size(request.size, image.height, image.width)
-    return Inputs(request=request, portrait=portrait_tensor(image, height, width), speech=speech)
+    voice = load_voice(
+        request.audio, track=request.audio_track, start_s=request.audio_start, duration_s=request.audio_duration
+    )
+    check_duration(voice.samples, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
+    portrait = read_portrait(request.image)
+    height, width = _video_size(request, portrait.image.height, portrait.image.width)
+    return Inputs(
+        request=request,
+        portrait=portrait_tensor(portrait.image, height, width),
+        speech=voice.samples,
+        sound=voice.sound,
+        facts={"portrait": portrait.facts, "voice": voice.facts},
+    )
+
+
+def _video_size(request: Request, image_height: int, image_width: int) -> tuple[int, int]:
+    """Height and width of the video; says where the portrait is too small for what was asked for."""
+    height, width = output_size(request.size, image_height, image_width, upscale=request.upscale)
+    if not request.upscale:
+        full_height, full_width = output_size(request.size, image_height, image_width, upscale=True)
+        if full_height * full_width > height * width:
+            log.warning(
+                "portrait %s of %dx%d px does not fill --size %s: the video is %dx%d px; --upscale makes it %dx%d",
+                request.image,
+                image_width,
+                image_height,
+                request.size,
+                width,
+                height,
+                full_width,
+                full_height,
+            )
+    return height, width

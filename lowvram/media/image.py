@@ -1,50 +1,121 @@
 """The portrait: read from a file, and made into the tensor that the VAE encodes."""
 
+import dataclasses
+import functools
 import logging
 import os
 import struct
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lowvram.media.colours import BT709, PRIMARIES, to_srgb
+from lowvram.media.first_frame import first_frame
 from lowvram_kernels.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE_PX = 32
 MAX_PIXELS = 89_000_000  # just under Pillow's own warning limit
 _SIZE_HINT = f"expected at most {MAX_PIXELS // 1_000_000} megapixels; scale it down, 2000 px a side is plenty"
+_EXPECTED = "expected JPEG, PNG or WebP, HEIC, or another picture or video"
+# What Pillow knows and is not asked for: EPS runs a program on what is in the file, WMF asks Windows, the others are
+# known by name only.
+_NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+_NO_PIXELS = {b"%PDF": "a PDF", b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"<svg": "an SVG"}
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis")
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Portrait:
+    """``image`` is upright, RGB of 8 bits a channel in sRGB; ``facts`` say for a report what it was."""
+
+    image: Image.Image
+    facts: dict[str, Any]
 
 
 def load_portrait(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a JPEG, PNG or WebP as an upright RGB image of 8 bits a channel.
+    """The picture of ``read_portrait`` alone."""
+    return read_portrait(path).image
 
-    The EXIF rotation is applied; transparent pixels are composed on white; 16-bit grey keeps its upper 8 bits. Of an
-    animation the first picture is taken. The size is checked from the header, before anything is decoded.
+
+def read_portrait(path: str | os.PathLike[str]) -> Portrait:
+    """Read a picture that Pillow, pillow-heif or FFmpeg reads as an upright sRGB image of 8 bits a channel.
+
+    Rotation by EXIF or a video's display matrix is applied, the ICC profile is followed, transparent pixels are
+    composed on white. Of an animation or a video the first picture is taken. The size is checked from the header,
+    before anything is decoded.
 
     Raises:
-        InputError: missing, not such an image, truncated, a side under 32 px, or more than 89 megapixels.
+        InputError: missing, no picture, truncated, a side under 32 px, or more than 89 megapixels.
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"portrait {file} is not a file: expected a JPEG, PNG or WebP image; check the path")
+        raise InputError(f"portrait {file} is not a file: {_EXPECTED}; check the path")
     try:
         with warnings.catch_warnings():
             # Sizes that Pillow only warns about are refused by _check_size.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                _check_size(file, image.width, image.height)
-                return _to_rgb(ImageOps.exif_transpose(image))
+            with Image.open(file, formats=_formats()) as image:
+                return _read(file, image)
     except Image.DecompressionBombError as error:
         raise InputError(f"portrait {file} is too large ({error}): {_SIZE_HINT}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"portrait {file} is not an image: expected JPEG, PNG or WebP; convert it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise InputError(f"portrait {file} cannot be read ({error}): expected a whole image; check the file") from error
+    except UnidentifiedImageError:
+        return _of_video(file)
+    except _DAMAGE as error:
+        words = " ".join(str(error).split())
+        raise InputError(f"portrait {file} cannot be read ({words}): expected a whole image; check the file") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    if find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in Image.OPEN if name not in _NOT_READ)
+
+
+def _read(file: Path, image: Image.Image) -> Portrait:
+    _check_size(file, image.width, image.height)
+    if image.info.get("default_image"):
+        image.seek(1)  # an APNG's picture for programs that show no animation is not part of it
+    facts = {"format": image.format, "mode": image.mode, "width": image.width, "height": image.height}
+    image.load()
+    nclx = image.info.get("nclx_profile") or {}  # of HEIC; what an ICC profile says goes before it
+    primaries = PRIMARIES.get(nclx.get("color_primaries", 1), BT709)
+    return Portrait(image=to_srgb(_upright(file, image), primaries), facts=facts)
+
+
+def _upright(file: Path, image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGE as error:
+        logger.warning("portrait %s: its EXIF data cannot be read (%s), it is taken as upright", file, error)
+        return image
+
+
+def _of_video(file: Path) -> Portrait:
+    """What Pillow does not know: a video, or what is named in the error."""
+    with file.open("rb") as opened:
+        head = opened.read(1024)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
+        # FFmpeg would take one tile of it for the picture.
+        missing = "HEIF" not in _formats() and not head[8:12].startswith(b"avi")
+        advice = "pip install pillow-heif, which reads it" if missing else "copy it again or export it as a JPEG"
+        raise InputError(f"portrait {file} is a HEIC or AVIF that cannot be read: expected a whole one; {advice}")
+    for start, name in _NO_PIXELS.items():
+        if head.startswith(start) or (start == b"<svg" and head.lstrip().startswith(b"<?xml") and start in head):
+            raise InputError(f"portrait {file} is {name}: {_EXPECTED}; export it as a PNG")
+    image = first_frame(file, _EXPECTED, functools.partial(_check_size, file))
+    return Portrait(image=image, facts={"format": "video", "width": image.width, "height": image.height})
 
 
 def _check_size(file: Path, width: int, height: int) -> None:
@@ -54,18 +125,6 @@ def _check_size(file: Path, width: int, height: int) -> None:
         raise InputError(
             f"portrait {file} is {width}x{height} px: expected at least {MIN_SIDE_PX} px a side; use a larger image"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey at 255.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def portrait_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor:

@@ -32,11 +32,13 @@ def parse_size(size: str) -> tuple[int, int]:
     return first, second
 
 
-def output_size(size: str, image_height: int, image_width: int) -> tuple[int, int]:
+def output_size(size: str, image_height: int, image_width: int, *, upscale: bool = False) -> tuple[int, int]:
     """Height and width in px, multiples of 64, of the video made from a portrait.
 
     The portrait's aspect is kept as far as multiples of 64 allow; the area stays within the requested one. Scales are
-    tried in 100 equal steps downwards and the first that fits wins, as in the reference's table of sizes.
+    tried in 100 equal steps downwards and the first that fits wins, as in the reference's table of sizes. A portrait
+    that is smaller than the area makes a video of its own size, as there; with ``upscale`` the scales begin at the
+    area, as they do for larger ones.
 
     Raises:
         InputError: an unknown size, a portrait without pixels, or one too narrow for any scale to fit.
@@ -44,21 +46,37 @@ def output_size(size: str, image_height: int, image_width: int) -> tuple[int, in
     first, second = parse_size(size)
     if image_height < 1 or image_width < 1:
         raise InputError(f"portrait is {image_width}x{image_height} px: expected at least one pixel; use another image")
-    largest, smallest = _scale_range(first * second, image_height, image_width)
+    area = first * second
+    fits = [_first_fit(area, image_height, image_width, *_scale_range(area, image_height, image_width))]
+    if upscale and image_height * image_width <= area:
+        # Near the area both rules may give the same size, or the one above the larger.
+        fits.append(_first_fit(area, image_height, image_width, *_shrinking_range(area, image_height, image_width)))
+    found = [fit for fit in fits if fit is not None]
+    if not found:
+        raise InputError(
+            f"portrait of {image_width}x{image_height} px (width x height) does not fit size {size!r} at any scale: "
+            "expected an aspect closer to a square; crop the portrait or ask for a larger size"
+        )
+    return max(found, key=math.prod)
+
+
+def _first_fit(
+    area: int, image_height: int, image_width: int, largest: float, smallest: float
+) -> tuple[int, int] | None:
     for step in range(SCALE_STEPS):
         scale = largest - (largest - smallest) * step / SCALE_STEPS
         height, width = _round_up(int(image_height * scale)), _round_up(int(image_width * scale))
-        if 0 < height * width <= first * second:
+        if 0 < height * width <= area:
             return height, width
-    raise InputError(
-        f"portrait of {image_width}x{image_height} px (width x height) does not fit size {size!r} at any scale: "
-        "expected an aspect closer to a square; crop the portrait or ask for a larger size"
-    )
+    return None
 
 
 def _scale_range(area: int, height: int, width: int) -> tuple[float, float]:
-    if height * width <= area:
-        return 1.0, 0.1
+    return (1.0, 0.1) if height * width <= area else _shrinking_range(area, height, width)
+
+
+def _shrinking_range(area: int, height: int, width: int) -> tuple[float, float]:
+    """From the scale at which the portrait has the area to the one at which it has it rounded up."""
     slack = MULTIPLE_PX - 1
     a, b, c = height * width, slack * (height + width), slack**2 - area
     # 2ac, not 4ac: not the exact root, but what the published sizes were made with.

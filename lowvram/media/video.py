@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lowvram.media.audio import AudioTrack
 from lowvram.media.finish import finish
+from lowvram.media.sound import Sound
 from lowvram_kernels.errors import InputError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class VideoWriter:
         path: the ``.mp4`` to make, in a folder that exists; replaced if it exists.
         height, width: frame size in px, both even.
         fps: frames a second.
-        audio_path: file with the sound, or None for a silent video.
+        audio_path: file with the sound, or the part of one that is meant, or None for a silent video.
 
     Raises:
         InputError: no such folder, a suffix other than ``.mp4``, or sound that cannot be read.
@@ -67,7 +68,7 @@ class VideoWriter:
         height: int,
         width: int,
         fps: int = 25,
-        audio_path: str | os.PathLike[str] | None = None,
+        audio_path: str | os.PathLike[str] | Sound | None = None,
         trim_to_audio: bool = True,
     ) -> None:
         self.path = _check_target(Path(path))

@@ -24,10 +24,12 @@ SAMPLES_A_FRAME = 640
 def infer(tiny, tmp_path):
     """Run ``infer`` on a voice of so many frames with a beep in the last one; (report, dumped tensors)."""
 
-    def run(frames: int, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
+    def run(frames: int, *, around: int = 0, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
         beep = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(SAMPLES_A_FRAME) / 16000)
         quiet = 0.01 * np.sin(2 * np.pi * 200 * np.arange((frames - 1) * SAMPLES_A_FRAME) / 16000)
-        write_wav(tmp_path / "voice.wav", np.concatenate([quiet, beep]).astype(np.float32), 16000)
+        rest = np.full(around * SAMPLES_A_FRAME, 0.9)  # of a file that is more than the voice
+        voice = np.concatenate([rest, quiet, beep, rest]).astype(np.float32)
+        write_wav(tmp_path / "voice.wav", voice, 16000)
         options = {
             "model": tiny.artifact("fp32"), "image": tiny.portrait, "audio": tmp_path / "voice.wav", "prompt": "x",
             "out": tmp_path / "a.mp4", "size": "128*128", "infer_frames": 16, "sample_steps": 1, "device": "cpu",
@@ -52,9 +54,15 @@ def test_the_last_frames_of_a_clip(infer, tmp_path):
     assert torch.equal(tensors["frames"][:, :13], one["frames"])
 
 
-def test_behind_the_second_clip_decoding_a_clip_at_a_time(infer, tmp_path):
-    report, tensors = infer(31, enable_online_decode=False)
+def test_a_part_of_a_file_behind_the_second_clip_decoding_a_clip_at_a_time(infer, tmp_path):
+    part = {"audio_start": "0:00.4", "audio_duration": 1.24, "audio-track": 1, "upscale": "true"}
+    report, tensors = infer(31, around=10, enable_online_decode=False, **part)
     holds_the_voice(tmp_path / "a.mp4", report, tensors, frames=31, blocks=[3, 1, 3, 1, 3])
+    settings = {name: report["settings"][name] for name in ("audio_start", "audio_duration", "audio_track", "upscale")}
+    assert settings == {"audio_start": 0.4, "audio_duration": 1.24, "audio_track": 1, "upscale": True}
+    voice = {name: report["voice"][name] for name in ("codec", "track", "seconds", "gain")}
+    assert voice == {"codec": "pcm_s16le", "track": 1, "seconds": 1.24, "gain": 1.0}
+    assert report["portrait"] == {"format": "PNG", "mode": "RGB", "width": 128, "height": 128}
 
 
 def holds_the_voice(video, report, tensors, *, frames: int, blocks: list[int]) -> None:
@@ -68,6 +76,7 @@ def holds_the_voice(video, report, tensors, *, frames: int, blocks: list[int]) -
     assert durations_s(video)["movie"] == pytest.approx(frames / 25, abs=1e-3)
     with av.open(str(video)) as container:
         sound = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-    assert np.abs(sound[(frames - 1) * 1920 : frames * 1920]).max() > 0.4
+    assert 0.4 < np.abs(sound[(frames - 1) * 1920 : frames * 1920]).max() < 0.6
+    assert np.abs(sound[: (frames - 2) * 1920]).max() < 0.1
     pictures = np.stack(list(read_frames(video))).astype(int)
     assert all(np.abs(a - b).mean() > 0.2 for a, b in itertools.pairwise(pictures)), "a frame is still"

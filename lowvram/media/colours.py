@@ -1,0 +1,136 @@
+"""Pictures of any mode and colour space to what the model knows: 8-bit sRGB without transparency."""
+
+import io
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+logger = logging.getLogger(__name__)
+
+_WHITE = (255, 255, 255, 255)
+# Of 255: a profile that changes no colour by more is sRGB's own, however it is called.
+_SAME_LEVELS = 2
+_LATTICE = 9  # levels of each channel that such a profile is tried with
+# Chromaticities x, y of red, green, blue and white; ITU-R BT.709 is sRGB's.
+BT709 = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060, 0.3127, 0.3290)
+# By the numbers of ITU-T H.273, table 2, that files carry.
+PRIMARIES = {
+    1: BT709,
+    9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, 0.3127, 0.3290),  # BT.2020
+    12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290),  # Display P3
+}
+
+
+def to_srgb(image: Image.Image, primaries: Sequence[float] = BT709) -> Image.Image:
+    """An image of any mode as RGB of 8 bits a channel in sRGB, transparent pixels composed on white.
+
+    Its ICC profile is followed; without one, ``primaries`` (x, y of red, green, blue, white) with sRGB's curve. 16-bit
+    grey keeps its upper 8 bits, floats are read as 0 to 1 where none is above 1. A profile that cannot be used is said
+    in the log and left out.
+    """
+    image = _eight_bits(image)
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    rgb = _with_profile(image) or image.convert("RGB")
+    if not image.info.get("icc_profile") and tuple(primaries) != BT709:
+        rgb = _from_primaries(rgb, primaries)
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, _WHITE), rgb).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or of floats, which Pillow would clip at 255, as 8 bits."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    grey = np.asarray(image).astype(np.float64)
+    highest = float(np.nanmax(grey, initial=0.0, where=np.isfinite(grey)))
+    if image.mode == "F":
+        scale = 255.0 if highest <= 1 else 1.0 if highest <= 255 else 255 / highest
+        levels = np.nan_to_num(grey * scale, posinf=255).round()
+    elif image.mode == "I" and highest <= 255:
+        levels = grey
+    else:
+        levels = grey // 256 if highest <= 65535 else grey * (255 / highest)
+    made = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    made.info = dict(image.info)
+    return made
+
+
+def _with_profile(image: Image.Image) -> Image.Image | None:
+    """The image in sRGB by its ICC profile; None where it has none, or none that could be used."""
+    data = image.info.get("icc_profile")
+    if not data and image.mode != "LAB":
+        return None
+    try:
+        # Without one it is a LAB picture, of which it is clear.
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data) if data else ImageCms.createProfile("LAB"))
+        given = _as_profiled(image, profile.profile.xcolor_space.strip())
+        transform = ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            given.mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        if given.mode == "RGB" and _changes_nothing(transform):
+            return given
+        return ImageCms.applyTransform(given, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        logger.warning(
+            "the portrait's colour profile cannot be used (%s): its colours are taken as sRGB",
+            " ".join(str(error).split()),
+        )
+        return None
+
+
+def _as_profiled(image: Image.Image, space: str) -> Image.Image:
+    """The image in the mode that a profile of the colour space ``space`` is for."""
+    grey, cmyk = image.mode in ("1", "L", "LA", "La"), image.mode == "CMYK"
+    if space == "RGB" and not cmyk:
+        return image.convert("RGB")
+    if space == "GRAY" and grey:
+        return image.convert("L")
+    if (space == "CMYK" and cmyk) or (space == "Lab" and image.mode == "LAB"):
+        return image
+    raise ValueError(f"it is for {space}, the picture is {image.mode}")
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    steps = np.linspace(0, 255, _LATTICE).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(_LATTICE, -1, 3)
+    made = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+    return int(np.abs(made.astype(int) - colours).max()) <= _SAME_LEVELS
+
+
+def _from_primaries(image: Image.Image, primaries: Sequence[float]) -> Image.Image:
+    """RGB of other primaries and sRGB's curve, in sRGB; a band of rows at a time."""
+    matrix = (np.linalg.inv(_to_xyz(BT709)) @ _to_xyz(primaries)).astype(np.float32)
+    linear = _decoded(np.arange(256) / 255).astype(np.float32)
+    pixels_HWC = np.array(image)
+    for top in range(0, len(pixels_HWC), 256):
+        band = pixels_HWC[top : top + 256]
+        band[:] = (_encoded((linear[band] @ matrix.T).clip(0, 1)) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels_HWC)
+
+
+def _to_xyz(primaries: Sequence[float]) -> NDArray[np.float64]:
+    """The matrix of linear RGB to XYZ, white having a luminance of 1."""
+    x, y = np.array(primaries[0::2]), np.array(primaries[1::2])
+    columns = np.stack([x / y, np.ones(4), (1 - x - y) / y])
+    return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
+
+
+def _decoded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def _encoded(linear: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
