@@ -56,6 +56,11 @@ class PlanOptions:
         for name in ("num_gpus_dit", "ulysses_size", "enable_vae_parallel"):
             if self.gpus is None and getattr(self, name) is not None:
                 raise ConfigError(f"--{name} has an effect on several GPUs only; expected --gpus N beside it")
+        for name, text in (("--vram", self.vram), ("--ram", self.ram)):
+            if text is not None:
+                parse_bytes(text, name)
+        if self.gpu != "auto":
+            card_named(self.gpu)
 
     @property
     def workload(self) -> Workload:
