@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -41,7 +41,7 @@ class Answering(click.Command):
         parser = self.make_parser(ctx)
         parser.ignore_unknown_options = True
         found, rest, _ = parser.parse_args(args=list(args))
-        names = [option.name or "" for option in self._options()]
+        names = [option.name or "" for option in _options_of(self)]
         given = {name: _text(found[name]) for name in names if name in found}
         answers: dict[str, list[str]] = {}
         for name, foreign in self._foreign.items():
@@ -56,11 +56,8 @@ class Answering(click.Command):
         if said:
             raise ConfigError("; ".join(said))
 
-    def _options(self) -> Iterator[click.Option]:
-        return (param for param in self.params if isinstance(param, click.Option))
-
     def _missing(self, given: dict[str, str]) -> list[str]:
-        needed = [(option.name or "",) for option in self._options() if option.required]
+        needed = [(option.name or "",) for option in _options_of(self) if option.required]
         groups = [*needed, *_EITHER.get(self.name or "", [])]
         return [" or ".join(f"--{name}" for name in group) for group in groups if not given.keys() & set(group)]
 
@@ -73,6 +70,17 @@ class Answering(click.Command):
         if len(near) == 1:
             return f"unknown, --{near[0].replace('-', '_')} is known"
         return f"unknown, lowvram {self.name} --help has all that are known"
+
+
+def before_a_command(group: click.Group, option: str, args: list[str]) -> str:
+    """What to say of an option that stands before any command, where few are known."""
+    name = _bare(option)
+    shown = [command for command, each in group.commands.items() if name in _shown(each)]
+    owners = shown or [command for command, each in group.commands.items() if name in _known(each)]
+    if not owners:
+        return f"{option}: unknown, lowvram --help has the commands, which have the options"
+    meant = next((command for command in (*args, "infer") if command in owners), owners[0])
+    return f"{option} stands before a command; expected it behind one, as lowvram {meant} {option}"
 
 
 def _hidden(foreign: Foreign) -> click.Option:
@@ -99,8 +107,16 @@ def _bare(option: str) -> str:
 
 def _shown(command: click.Command) -> set[str]:
     """Names that a command's --help has."""
-    options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
-    return {_bare(name) for option in options for name in option.opts}
+    return {_bare(name) for option in _options_of(command) if not option.hidden for name in option.opts}
+
+
+def _known(command: click.Command) -> set[str]:
+    """Those of other programs with them."""
+    return {_bare(name) for option in _options_of(command) for name in option.opts}
+
+
+def _options_of(command: click.Command) -> list[click.Option]:
+    return [param for param in command.params if isinstance(param, click.Option)]
 
 
 def _listed(names: list[str]) -> str:

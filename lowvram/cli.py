@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Libraries below look for files on a hub when asked in the wrong way; a run of ours has all it needs on the disk.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lowvram.answers import Answering
+from lowvram.answers import Answering, before_a_command
 from lowvram.command_options import convert_options, plan_options
 from lowvram.option_values import place_of_video, prompt_file, refuse_seeds_of_their_own
 from lowvram.options import (
@@ -46,7 +46,10 @@ class ErrorsToExitCodes(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["arguments"] = list(args)  # as they came, for ranks that are started with the same
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption as error:
+            fail(before_a_command(self, error.option_name, args), 2)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -61,7 +64,7 @@ class ErrorsToExitCodes(click.Group):
             fail(f"the GPU failed: {error}; what was written before is kept, the card may have to be reset", 1)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     if os.environ.get("LOWVRAM_STARTED") != "1":  # else the process that started this rank says it, once for all ranks
         click.echo("lowvram: error: " + " ".join(message.split()), err=True)
     sys.exit(code)

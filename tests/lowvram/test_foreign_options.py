@@ -227,6 +227,22 @@ def test_other_commands_answer_too(arguments, part):
     assert part in line(run(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--model", "x"], "--model stands before a command; expected it behind one, as lowvram infer --model"),
+        (["--model", "x", "plan"], "as lowvram plan --model"),
+        (["--ckpt_dir", "x"], "as lowvram convert --ckpt-dir"),
+        (["--fp8", "infer"], "as lowvram infer --fp8"),
+        (["--sample_list=x"], "--sample-list stands before a command"),
+        (["--colour"], "--colour: unknown, lowvram --help has the commands"),
+        (["-x"], "-x: unknown"),
+    ],
+)
+def test_options_before_any_command(arguments, part):
+    assert part in line(run(*arguments))
+
+
 @pytest.mark.parametrize("option", ["--lora", "--lora_path", "--lora-path-dmd"])
 def test_convert_takes_the_reference_s_names_of_a_lora(tiny, tmp_path, option):
     files = ["--ckpt_dir", tiny.checkpoint, "--out", tmp_path / "out"]

@@ -70,11 +70,12 @@ def test_everything_can_be_kept_on_the_host():
 
 
 def test_the_text_encoder_may_run_on_the_host():
-    plain, asked = (json.loads(run(*PLAN, *more, "--json").stdout) for more in ([], ["--t5_cpu"]))
+    small = ["plan", "--preset", "tiny", "--gpu", "rtx4090", "--size", "128*128", "--json"]
+    plain, asked = (json.loads(run(*small, *more).stdout) for more in ([], ["--t5_cpu"]))
     assert (plain["text_encoder_device"], asked["text_encoder_device"]) == ("cuda", "cpu")
-    assert asked["stage_peak_bytes"]["encode_text"] == 0
+    assert asked["stage_peak_bytes"]["encode_text"] == 0 < plain["stage_peak_bytes"]["encode_text"]
     assert "the text encoder is to run on the host, once a video" in asked["notes"]
-    several = json.loads(run(*PLAN, "--gpus", "2", "--t5_cpu", "True", "--json").stdout)
+    several = json.loads(run(*small, "--gpus", "2", "--t5_cpu", "True").stdout)
     assert [rank["text_encoder_device"] for rank in several["ranks"]].count("cpu") == 1
 
 
