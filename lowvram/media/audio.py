@@ -95,8 +95,7 @@ class AudioTrack:
 
 
 def _frame(chunk: Chunk) -> AudioFrame:
-    planes = np.ascontiguousarray(chunk.samples_CN)
-    layout = {1: "mono", 2: "stereo"}.get(len(planes), chunk.layout)
-    frame = AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
+    planes = np.ascontiguousarray(chunk.heard())
+    frame = AudioFrame.from_ndarray(planes, format="fltp", layout="mono" if len(planes) == 1 else "stereo")
     frame.sample_rate = chunk.rate_hz
     return frame

@@ -1,6 +1,7 @@
 """The sound of a file as it comes out of its decoder: one track, from where it begins, in float32 at its own rate."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Generator, Iterator
@@ -23,6 +24,9 @@ EXPECTED = "expected WAV, MP3, M4A, FLAC or OGG, or another recording or video w
 MAX_BAD_PACKETS = 0.05
 _INTEGER_SCALES = {"u8": (128.0, 1 / 128), "s16": (0.0, 1 / 32768), "s32": (0.0, 1 / 2**31), "s64": (0.0, 1 / 2**63)}
 _FLOATS = ("flt", "dbl")
+_OTHERS = 0.7071  # of a channel that is not in front, left or right
+# Of more planes PyAV reads beyond the end of their list (seen with 18.1), and crashes.
+_MOST_PLANES = 7
 # Samples of silence that encoder and decoder put in front, at the stream's own rate; measured with the encoders that
 # FFmpeg has (LAME for MP3). AAC: as many as its first frame has, which is the least that any encoder puts there.
 _DELAYS = {"mp3": 1105, "mp3float": 1105, "mp2": 481, "mp2float": 481, "ac3": 256, "eac3": 256, "opus": 312}
@@ -55,6 +59,10 @@ class Chunk:
     layout: str
     scalable: bool
     peak: float = math.inf
+
+    def heard(self) -> NDArray[np.float32]:
+        """One channel or two as they are, more as two: [1 or 2, n]."""
+        return self.samples_CN if len(self.samples_CN) <= 2 else _stereo_weights(self.layout) @ self.samples_CN
 
 
 def open_sound(path: Path) -> InputContainer:
@@ -185,6 +193,8 @@ def _demux(path: Path, container: InputContainer, stream: AudioStream) -> Iterat
 
 
 def _chunk(path: Path, frame: AudioFrame) -> Chunk:
+    if frame.format.is_planar and frame.layout.nb_channels > _MOST_PLANES:
+        frame = _packed(frame)
     kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
     try:
         samples: NDArray[Any] = frame.to_ndarray()
@@ -200,6 +210,29 @@ def _chunk(path: Path, frame: AudioFrame) -> Chunk:
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is told as such
         samples = samples.astype(np.float32, copy=False)
     return Chunk(samples, frame.sample_rate, frame.layout.name, kind in _FLOATS)
+
+
+def _packed(frame: AudioFrame) -> AudioFrame:
+    """The same samples in one plane."""
+    resampler = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate)
+    return resampler.resample(frame)[0]
+
+
+@functools.cache
+def _stereo_weights(layout: str) -> NDArray[np.float32]:
+    """[2, channels]: what of each channel is heard left and right, which is what FFmpeg takes; all alike where the file
+    does not say which channel is which, as of a recorder with many microphones."""
+    names = [channel.name for channel in av.AudioLayout(layout).channels]
+    if "FL" not in names or "FR" not in names:
+        return np.full((2, len(names)), 1 / len(names), np.float32)
+    return np.array([[_heard(name, side) for name in names] for side in "LR"], np.float32)
+
+
+def _heard(channel: str, side: str) -> float:
+    """``channel`` is FFmpeg's name, as FL, BR, TFC or LFE; a centre is heard by both sides."""
+    if channel == f"F{side}":
+        return 1.0
+    return 0.0 if channel.startswith("LFE") or channel[-1] in {"L": "R", "R": "L"}[side] else _OTHERS
 
 
 def _check_rate(path: Path, chunk: Chunk, rate_hz: int) -> None:

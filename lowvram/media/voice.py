@@ -53,6 +53,8 @@ class Levels:
         self.energies = self.energies + np.array([_energy(channel, chunk.peak) for channel in samples])
         self.mixed_energy += _energy(mono, chunk.peak)
         self.peak = max(self.peak, chunk.peak)
+        if len(samples) > 2:  # of which the sound track has two, which may be louder
+            self.peak = max(self.peak, float(np.abs(chunk.heard()).max()))
         self.whole = self.whole and chunk.scalable and bool((samples == np.rint(samples)).all())
 
     @property
