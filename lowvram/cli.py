@@ -23,16 +23,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lowvram.answers import Answering, before_a_command
-from lowvram.command_options import convert_options, plan_options
-from lowvram.option_values import place_of_video, prompt_file, refuse_seeds_of_their_own
+from lowvram.command_options import convert_options, infer_options, plan_options
 from lowvram.options import (
     FILE,
     SETTINGS,
-    make_rank_options,
-    make_request,
-    memory_options,
-    open_pipeline,
-    rank_options,
     request_options,
 )
 from lowvram.out_of_memory import is_out_of_memory
@@ -68,12 +62,6 @@ def fail(message: str, code: int) -> NoReturn:
     if os.environ.get("LOWVRAM_STARTED") != "1":  # else the process that started this rank says it, once for all ranks
         click.echo("lowvram: error: " + " ".join(message.split()), err=True)
     sys.exit(code)
-
-
-def log_as(prefix: str) -> None:
-    """Begin every line of the log with who says it."""
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
 
 
 @click.group(cls=ErrorsToExitCodes, context_settings=SETTINGS)
@@ -120,68 +108,16 @@ def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
 
 
 @main.command(context_settings=SETTINGS)
-@click.option("--model", type=FILE, required=True, help="Artifact that convert wrote.")
-@click.option("--image", type=FILE, required=True, help="Portrait: JPEG, PNG or WebP.")
-@click.option("--audio", type=FILE, required=True, help="Voice: WAV, MP3, M4A, FLAC or OGG at any rate.")
-@click.option("--prompt", required=True, help="What is to be seen, or @FILE that says it.")
-@click.option("--out", "--save-file", "out", type=FILE, help="MP4 to write.")
-@click.option("--save-dir", type=FILE, help="Folder to write to instead, under a name made of what goes in.")
-@request_options
-@click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors.")
-@click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON.")
-@click.option("--overwrite", is_flag=True, help="Replace files of these names.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-@rank_options
-def infer(dump_tensors: Path | None, report: Path | None, overwrite: bool, quiet: bool, **options: Any) -> None:
+@infer_options
+def infer(**options: Any) -> None:
     """Make an avatar video from a portrait, a voice and a prompt.
 
     Several GPUs of this machine share the work with --gpus; torchrun starts ranks too, also on several machines.
     """
-    from lowvram.infer import infer as run
-    from lowvram.outputs import Outputs
-    from lowvram.parallel.command import RankRun
-    from lowvram.parallel.seat import Seat
-    from lowvram_quantize.format import Artifact
+    from lowvram.infer_command import infer_as_asked
 
-    seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
-    refuse_seeds_of_their_own(options["base_seed"], 1 if seat is None else seat.world_size)
-    request = make_request(options)
-    out = place_of_video(options["out"], options["save_dir"], request)
-    outputs = Outputs(
-        video=out,
-        dump_tensors=dump_tensors,
-        report=report,
-        overwrite=overwrite,
-        make_folder=options["save_dir"] is not None,
-    )
-    if (file := prompt_file(options["prompt"])) is not None:
-        outputs.check({"--prompt": file})
-    layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
-    if layout.world_size > 1:
-        several = RankRun(
-            request=request,
-            outputs=outputs,
-            memory=memory_options(options),
-            options=ranks,
-            quiet=quiet,
-            examine=not options["no_selftest"],
-            **{name: options[name] for name in ("model", "device", "dtype", "verify")},
-        )
-        if seat is None:
-            seed = ["--base_seed", str(request.base_seed)]  # one for all, also where it was drawn
-            several.start(layout, [*click.get_current_context().meta["arguments"], *seed])
-            return
-        if seat.by_hand:
-            logging.getLogger("lowvram.plan").info(
-                "this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint
-            )
-        log_as(f"rank {seat.rank}: ")
-        if several.take_part(seat, layout):
-            click.echo(out)
-        return
-    outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
-    run(open_pipeline(options), request, outputs, quiet=quiet)
-    click.echo(out)
+    if (video := infer_as_asked(options, click.get_current_context().meta["arguments"])) is not None:
+        click.echo(video)
 
 
 @main.command(context_settings=SETTINGS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowvram.options import FILE, declared, switch
+from lowvram.options import FILE, declared, rank_options, request_options, switch
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 
@@ -48,6 +48,25 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
     ]
     return declared(options, command)
+
+
+def infer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``infer`` reads and writes, with what it shares with other commands."""
+    first: list[Callable[..., Any]] = [
+        click.option("--model", type=FILE, required=True, help="Artifact that convert wrote."),
+        click.option("--image", type=FILE, required=True, help="Portrait: any usual kind of picture."),
+        click.option("--audio", type=FILE, required=True, help="Voice: any file with sound in it."),
+        click.option("--prompt", required=True, help="What is to be seen, or @FILE that says it."),
+        click.option("--out", "--save-file", "out", type=FILE, help="MP4 to write."),
+        click.option("--save-dir", type=FILE, help="Folder to write to instead, under a name made of what goes in."),
+    ]
+    last: list[Callable[..., Any]] = [
+        click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors."),
+        click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON."),
+        click.option("--overwrite", is_flag=True, help="Replace files of these names."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
+    ]
+    return declared(first, request_options(declared(last, rank_options(command))))
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ def _file(path: Path) -> str:
 def _folder(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
-        return f"an empty folder; {_EXPECTED}"
+        return f"an empty folder, and no artifact: it has no {MANIFEST}; {_EXPECTED}"
     if path.name.endswith(".partial") and any(name.endswith(".journal") for name in names):
         return "what an unfinished convert has made so far; run the same convert again, which goes on there"
     inside = [entry.parent for entry in islice(_manifests(path), 4)]

@@ -1,0 +1,84 @@
+"""What ``lowvram infer`` does with its options: a run of one, ranks to be started, or the part of one of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowvram.infer import infer
+from lowvram.option_values import place_of_video, prompt_file, refuse_seeds_of_their_own
+from lowvram.options import make_rank_options, make_request, memory_options, open_pipeline
+from lowvram.outputs import Outputs
+from lowvram.parallel.command import RankRun
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.options import RankOptions
+from lowvram.parallel.seat import Seat
+from lowvram.request import Request
+from lowvram_quantize.format import Artifact
+
+
+def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | None:
+    """Make the video. Returns its path where this process wrote it; other ranks did where it is None.
+
+    Args:
+        options: all of ``infer``, by the names of their parameters.
+        arguments: the command line that they came from, for ranks that are started with the same.
+
+    Raises:
+        LowvramError: an option that cannot be used, or a run that failed.
+    """
+    seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
+    refuse_seeds_of_their_own(options["base_seed"], 1 if seat is None else seat.world_size)
+    request = make_request(options)
+    outputs = _outputs(options, request)
+    layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
+    if layout.world_size > 1:
+        several = _rank_run(options, request, outputs, ranks)
+        return _as_ranks(several, seat, layout, arguments)
+    outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
+    infer(open_pipeline(options), request, outputs, quiet=options["quiet"])
+    return outputs.video
+
+
+def _outputs(options: dict[str, Any], request: Request) -> Outputs:
+    outputs = Outputs(
+        video=place_of_video(options["out"], options["save_dir"], request),
+        make_folder=options["save_dir"] is not None,
+        **{name: options[name] for name in ("dump_tensors", "report", "overwrite")},
+    )
+    if (file := prompt_file(options["prompt"])) is not None:
+        outputs.check({"--prompt": file})
+    return outputs
+
+
+def _rank_run(options: dict[str, Any], request: Request, outputs: Outputs, ranks: RankOptions) -> RankRun:
+    return RankRun(
+        request=request,
+        outputs=outputs,
+        memory=memory_options(options),
+        options=ranks,
+        examine=not options["no_selftest"],
+        **{name: options[name] for name in ("model", "device", "dtype", "verify", "quiet")},
+    )
+
+
+def _as_ranks(several: RankRun, seat: Seat | None, layout: ParallelLayout, arguments: Sequence[str]) -> Path | None:
+    if seat is None:
+        seed = ["--base_seed", str(several.request.base_seed)]  # one for all, also where it was drawn
+        several.start(layout, [*arguments, *seed])
+        return None
+    if seat.by_hand:
+        logging.getLogger("lowvram.plan").info(
+            "this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint
+        )
+    _log_as(f"rank {seat.rank}: ")
+    return several.outputs.video if several.take_part(seat, layout) else None
+
+
+def _log_as(prefix: str) -> None:
+    """Begin every line of the log with who says it."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
