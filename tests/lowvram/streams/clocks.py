@@ -22,12 +22,14 @@ from tests.lowvram.streams.fake_cuda import COMPUTE, HOST, INWARDS, OUTWARDS, Re
 Tensor = torch.Tensor
 Clock = dict[str, int]
 ROOT = Path(__file__).parents[3]
+Where = tuple[str, int] | None
+"""A line of the product: its file and number."""
 PRODUCT = tuple(str(ROOT / folder) for folder in ("lowvram", "kernels", "models", "tests/lowvram/streams/miniature"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Access:
-    """Bytes [low, high) of a storage, touched as number ``tick`` of what ``stream`` was asked."""
+    """Bytes [low, high) of a storage, touched as number ``tick`` of what ``stream`` was asked, at ``where``."""
 
     low: int
     high: int
@@ -35,9 +37,10 @@ class Access:
     tick: int
     writes: bool
     what: str
+    where: Where
 
     def __str__(self) -> str:
-        return f"{self.stream} {'writes' if self.writes else 'reads'} ({self.what})"
+        return f"{self.stream} {'writes' if self.writes else 'reads'} ({self.what} at {_words(self.where)})"
 
 
 @dataclasses.dataclass
@@ -62,24 +65,24 @@ class Clocks:
         self.copies = 0
 
     def computed(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if func.is_view:
+            return
         self._issue(COMPUTE)
-        changed = written(func, args, kwargs)
-        given = tensors((args, kwargs))
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        what = func._schema.name
-        if not func.is_view:
-            for tensor in given:
-                self._touch(tensor, COMPUTE, any(tensor is other for other in changed), what)
+        changed = [id(tensor) for tensor in written(func, args, kwargs)]
+        what, where = func._schema.name, _line()
+        for tensor in tensors((args, kwargs)):
+            self._touch(tensor, COMPUTE, id(tensor) in changed, what, where)
         for tensor in tensors(out):
-            key = tensor.untyped_storage()._cdata
-            if key not in known and key not in self._memory:
-                self._known(tensor).accesses.append(self._access(tensor, COMPUTE, True, f"allocation in {what}"))
+            if tensor.untyped_storage()._cdata not in self._memory:
+                made = self._access(tensor, COMPUTE, True, f"allocation in {what}", where)
+                self._known(tensor).accesses.append(made)
 
     def copy(self, stream: str, dst: Tensor, src: Tensor) -> None:
         self._issue(stream)
         self.copies += 1
-        self._touch(src, stream, False, "copy", pageable=stream == INWARDS)
-        self._touch(dst, stream, True, "copy", pageable=stream == OUTWARDS)
+        where = _line()
+        self._touch(src, stream, False, "copy", where, pageable=stream == INWARDS)
+        self._touch(dst, stream, True, "copy", where, pageable=stream == OUTWARDS)
         dst.copy_(src)
 
     def recorded(self, stream: str) -> Clock:
@@ -111,7 +114,9 @@ class Clocks:
         _join(clock, self._clocks[HOST])
         clock[stream] += 1
 
-    def _touch(self, tensor: Tensor, stream: str, writes: bool, what: str, pageable: bool = False) -> None:
+    def _touch(
+        self, tensor: Tensor, stream: str, writes: bool, what: str, where: Where, pageable: bool = False
+    ) -> None:
         if not tensor.numel():
             return
         if self._pinned.holds(tensor.untyped_storage().data_ptr()):
@@ -120,7 +125,7 @@ class Clocks:
                 self._clocks[HOST][HOST] += 1
         elif pageable:
             return  # the driver takes such a copy's bytes, or waits for them, before the call returns
-        memory, access = self._known(tensor), self._access(tensor, stream, writes, what)
+        memory, access = self._known(tensor), self._access(tensor, stream, writes, what, where)
         clock, kept = self._clocks[stream], []
         for other in memory.accesses:
             seen = clock.get(other.stream, 0) >= other.tick
@@ -131,11 +136,15 @@ class Clocks:
                 kept.append(other)
         memory.accesses = [*kept, access]
 
-    def _access(self, tensor: Tensor, stream: str, writes: bool, what: str) -> Access:
-        low = tensor.storage_offset() * tensor.element_size()
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        high = low + (last + 1) * tensor.element_size()
-        return Access(low, high, stream, self._clocks[stream][stream], writes, f"{what} at {_line()}")
+    def _access(self, tensor: Tensor, stream: str, writes: bool, what: str, where: Where) -> Access:
+        size = tensor.element_size()
+        low = tensor.storage_offset() * size
+        if tensor.is_contiguous():
+            high = low + tensor.numel() * size
+        else:
+            last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+            high = low + (last + 1) * size
+        return Access(low, high, stream, self._clocks[stream][stream], writes, what, where)
 
     def _known(self, tensor: Tensor) -> Memory:
         storage = tensor.untyped_storage()
@@ -156,7 +165,7 @@ class Clocks:
         clock = self._clocks[stream] | {HOST: self._clocks[HOST][HOST]}
         for other in memory.accesses:
             if max(clock.get(other.stream, 0), self._clocks[HOST].get(other.stream, 0)) < other.tick:
-                self._report(str(other), f"{stream} {what} at {_line()}", f"nothing waited for {other.stream}")
+                self._report(str(other), f"{stream} {what} at {_words(_line())}", f"nothing waited for {other.stream}")
         memory.accesses.clear()
 
     def _report(self, before: str, after: str, lacking: str) -> None:
@@ -170,12 +179,21 @@ def _join(clock: Clock, other: Clock) -> None:
             clock[stream] = tick
 
 
-def _line() -> str:
+def _line() -> Where:
     """The innermost line of the product that led here."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(PRODUCT) and not name.endswith("lowvram/engine.py"):
-            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
+        if _of_product(name):
+            return name, frame.f_lineno
         frame = frame.f_back
-    return "?"
+    return None
+
+
+@functools.cache
+def _of_product(name: str) -> bool:
+    return name.startswith(PRODUCT) and not name.endswith("lowvram/engine.py")
+
+
+def _words(where: Where) -> str:
+    return f"{where[0][len(str(ROOT)) + 1 :]}:{where[1]}" if where else "?"

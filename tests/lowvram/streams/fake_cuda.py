@@ -7,13 +7,14 @@ are the computation's; of what touches registered host memory there, the host do
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowvram.engine import CudaEngine
 from lowvram.pinning import Registry
@@ -55,6 +56,10 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.current = Stream(self, COMPUTE)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each call goes through a wrapper that keeps torch.compile out, which nothing here uses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -140,25 +145,42 @@ class Registered:
 
     def __init__(self) -> None:
         self._stretches: dict[int, int] = {}
+        self._starts: list[int] = []
 
     def add(self, address: int, nbytes: int) -> None:
         self._stretches[address] = nbytes
+        bisect.insort(self._starts, address)
 
     def drop(self, address: int) -> None:
         del self._stretches[address]
+        self._starts.remove(address)
 
     def holds(self, address: int) -> bool:
-        return any(start <= address < start + nbytes for start, nbytes in self._stretches.items())
+        at = bisect.bisect_right(self._starts, address)
+        return at > 0 and address < self._starts[at - 1] + self._stretches[self._starts[at - 1]]
 
 
 def tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    """The tensors in results or arguments, which nest lists and dictionaries only."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+@functools.cache
+def changes(func: Any) -> tuple[tuple[int, str], ...]:
+    """Index and name of the arguments that an operation changes, by its schema."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors among the arguments that an operation changes, by its schema."""
+    """Tensors among the arguments that an operation changes."""
     found: list[Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += tensors(args[index] if index < len(args) else kwargs.get(argument.name))
+    for index, name in changes(func):
+        found += tensors(args[index] if index < len(args) else kwargs.get(name))
     return found
