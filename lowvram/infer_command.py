@@ -19,6 +19,8 @@ from lowvram.parallel.seat import Seat
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
 
+log = logging.getLogger("lowvram.plan")
+
 
 def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | None:
     """Make the video. Returns its path where this process wrote it; other ranks did where it is None.
@@ -34,6 +36,8 @@ def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | 
     refuse_seeds_of_their_own(options["base_seed"], 1 if seat is None else seat.world_size)
     request = make_request(options)
     outputs = _outputs(options, request)
+    if seat is None and (file := prompt_file(options["prompt"])) is not None:
+        log.info("the prompt is what stands in %s", file)
     layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
     if layout.world_size > 1:
         several = _rank_run(options, request, outputs, ranks)
@@ -71,9 +75,7 @@ def _as_ranks(several: RankRun, seat: Seat | None, layout: ParallelLayout, argum
         several.start(layout, [*arguments, *seed])
         return None
     if seat.by_hand:
-        logging.getLogger("lowvram.plan").info(
-            "this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint
-        )
+        log.info("this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint)
     _log_as(f"rank {seat.rank}: ")
     return several.outputs.video if several.take_part(seat, layout) else None
 
