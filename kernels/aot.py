@@ -61,13 +61,17 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
         triton_attention,
         triton_keys,
         triton_linear,
+        triton_linears,
         triton_norm,
         triton_prepare,
         triton_rope,
         triton_rows,
     )
 
-    modules = (triton_rows, triton_linear, triton_norm, triton_rope, triton_keys, triton_prepare, triton_attention)
+    modules = (
+        *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_keys, triton_prepare),
+        triton_attention,
+    )
     found = [case for module in modules for case in module.aot_cases(generation)]
     if more:
         found += [case for module in modules for case in getattr(module, "more_aot_cases", lambda _: [])(generation)]

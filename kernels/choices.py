@@ -2,7 +2,8 @@
 
 Every dispatcher asks ``choose``. A kernel that failed on a card is switched off there, for that one operation; another
 one is preferred where it was found to be faster. Both hold for the process, and ``noted`` lists them for the run's
-report. The last backend of an operation is plain PyTorch, which is what the others are measured against; it stays.
+report. The last backend of an operation is plain PyTorch, or the operation's parts; it is what the others are measured
+against, and stays.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from lowvram_kernels.chips import has_fp8_units, triton_serves
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.errors import DeviceError
 
-TRITON, TORCH = "triton", "torch"
+TRITON, TORCH, ONE_BY_ONE = "triton", "torch", "one by one"
 
 log = logging.getLogger(__name__)
 
 # The kinds of rows that a kernel is compiled for: in 8 bit, in 8 bit after a rotation, in wider floating point.
 INT8, ROTATED, FP8, WIDE = "int8", "int8 rotated", "fp8", "wide"
 
-# The backends of each operation, the preferred one first. Only the Triton kernels fuse GELU, so that they come first
-# where it follows an fp8 product, and after ``torch._scaled_mm`` where it does not. On a CPU the products are tried out
-# before one is chosen: see ``cpu_products``.
+# The backends of each operation, the preferred one first. ``ONE_BY_ONE`` stands for the parts of an operation, each of
+# which has backends of its own. Only the Triton kernels fuse GELU, so that they come first where it follows an fp8
+# product, and after ``torch._scaled_mm`` where it does not. On a CPU the products are tried out before one is chosen:
+# see ``cpu_products``.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_w8a8 int8": (TRITON, INT_MM, FLOAT32),
     "linear_w8a8 int8 gelu": (TRITON, INT_MM, FLOAT32),
+    "linears_w8a8 int8": (TRITON, ONE_BY_ONE),
     "linear_w8a8 fp8": (SCALED_MM, TRITON, FLOAT32),
     "linear_w8a8 fp8 gelu": (TRITON, SCALED_MM, FLOAT32),
     **{f"quantize_rows {kind}": (TRITON, TORCH) for kind in (INT8, ROTATED, FP8)},
@@ -111,7 +114,7 @@ def switch_off(operation: str, backend: str, device: torch.device, reason: str) 
     """
     _check(operation, backend)
     if backend == _known(operation)[-1]:
-        raise ValueError(f"{backend!r} of {operation!r} is its PyTorch reference, which cannot be switched off")
+        raise ValueError(f"{backend!r} of {operation!r} is its reference, which cannot be switched off")
     note = Note(operation=operation, backend=backend, device=str(device), verdict="off", reason=reason)
     with _lock:
         _off[operation, backend, note.device] = note

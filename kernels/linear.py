@@ -2,8 +2,9 @@
 
 Order of preference, which ``choices`` may change:
 
-- int8: the Triton kernel on CUDA from sm_80 on, scales, bias and GELU in its epilogue; then ``torch._int_mm`` (CUDA
-  without Triton, and a CPU where it is right and fast); then a float32 product, see ``wide_product``.
+- int8: the Triton kernel on CUDA from sm_80 on, scales, bias and GELU in its epilogue, several products of one width
+  and depth in one launch; then ``torch._int_mm`` (CUDA without Triton, and a CPU where it is right and fast); then a
+  float32 product, see ``wide_product``.
 - fp8: row-wise ``torch._scaled_mm`` on sm_89, sm_90 and sm_120; the Triton kernel where GELU follows, since only it
   fuses that; then a float32 product, which comes first on a CPU. A GPU without FP8 units runs fp8 weights weight-only;
   the kernel's name in the run's report says so, and a warning is given once.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ from lowvram_kernels.trace import record
 from lowvram_kernels.wide_product import wide_product
 
 Tensor = torch.Tensor
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""Quantized rows [M, K], their scales [M, 1], weight [N, K], its scales [N], and bias [N] if there is one."""
 log = logging.getLogger(__name__)
 
 # By dtype, and whether GELU follows: what ``choices`` is asked for, and how the run's report calls each answer.
@@ -34,6 +38,7 @@ _OPERATIONS = {
     for dtype, name in NAMES.items()
     for gelu in (False, True)
 }
+_TOGETHER = "linears_w8a8 int8"
 _REPORTED = {
     (dtype, backend): f"{name}: {backend}"
     for dtype, name in NAMES.items()
@@ -84,6 +89,34 @@ def linear_q8(
         ValueError: shapes do not fit.
         RuntimeError: fp8 on a GPU without FP8 units.
     """
+    _check_q8(q_MK, scale_M1, weight_NK)
+    return _product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu, dtype)
+
+
+def linears_q8(products: Sequence[Operands], *, dtype: torch.dtype) -> list[Tensor]:
+    """``linear_q8`` of several products that need nothing of each other, in one launch where they fit together.
+
+    Raises: as ``linear_q8``, for each of them.
+    """
+    for q, scale, weight, _, _ in products:
+        _check_q8(q, scale, weight)
+    device = products[0][0].device
+    if choose(_TOGETHER, device) == TRITON and choose(_OPERATIONS[torch.int8, False], device) == TRITON:
+        from lowvram_kernels.triton_linears import MOST, linears_triton
+
+        if 1 < len(products) <= MOST and _fit_together(products):
+            record("linear_w8a8", "int8: triton, in one launch", len(products))
+            return linears_triton(products, dtype=dtype)
+    return [_product(*product, False, dtype) for product in products]
+
+
+def _fit_together(products: Sequence[Operands]) -> bool:
+    """Whether all are int8, of the same width and depth, and have biases of one dtype or none."""
+    kinds = {(w.dtype, w.shape, None if bias is None else bias.dtype) for _, _, w, _, bias in products}
+    return len(kinds) == 1 and products[0][2].dtype is torch.int8
+
+
+def _check_q8(q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor) -> None:
     if q_MK.dtype is not weight_NK.dtype or q_MK.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise TypeError(f"activations are {q_MK.dtype}, weights {weight_NK.dtype}; expected int8 or fp8 e4m3 for both")
     if q_MK.ndim != 2 or q_MK.shape[1] != weight_NK.shape[1] or scale_M1.shape != (len(q_MK), 1):
@@ -93,7 +126,6 @@ def linear_q8(
         )
     if q_MK.dtype is torch.float8_e4m3fn and not has_fp8_units(q_MK.device):
         raise RuntimeError("this GPU has no FP8 units; give linear_w8a8 the unquantized activations instead")
-    return _product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu, dtype)
 
 
 def _product(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowvram_kernels.attention import attention
-from lowvram_kernels.linear import linear_q8, linear_w8a8
+from lowvram_kernels.linear import Operands, linear_q8, linear_w8a8
 from lowvram_kernels.ring_codec import KVBlock, encode_projected
 from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rotation import check_group
@@ -53,6 +53,10 @@ class QuantizedLinear(nn.Module):
         """The same for rows that an earlier pass quantized (``norm_rows`` with this layer's ``group``), with the
         result in ``dtype``."""
         return linear_q8(q_MK, scale_M1, self.weight, self.weight_scale, self.bias, gelu=self.gelu, dtype=dtype)
+
+    def operands(self, q_MK: Tensor, scale_M1: Tensor) -> Operands:
+        """Such rows and what they are multiplied by, for ``linears_q8``."""
+        return q_MK, scale_M1, self.weight, self.weight_scale, self.bias
 
     def extra_repr(self) -> str:
         turned = f", inputs rotated by {self.group}" if self.group > 1 else ""

@@ -49,7 +49,8 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def _linear_kernel(
+def product_tile(
+    program,
     x,
     weight,
     out,
@@ -70,10 +71,10 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """The ``program``-th tile of a product."""
     # Programs go down GROUP_M tiles of rows before the next tile of columns, so that both operands stay in L2.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
     group = program // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     height = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -115,6 +116,52 @@ def _linear_kernel(
     corner = out + first_row.to(tl.int64) * N + first_column
     at = corner + rows[:, None] * N + columns[None, :]
     tl.store(at, value.to(out.dtype.element_ty), mask=row_there[:, None] & column_there[None, :])
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    weight,
+    out,
+    x_scale,
+    weight_scale,
+    bias,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    product_tile(
+        tl.program_id(0),
+        x,
+        weight,
+        out,
+        x_scale,
+        weight_scale,
+        bias,
+        M,
+        N,
+        K,
+        stride_xm,
+        stride_wn,
+        HAS_BIAS,
+        GELU,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        GROUP_M,
+        PARTS,
+    )
 
 
 def tile_for(generation: int, rows: int) -> Tile:

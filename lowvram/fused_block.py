@@ -11,6 +11,7 @@ from torch import nn
 from lowvram.fused_audio import FusedInjector
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.ring_codec import KVBlock
@@ -58,7 +59,7 @@ class FusedBlock(nn.Module):
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
         h = norm_rows(x_LD, gain1, shift1, eps=eps, **_wanted(mine.q, dtype))
-        q, k, v = (_linear(layer, h, dtype) for layer in (mine.q, mine.k, mine.v))
+        q, k, v = _linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
         del h
         keys = ProjectedKeys(mine.norm_k, k)
         v = v.view(len(v), mine.num_heads, -1)
@@ -67,9 +68,9 @@ class FusedBlock(nn.Module):
         gain, offset = self.norm3.weight, self.norm3.bias
         x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **_wanted(text.q, dtype))
         del y
-        q = _linear(text.q, h, dtype)
+        of_text = [(layer, _text_rows(layer, inputs)) for layer in (text.k, text.v)]
+        q, k, v = _linears([(text.q, h), *of_text], dtype)
         del h
-        k, v = (_linear(layer, _text_rows(layer, inputs), dtype) for layer in (text.k, text.v))
         k, v = text.norm_k(k), v.view(len(v), text.num_heads, -1)
         y = text.o(_joined(text.attention(text.norm_q(q), k, v)))
         del q, k, v
@@ -127,6 +128,14 @@ def _linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:
     values, scale = rows
     out: Tensor = layer(values) if scale is None else layer.forward_quantized(values, scale, dtype)
     return out
+
+
+def _linears(products: Sequence[tuple[Any, Rows]], dtype: torch.dtype) -> list[Tensor]:
+    """Several at once: what is all in 8 bit takes one launch where there is one."""
+    ready = [layer.operands(*rows) for layer, rows in products if rows[1] is not None and not layer.gelu]
+    if len(ready) == len(products):
+        return linears_q8(ready, dtype=dtype)
+    return [_linear(layer, rows, dtype) for layer, rows in products]
 
 
 def _text_rows(layer: nn.Module, inputs: LayerInputs) -> Rows:

@@ -39,6 +39,7 @@ def makers() -> Iterator[tuple[str, Make]]:
             yield f"linear_w8a8 {name} gelu", part(trials.linear, dtype=dtype, gelu=True)
         yield f"add_gated_norm_rows {name}", part(trials.fused_norm, dtype=dtype)
         yield f"norm_rows {name}", part(trials.fused_norm, dtype=dtype, gated=False)
+    yield f"linears_w8a8 {INT8}", trials.linears
     yield f"quantize_rows {ROTATED}", part(trials.quantize_rows, dtype=torch.int8, group=8)
     yield f"add_gated_norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, group=16)
     yield f"norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, gated=False, group=16)

@@ -7,13 +7,13 @@ rows where all would take gigabytes; that nothing is NaN or infinite is asked of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
-from lowvram_kernels.choices import FLOAT32, INT_MM, SCALED_MM, TORCH, TRITON
-from lowvram_kernels.linear import fp8_mm, int8_mm, reference_w8a8, wide_mm
+from lowvram_kernels.choices import FLOAT32, INT_MM, ONE_BY_ONE, SCALED_MM, TORCH, TRITON
+from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, linear_q8, reference_w8a8, wide_mm
 from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
 from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import reference_rows
@@ -119,6 +119,38 @@ def linear(sizes: Sizes, device: torch.device, dtype: torch.dtype, *, gelu: bool
         return {"product": Measured(error=relative_error(out["product"][rows], expected), bound=bound)}
 
     return Trial(backends={TRITON: triton, INT_MM if int8 else SCALED_MM: library, FLOAT32: wide}, judge=judge)
+
+
+def linears(sizes: Sizes, device: torch.device) -> Trial:
+    """Queries of a block's tokens, keys and values of the text's, of which there are fewer."""
+    rows = (sizes.tokens, -(-sizes.tokens // 6), 1 + sizes.tokens // 9)
+    xs = [random(device, count, sizes.width) for count in rows]
+    products: list[Operands] = []
+    for x in xs:
+        weight, scales = reference_rows(random(device, sizes.width, sizes.width), torch.int8)
+        bias = random(device, sizes.width).bfloat16()
+        products.append((*reference_rows(x, torch.int8), weight, scales[:, 0].contiguous(), bias))
+
+    def named(outs: Sequence[Tensor]) -> Outputs:
+        return dict(zip(("first", "second", "third"), outs, strict=True))
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_linears import linears_triton
+
+        return named(linears_triton(products, dtype=torch.bfloat16))
+
+    def one_by_one() -> Outputs:
+        return named([linear_q8(*product, dtype=torch.bfloat16) for product in products])
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        found = {}
+        for (name, values), x, (_, _, weight, scale, bias) in zip(out.items(), xs, products, strict=True):
+            some = sampled(len(x)).to(device)
+            error = relative_error(values[some], reference_w8a8(x[some], weight, scale, bias))
+            found[name] = Measured(error=error, bound=BF16)
+        return found
+
+    return Trial(backends={TRITON: triton, ONE_BY_ONE: one_by_one}, judge=judge)
 
 
 def fused_norm(

@@ -69,7 +69,7 @@ def judge(results: Sequence[Result]) -> Verdict:
         good = [backend for backend in order if backend not in failed and _passed(own, backend)]
         for backend, result in failed.items():
             if backend == order[-1] or not good:
-                # PyTorch's version cannot be switched off, and where nothing passed nothing is gone around.
+                # The reference cannot be switched off, and where nothing passed nothing is gone around.
                 stuck.append(result)
                 continue
             reason = f"{result.subject.size} shapes: {result.message}"

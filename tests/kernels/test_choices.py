@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowvram_kernels import chips, choices
-from lowvram_kernels.choices import FLOAT32, INT_MM, OPERATIONS, SCALED_MM, TORCH, TRITON
+from lowvram_kernels.choices import FLOAT32, INT_MM, ONE_BY_ONE, OPERATIONS, SCALED_MM, TORCH, TRITON
 from lowvram_kernels.errors import ConfigError, DeviceError
 from lowvram_kernels.linear import linear_w8a8, reference_w8a8
 from lowvram_kernels.rows import reference_rows
@@ -40,8 +40,9 @@ def ampere(monkeypatch):
     monkeypatch.setattr(chips, "has_triton", lambda: True)
 
 
-def test_every_operation_ends_with_plain_pytorch():
-    assert {order[-1] for order in OPERATIONS.values()} == {TORCH, FLOAT32}
+def test_every_operation_ends_with_plain_pytorch_or_with_its_parts():
+    assert {order[-1] for order in OPERATIONS.values()} == {TORCH, FLOAT32, ONE_BY_ONE}
+    assert {name for name, order in OPERATIONS.items() if order[-1] == ONE_BY_ONE} == {"linears_w8a8 int8"}
 
 
 @pytest.mark.usefixtures("ada")

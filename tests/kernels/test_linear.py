@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowvram_kernels import choices
+from lowvram_kernels import choices, linear
 from lowvram_kernels.choices import INT_MM, SCALED_MM
-from lowvram_kernels.linear import fp8_weight_only, linear_q8, linear_w8a8, reference_w8a8
+from lowvram_kernels.linear import fp8_weight_only, linear_q8, linear_w8a8, linears_q8, reference_w8a8
 from lowvram_kernels.rotation import rotated
 from lowvram_kernels.rows import NAMES, quantize_rows
 from lowvram_kernels.trace import trace_kernels
@@ -129,6 +129,75 @@ def test_quantized_rows_that_do_not_fit_are_refused():
         linear_q8(rows, row_scale[:, 0], q, scale, bias, dtype=torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         linear_q8(rows[:, :8], row_scale, q, scale, bias, dtype=torch.float32)
+
+
+def several(shapes, dtypes, biases):
+    """Operands of products, one for each shape."""
+    products = []
+    for index, (shape, dtype, bias) in enumerate(zip(shapes, dtypes, biases, strict=True)):
+        x, _, weight, weight_scale, values = make(shape, dtype, seed=index)
+        rows, scale = quantize_rows(x, dtype)
+        products.append((rows, scale, weight, weight_scale, None if bias is None else values.to(bias)))
+    return products
+
+
+I8, FP8, F32, BF16 = torch.int8, torch.float8_e4m3fn, torch.float32, torch.bfloat16
+# Shapes (rows, depth, columns), weights, biases; whether one launch can take them all.
+TOGETHER = [
+    ([(9, 32, 24)] * 3, [I8] * 3, [F32] * 3, True),
+    ([(9, 32, 24), (4, 32, 24)], [I8] * 2, [None] * 2, True),
+    ([(9, 32, 24), (0, 32, 24), (1, 32, 24)], [I8] * 3, [BF16] * 3, True),
+    ([(9, 32, 24)], [I8], [F32], False),
+    ([(9, 32, 24)] * 4, [I8] * 4, [F32] * 4, False),
+    ([(9, 32, 24), (9, 32, 8)], [I8] * 2, [F32] * 2, False),
+    ([(9, 32, 24), (9, 16, 24)], [I8] * 2, [F32] * 2, False),
+    ([(9, 32, 24)] * 2, [I8] * 2, [F32, None], False),
+    ([(9, 32, 24)] * 2, [I8] * 2, [F32, BF16], False),
+    ([(9, 32, 24)] * 2, [FP8] * 2, [F32] * 2, False),
+    ([(9, 32, 24)] * 2, [I8, FP8], [F32] * 2, False),
+]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Which products were asked for alone, and how many in one launch, where ``choose`` finds Triton for all."""
+    pytest.importorskip("triton", reason="triton is not installed: there is no launch for several")
+    from lowvram_kernels import triton_linears
+
+    ran = []
+    monkeypatch.setattr(linear, "choose", lambda operation, device: choices.TRITON)
+    monkeypatch.setattr(linear, "_product", lambda *operands: ran.append(1))
+    monkeypatch.setattr(triton_linears, "linears_triton", lambda products, dtype: ran.append(len(products)))
+    return ran
+
+
+@pytest.mark.parametrize(("shapes", "dtypes", "biases", "together"), TOGETHER)
+def test_several_products_go_together_where_they_fit(shapes, dtypes, biases, together, ran):
+    linears_q8(several(shapes, dtypes, biases), dtype=torch.float32)
+    assert ran == ([len(shapes)] if together else [1] * len(shapes))
+
+
+@pytest.mark.parametrize("off", ["linears_w8a8 int8", "linear_w8a8 int8"])
+def test_where_either_kernel_is_switched_off_products_run_one_by_one(off, ran, monkeypatch):
+    monkeypatch.setattr(linear, "choose", lambda name, device: choices.ONE_BY_ONE if name == off else choices.TRITON)
+    linears_q8(several([(9, 32, 24)] * 2, [I8] * 2, [None] * 2), dtype=torch.float32)
+    assert ran == [1, 1]
+
+
+@pytest.mark.parametrize(("shapes", "dtypes", "biases"), [case[:3] for case in TOGETHER])
+def test_several_products_equal_each_alone(shapes, dtypes, biases):
+    products = several(shapes, dtypes, biases)
+    with trace_kernels() as counts:
+        outs = linears_q8(products, dtype=torch.float32)
+    for out, product in zip(outs, products, strict=True):
+        assert torch.equal(out, linear_q8(*product, dtype=torch.float32))
+    assert sum(counts.values()) == len(products)
+
+
+def test_several_products_of_which_one_does_not_fit_are_refused():
+    good, bad = several([(9, 32, 24)] * 2, [I8] * 2, [None] * 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        linears_q8([good, (bad[0][:, :8], *bad[1:])], dtype=torch.float32)
 
 
 def test_weight_only_fp8_is_close_to_the_full_product():

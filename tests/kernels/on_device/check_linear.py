@@ -9,6 +9,7 @@ from where import DEVICE, FP8, relative_error
 from lowvram_kernels.linear import reference_w8a8
 from lowvram_kernels.rows import reference_rows
 from lowvram_kernels.triton_linear import TILES, Tile, linear_triton
+from lowvram_kernels.triton_linears import linears_triton
 
 # Odd sizes; depths below, at and beyond a tile; more rows than a small launch takes.
 SHAPES = [(1, 80, 216), (17, 81, 7), (33, 64, 64), (70, 256, 130), (5, 16, 1), (130, 300, 33)]
@@ -88,3 +89,42 @@ def test_a_row_that_is_not_finite_shows():
     out = linear_triton(q, scale, weight, weight_scale, bias, gelu=True, dtype=torch.bfloat16, tile=SMALL)
     assert out[1].isnan().all()
     assert out[2:].isfinite().all()
+
+
+def several(rows, depth, columns, bias_dtype):
+    """Rows, their scales, weight, its scales and bias of products of one width and depth."""
+    products = []
+    for count in rows:
+        x, weight, weight_scale, bias = operands((count, depth, columns), torch.int8)
+        bias = None if bias_dtype is None else bias.to(bias_dtype)
+        products.append((*reference_rows(x, torch.int8), weight, weight_scale, bias))
+    return products
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [((33, 33, 33), 64, 64), ((1, 40, 7), 80, 33), ((70, 5), 81, 130), ((0, 3, 65), 16, 1), ((20, 0, 0), 96, 48)],
+)
+def test_several_in_one_launch_equal_each_alone(rows, depth, columns, bias_dtype):
+    products = several(rows, depth, columns, bias_dtype)
+    together = linears_triton(products, dtype=torch.float32, tile=SMALL)
+    assert [out.shape for out in together] == [(count, columns) for count in rows]
+    for out, product in zip(together, products, strict=True):
+        assert torch.equal(out, linear_triton(*product, gelu=False, dtype=torch.float32, tile=SMALL))
+
+
+@pytest.mark.parametrize("rows", [(3, 2, 3), (65, 1, 20)])
+def test_several_with_the_default_tile(rows):
+    products = several(rows, 96, 48, torch.bfloat16)
+    for out, (q, scale, weight, weight_scale, bias) in zip(
+        linears_triton(products, dtype=torch.bfloat16), products, strict=True
+    ):
+        assert out.dtype is torch.bfloat16
+        exact = (q.double() @ weight.double().t()) * scale.double() * weight_scale.double() + bias.double()
+        if len(q):
+            assert relative_error(out, exact) < torch.finfo(torch.bfloat16).eps
+
+
+def test_several_of_no_rows():
+    assert [len(out) for out in linears_triton(several((0, 0), 16, 8, None), dtype=torch.bfloat16)] == [0, 0]
