@@ -15,12 +15,12 @@ from torch import nn
 
 from lowvram.fused_block import fuse
 from lowvram.graphs import Capture
-from lowvram.kv_format import Bytes, kv_format
+from lowvram.kv_format import Bytes, Own, kv_format
 from lowvram_kernels.holding import holding
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
 from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
-from lowvram_models.attention import CrossAttention, Keys
+from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
@@ -65,9 +65,9 @@ class FullRing:
         self.kind.write(block, *(torch.randn(shape, dtype=dtype, device=device) for _ in range(2)))
         return block, tokens
 
-    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
-        self.kind.write_keys(self.slots[0][0], keys, rope, v_LNH)
-        return self.kind.attend(q_LNH, self.slots, self.sink, self.rope, self.rotated)
+    def attend(self, queries: Heads, keys: Heads, v_LNH: Tensor, rope: Rope) -> Tensor:
+        own = Own(queries, keys, v_LNH, rope)
+        return self.kind.attend(own, 0, self.slots, self.sink, self.rope, self.rotated)
 
 
 def random_rope(tokens: int, head_dim: int, device: torch.device) -> Rope:

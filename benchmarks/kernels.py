@@ -33,8 +33,9 @@ from lowvram.graphs import CudaCapture
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
+from lowvram_kernels.projected import Projected, Projection, TurnedSink
 from lowvram_kernels.ring_attention import reference_ring_attention, ring_attention
-from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, encode_projected, rotate_block
+from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, room_for_keys, rotate_block
 from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
@@ -267,13 +268,16 @@ def attention_row(watch: Stopwatch) -> dict[str, Any]:
 def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any]]:
     """Passes between the products; bytes are those that have to move: every input read, every output written, once.
     Rotating groups moves no more: its time is that of a row beside the one without."""
+    from lowvram_kernels.triton_projected import prepared
+
     width, tokens = HEADS * HEAD_DIM, ROWS[1]
     x, y = torch.randn(tokens, width, device="cuda"), torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     wide = torch.randn(tokens, 13824, device="cuda", dtype=torch.bfloat16)
     gate, gain, offset = (torch.randn(width, device="cuda") for _ in range(3))
     angle = torch.rand(tokens, HEAD_DIM // 2, device="cuda")
     cos, sin = angle.cos(), angle.sin()
-    block, heads = random_block(tokens), y.view(tokens, HEADS, HEAD_DIM)
+    block, heads, line = random_block(tokens), y.view(tokens, HEADS, HEAD_DIM), Projection(y, gain, 1e-6)
+    kept = TurnedSink(block, cos, sin, room_for_keys(block))
     norm = {"eps": 1e-6, "dtype": torch.int8}
     count = tokens * width
     table: dict[str, tuple[int, Call]] = {
@@ -291,9 +295,10 @@ def passes(watch: Stopwatch, copy_bytes_per_second: float) -> list[dict[str, Any
         ),
         "norm_rope": (4 * count + cos.nbytes + sin.nbytes, lambda: norm_rope(y, gain, 1e-6, HEADS, cos, sin)),
         "encode_block": (6 * count, lambda: encode_block(heads, heads, block)),
-        "encode_projected": (
-            8 * count + cos.nbytes + sin.nbytes,  # the keys' projection is read twice: their mean comes first
-            lambda: encode_projected(y, heads, gain, 1e-6, cos, sin, block),
+        "projections to attention": (
+            # Keys are read twice, because their mean comes first: the block's in bfloat16, the sink's in 8 bits.
+            (3 + 5 + 3 + 3) * count + 2 * (cos.nbytes + sin.nbytes),
+            lambda: prepared(Projected(line, line, heads, cos, sin), 0, [block], kept),
         ),
         "rotate_block": (2 * count, lambda: rotate_block(block, cos, sin)),
     }

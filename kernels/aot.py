@@ -59,17 +59,17 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
     types for which the compiler makes another program, and which are seldom met."""
     from lowvram_kernels import (
         triton_attention,
-        triton_keys,
         triton_linear,
         triton_linears,
         triton_norm,
         triton_prepare,
+        triton_projected,
         triton_rope,
         triton_rows,
     )
 
     modules = (
-        *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_keys, triton_prepare),
+        *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_prepare, triton_projected),
         triton_attention,
     )
     found = [case for module in modules for case in module.aot_cases(generation)]

@@ -45,7 +45,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     **{f"add_gated_norm_rows {kind}": (TRITON, TORCH) for kind in (INT8, ROTATED, FP8, WIDE)},
     "add_gated": (TRITON, TORCH),
     "norm_rope": (TRITON, TORCH),
-    "encode_projected": (TRITON, TORCH),
+    "attend_projected": (TRITON, ONE_BY_ONE),
     "encode_kv": (TRITON, TORCH),
     "rotate_keys": (TRITON, TORCH),
     "ring_attention": (TRITON, TORCH),

@@ -10,7 +10,6 @@ from torch import nn
 
 from lowvram_kernels.attention import attention
 from lowvram_kernels.linear import Operands, linear_q8, linear_w8a8
-from lowvram_kernels.ring_codec import KVBlock, encode_projected
 from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES
@@ -77,11 +76,6 @@ class NormRope(nn.Module):
             return norm_rope(x, self.weight, self.eps, self.num_heads, *table)
         out = norm_rope(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.num_heads, *table)
         return out.view(*x.shape[:-1], *out.shape[1:])
-
-    def encode(self, x_TD: Tensor, rope: Any, v_TNH: Tensor, out: KVBlock) -> None:
-        """What ``forward`` gives of keys, and values, straight into a block of a ring: see ``encode_projected``."""
-        table = (None, None) if rope is None else (rope.cos, rope.sin)
-        encode_projected(x_TD, v_TNH, self.weight, self.eps, *table, out)
 
 
 def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype, *, group: int = 1) -> None:

@@ -34,7 +34,7 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
     items, lists = (q, [list(blocks)]) if q.ndim == 4 else (q[None], [list(blocks)])
     if q.ndim == 4:
         lists = [list(b) for b in blocks]  # type: ignore[arg-type]
-    _check(items, lists)
+    check_blocks(items, lists)
     if not items.numel():
         return torch.empty_like(q)
     if choose("ring_attention", q.device) == TRITON:
@@ -61,7 +61,7 @@ def ring_and_sink_attention(
     The Triton kernel wants them in 8 bit again (``rotate_block``), in ``rotated`` where it is given; PyTorch's path
     rotates what it decodes.
     """
-    _check(q_LNH[None], [[*blocks, sink]])
+    check_blocks(q_LNH[None], [[*blocks, sink]])
     if choose("ring_attention", q_LNH.device) == TRITON:
         return ring_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP, rotated)])
     record("ring_attention", _decoded_name(q_LNH))
@@ -95,7 +95,8 @@ def decoded_attention(q_LNH: Tensor, blocks: Sequence[KVBlock], last_keys: Tenso
     return sdpa(q_LNH, k, v)
 
 
-def _check(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> None:
+def check_blocks(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> None:
+    """Raises: TypeError and ValueError, as ``ring_attention``."""
     if q_ILNH.ndim != 4 or not q_ILNH.is_floating_point():
         raise TypeError(f"q is {q_ILNH.dtype} {tuple(q_ILNH.shape)}; expected floating point [L, N, H] or [I, L, N, H]")
     if len(lists) != len(q_ILNH) or not lists[0] or any(len(some) != len(lists[0]) for some in lists):

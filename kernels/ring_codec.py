@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 from lowvram_kernels.choices import TRITON, choose
-from lowvram_kernels.rope import check_norm_rope, norm_rope, rotate
+from lowvram_kernels.rope import rotate
 from lowvram_kernels.rows import FLOOR
 from lowvram_kernels.trace import record
 
@@ -99,39 +99,6 @@ def encode_block(k_TNH: Tensor, v_TNH: Tensor, out: KVBlock) -> None:
         raise ValueError(f"k {tuple(k_TNH.shape)}, v {tuple(v_TNH.shape)}; the block holds {tuple(out.k.shape)}")
     _encode_keys(k_TNH, out)
     _encode(v_TNH, None, out.v, out.v_scale)
-
-
-def encode_projected(
-    k_TD: Tensor,
-    v_TNH: Tensor,
-    weight_D: Tensor,
-    eps: float,
-    cos_TP: Tensor | None,
-    sin_TP: Tensor | None,
-    out: KVBlock,
-) -> None:
-    """``norm_rope`` of the keys' projection [T, D] and ``encode_block`` in one: nothing stands in memory in between.
-
-    The Triton kernels read the projection twice and round what they store once, to 8 bits; with ``norm_rope`` before
-    it keys are rounded to the projection's dtype too, and written, and read twice.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    heads = out.k.shape[1]
-    if v_TNH.shape != out.v.shape or k_TD.shape != (out.tokens, out.k[0].numel()):
-        raise ValueError(
-            f"keys' projection {tuple(k_TD.shape)}, v {tuple(v_TNH.shape)}; the block holds {tuple(out.k.shape)}, so "
-            "that [tokens, heads * head_dim] and its own shape are expected"
-        )
-    check_norm_rope(k_TD, weight_D, heads, cos_TP, sin_TP)
-    if choose("encode_projected", k_TD.device) == TRITON:
-        from lowvram_kernels.triton_keys import encode_projected_triton
-
-        record("encode_projected", "int8: triton")
-        encode_projected_triton(k_TD, v_TNH, weight_D, eps, cos_TP, sin_TP, out)
-        return
-    encode_block(norm_rope(k_TD, weight_D, eps, heads, cos_TP, sin_TP), v_TNH, out)
 
 
 def decode_block(block: KVBlock, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,23 @@ Order of preference: Triton on CUDA from sm_80 on, otherwise PyTorch. Source: mo
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Queries or keys before their RMSNorm: [T, D], the norm's weight [D] and its epsilon."""
+
+    x_TD: Tensor
+    weight_D: Tensor
+    eps: float
 
 
 def norm_rope(
@@ -31,6 +42,25 @@ def norm_rope(
         return norm_rope_triton(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
     record("norm_rope", "torch")
     return reference_norm_rope(x_TD, weight_D, eps, heads, cos_TP, sin_TP)
+
+
+def norm_both(first: Projection, second: Projection, heads: int) -> tuple[Tensor, Tensor]:
+    """``norm_rope`` of queries and of keys that are not rotated, in one launch where there is one.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    for one in (first, second):
+        check_norm_rope(one.x_TD, one.weight_D, heads, None, None)
+    alike = first.x_TD.dtype is second.x_TD.dtype and first.weight_D.dtype is second.weight_D.dtype
+    alike = alike and first.x_TD.shape[1] == second.x_TD.shape[1]
+    if alike and len(first.x_TD) and len(second.x_TD) and choose("norm_rope", first.x_TD.device) == TRITON:
+        from lowvram_kernels.triton_rope import norm_both_triton
+
+        record("norm_rope", "triton", 2)
+        return norm_both_triton(first, second, heads)
+    q, k = (norm_rope(one.x_TD, one.weight_D, one.eps, heads) for one in (first, second))
+    return q, k
 
 
 def check_norm_rope(x_TD: Tensor, weight_D: Tensor, heads: int, cos_TP: Tensor | None, sin_TP: Tensor | None) -> None:

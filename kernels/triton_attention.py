@@ -13,7 +13,7 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.chips import known_generation
 from lowvram_kernels.ring_codec import KVBlock
-from lowvram_kernels.triton_prepare import block_part, dim_p2, prepare
+from lowvram_kernels.triton_prepare import Prepared, block_part, dim_p2, prepare_queries, room_for, spread_scales
 
 Tensor = torch.Tensor
 
@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 # the sum (below 2^22 for up to 260 channels), which spares a conversion instruction an element.
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
-MAX_HEAD_DIM = 256
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself asks, once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _attend_kernel(
     result = tl.zeros((BLOCK_L, DIM_P2), tl.float32)
     for block in range(blocks):
         entry = item * blocks + block
-        k = block_part(origin, table, entry, 0) + head * HEAD_DIM
-        v = block_part(origin, table, entry, 1) + head * HEAD_DIM
+        k = block_part(origin, table, entry, 0, 16) + head * HEAD_DIM
+        v = block_part(origin, table, entry, 1, 16) + head * HEAD_DIM
         k_scale = scales + (entry * 2 * HEADS + head).to(tl.int64) * padded
         v_scale = k_scale + HEADS * padded
         tokens = tl.load(table + entry * 6 + 5).to(tl.int32)
@@ -142,34 +142,38 @@ def ring_attention_triton(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]], ti
     Raises:
         ValueError: head_dim is above 256, or a block's parts are not contiguous and aligned to 16 bytes.
     """
-    items, queries, heads, head_dim = q_ILNH.shape
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}; the 8-bit attention kernel takes {MAX_HEAD_DIM} at most")
-    tile = tile or TILES[known_generation(q_ILNH.device)]
-    ready = prepare(q_ILNH, lists)
-    out = torch.empty((items, queries, heads, head_dim), dtype=q_ILNH.dtype, device=q_ILNH.device)
-    _attend_kernel[(triton.cdiv(queries, tile.queries), heads, items)](
+    ready, out = room_for(*q_ILNH.shape[:2], q_ILNH.dtype, lists)
+    prepare_queries(q_ILNH, ready)
+    spread_scales(ready)
+    attend_prepared(ready, out, tile)
+    return out
+
+
+def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> None:
+    """Attention over all that ``ready`` names, into ``out``."""
+    items, queries, heads, head_dim = out_ILNH.shape
+    tile = tile or TILES[known_generation(out_ILNH.device)]
+    _attend_kernel[(-(-queries // tile.queries), heads, items)](
         ready.q8,
         ready.q_scale,
         ready.q_mean,
         ready.scales,
         ready.origin,
         ready.table,
-        out,
+        out_ILNH,
         queries,
-        len(lists[0]),
+        ready.q_mean.shape[1],
         ready.scales.shape[-1],
         HEADS=heads,
         HEAD_DIM=head_dim,
         DIM_P2=dim_p2(head_dim),
         BLOCK_L=tile.queries,
         BLOCK_T=tile.keys,
-        INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1",
+        INTERPRETED=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    return out
 
 
 def aot_case(

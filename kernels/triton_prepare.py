@@ -26,16 +26,20 @@ Tensor = torch.Tensor
 
 QUERIES = 32  # of one program
 PAD_TOKENS = 128  # a multiple of every tile's keys
+MAX_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """``q8`` int8 [I, N, L, H], ``q_scale`` float32 [I, N, L] and ``q_mean`` (q . k_mean) float32 [I, B, N, L], both
-    scaled for exp2; ``scales`` float32 [I, B, 2, N, tokens padded] of keys and values; ``table`` int64 [I * B, 6].
+    scaled for exp2; ``scales`` float32 [I, B, 2, N, tokens padded] of keys and values; ``table`` int64 [I * B, 6] and
+    ``aligned``, of which all its distances are multiples. What is float or 8-bit holds nothing yet where ``room_for``
+    made it.
     """
 
     origin: Tensor
     table: Tensor
+    aligned: int
     q8: Tensor
     q_scale: Tensor
     q_mean: Tensor
@@ -43,11 +47,10 @@ class Prepared:
 
 
 @triton.jit
-def block_part(origin, table, entry, field: tl.constexpr):
-    """Address of a block's part by its distance in bytes from ``origin``, for k and v a multiple of 16."""
+def block_part(origin, table, entry, field: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address of a block's part by its distance in bytes from ``origin``: a multiple of ALIGNED, for k and v of 16."""
     distance = tl.load(table + entry * 6 + field)
-    if field < 2:
-        distance = tl.multiple_of(distance, 16)
+    distance = tl.multiple_of(distance, 16 if field < 2 else ALIGNED)
     return origin + distance
 
 
@@ -65,6 +68,7 @@ def _prepare_kernel(
     stride_qi,
     stride_ql,
     stride_qn,
+    ALIGNED: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_P2: tl.constexpr,
@@ -81,7 +85,7 @@ def _prepare_kernel(
     tl.store(q8 + line[:, None] * HEAD_DIM + dims[None, :], to_8bit(value * inverse[:, None], True), mask=there)
     tl.store(q_scale + line, scale * softmax_scale, mask=rows < queries)
     for block in range(blocks):
-        k_mean = block_part(origin, table, item * blocks + block, 4).to(tl.pointer_type(tl.bfloat16))
+        k_mean = block_part(origin, table, item * blocks + block, 4, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         mean = tl.load(k_mean + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         dot = tl.sum(value * mean[None, :], 1) * softmax_scale
         line = ((item * blocks + block) * HEADS + head).to(tl.int64) * queries + rows
@@ -94,6 +98,7 @@ def _scales_kernel(
     table,
     scales,
     padded,
+    ALIGNED: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_P2: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -103,7 +108,7 @@ def _scales_kernel(
     token, head = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, HEADS_P2)
     there = (token < tl.load(table + block * 6 + 5))[:, None] & (head < HEADS)[None, :]
     for which in tl.static_range(2):
-        part = block_part(origin, table, block, 2 + which).to(tl.pointer_type(tl.bfloat16))
+        part = block_part(origin, table, block, 2 + which, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         value = tl.load(part + token[:, None] * HEADS + head[None, :], mask=there, other=0.0).to(tl.float32)
         line = ((block * 2 + which) * HEADS).to(tl.int64) * padded
         at = scales + line + head[:, None] * padded + token[None, :]
@@ -114,32 +119,52 @@ def dim_p2(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def prepare(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> Prepared:
-    """Raises: ValueError, where a block's parts are not contiguous and aligned."""
-    items, queries, heads, head_dim = q_ILNH.shape
-    device, blocks = q_ILNH.device, len(lists[0])
+def room_for(
+    items: int, queries: int, dtype: torch.dtype, lists: Sequence[Sequence[KVBlock]]
+) -> tuple[Prepared, Tensor]:
+    """Room for what attention of so many queries an item reads, and for its result [I, L, N, H] in ``dtype``.
+
+    Raises:
+        ValueError: head_dim is above 256, or a block's parts are not contiguous and aligned.
+    """
     origin = lists[0][0].k
-    q_ILNH = q_ILNH if q_ILNH.stride(3) == 1 else q_ILNH.contiguous()
+    _, heads, head_dim = origin.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}; the 8-bit attention kernel takes {MAX_HEAD_DIM} at most")
+    device, blocks = origin.device, len(lists[0])
     longest = max(block.tokens for some in lists for block in some)
+    table, aligned = _table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some))
     ready = Prepared(
         origin=origin,
-        table=hold(_table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some))),
+        table=hold(table),
+        aligned=aligned,
         q8=torch.empty((items, heads, queries, head_dim), dtype=torch.int8, device=device),
         q_scale=torch.empty((items, heads, queries), dtype=torch.float32, device=device),
         q_mean=torch.empty((items, blocks, heads, queries), dtype=torch.float32, device=device),
         scales=torch.empty((items, blocks, 2, heads, _padded(longest)), dtype=torch.float32, device=device),
     )
-    _prepare_kernel[(triton.cdiv(queries, QUERIES), heads, items)](
+    return ready, torch.empty((items, queries, heads, head_dim), dtype=dtype, device=device)
+
+
+def softmax_scale(head_dim: int) -> float:
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def prepare_queries(q_ILNH: Tensor, ready: Prepared) -> None:
+    items, queries, heads, head_dim = q_ILNH.shape
+    q_ILNH = q_ILNH if q_ILNH.stride(3) == 1 else q_ILNH.contiguous()
+    _prepare_kernel[(-(-queries // QUERIES), heads, items)](
         q_ILNH,
-        origin,
+        ready.origin,
         ready.table,
         ready.q8,
         ready.q_scale,
         ready.q_mean,
         queries,
-        blocks,
-        math.log2(math.e) / math.sqrt(head_dim),
+        ready.q_mean.shape[1],
+        softmax_scale(head_dim),
         *q_ILNH.stride()[:3],
+        ALIGNED=ready.aligned,
         HEADS=heads,
         HEAD_DIM=head_dim,
         DIM_P2=dim_p2(head_dim),
@@ -147,22 +172,27 @@ def prepare(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> Prepared:
         num_warps=4,
         enable_fp_fusion=False,
     )
-    _scales_kernel[(_padded(longest) // PAD_TOKENS, items * blocks)](
-        origin,
+
+
+def spread_scales(ready: Prepared) -> None:
+    """Of all blocks; those that a launch writes have to be written before."""
+    items, blocks, _, heads, padded = ready.scales.shape
+    _scales_kernel[(padded // PAD_TOKENS, items * blocks)](
+        ready.origin,
         ready.table,
         ready.scales,
-        _padded(longest),
+        padded,
+        ALIGNED=ready.aligned,
         HEADS=heads,
         HEADS_P2=triton.next_power_of_2(heads),
         BLOCK_T=PAD_TOKENS,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return ready
 
 
 def _padded(tokens: int) -> int:
-    return triton.cdiv(tokens, PAD_TOKENS) * PAD_TOKENS
+    return -(-tokens // PAD_TOKENS) * PAD_TOKENS
 
 
 def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
@@ -176,9 +206,10 @@ def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, int]:
     # Kept, because a ring's slots come round, and with them their addresses.
-    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+    aligned = 16 if all(distance % 16 == 0 for row in rows for distance in row[:5]) else 2
+    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device), aligned
 
 
 def aot_cases(generation: int) -> list[Case]:
@@ -198,7 +229,7 @@ def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
         name="ring_attention queries",
         kernel=_prepare_kernel,
         types=types,
-        constants={"HEADS": heads, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": QUERIES},
+        constants={"ALIGNED": 16, "HEADS": heads, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": QUERIES},
         num_warps=4,
         fp_fusion=False,
     )
@@ -206,7 +237,7 @@ def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
         name="ring_attention scales",
         kernel=_scales_kernel,
         types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "padded": "i32:16"},
-        constants={"HEADS": heads, "HEADS_P2": triton.next_power_of_2(heads), "BLOCK_T": PAD_TOKENS},
+        constants={"ALIGNED": 16, "HEADS": heads, "HEADS_P2": triton.next_power_of_2(heads), "BLOCK_T": PAD_TOKENS},
         num_warps=4,
         fp_fusion=False,
     )

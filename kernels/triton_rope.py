@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.ring_codec import STEP, KVBlock
+from lowvram_kernels.rope import Projection
 from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_warps, to_8bit
 
 Tensor = torch.Tensor
@@ -70,6 +72,29 @@ def normed_rope(
 
 
 @triton.jit
+def rotated_key(
+    k,
+    k_scale,
+    k_mean,
+    cos,
+    sin,
+    token,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+):
+    """A token's keys of an encoded block, decoded and rotated: float32 [heads, pairs, 2]."""
+    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    heads = tl.arange(0, HEADS_P2)
+    scale = tl.load(k_scale + token * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
+    value = tl.load(k + token * (HEADS * HEAD_DIM) + at, mask=there, other=0).to(tl.float32)
+    value = value * scale[:, None, None] + tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
+    return _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+
+
+@triton.jit
 def encoded(value):
     """[heads, pairs, 2] float32 -> int8 and the scale of each head, bfloat16 [heads]."""
     bits = tl.maximum(tl.max(tl.max(magnitude_bits(value), 2), 1), FLOOR_BITS)
@@ -91,18 +116,32 @@ def bfloat16_steps(amax_bits):
 def _norm_rope_kernel(
     x,
     weight,
-    cos,
-    sin,
     out,
     stride_x,
     eps,
+    more_x,
+    more_weight,
+    more_out,
+    more_stride,
+    more_eps,
+    cos,
+    sin,
+    tokens,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
     PAIRS_P2: tl.constexpr,
     ROPE: tl.constexpr,
+    MORE: tl.constexpr,
 ):
+    """A token a program; with MORE those of another projection behind the ``tokens`` of the first."""
     token = tl.program_id(0).to(tl.int64)
+    if MORE:
+        second = token >= tokens
+        token -= tl.where(second, tokens, 0)
+        x, weight = tl.where(second, more_x, x), tl.where(second, more_weight, weight)
+        out, stride_x = tl.where(second, more_out, out), tl.where(second, more_stride, stride_x)
+        eps = tl.where(second, more_eps, eps)
     at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
     there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     value = normed_rope(x + token * stride_x, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, ROPE)
@@ -125,11 +164,7 @@ def _rotated_keys_kernel(
     token = tl.program_id(0).to(tl.int64)
     at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
     there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    heads = tl.arange(0, HEADS_P2)
-    scale = tl.load(k_scale + token * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
-    value = tl.load(k + token * (HEADS * HEAD_DIM) + at, mask=there, other=0).to(tl.float32)
-    value = value * scale[:, None, None] + tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
-    value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    value = rotated_key(k, k_scale, k_mean, cos, sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
 
 
@@ -173,23 +208,36 @@ def _encode_shape(heads: int, head_dim: int) -> dict[str, int]:
 def norm_rope_triton(
     x_TD: Tensor, weight_D: Tensor, eps: float, heads: int, cos_TP: Tensor | None, sin_TP: Tensor | None
 ) -> Tensor:
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    tokens, width = x_TD.shape
-    out = torch.empty((tokens, heads, width // heads), dtype=x_TD.dtype, device=x_TD.device)
-    _norm_rope_kernel[(tokens,)](
-        x_TD,
-        packed(weight_D),
-        x_TD if cos_TP is None else packed(cos_TP),
-        x_TD if sin_TP is None else packed(sin_TP),
-        out,
-        x_TD.stride(0),
-        eps,
-        ROPE=cos_TP is not None,
-        **block_shape(heads, width // heads),
-        num_warps=row_warps(width),
+    table = None if cos_TP is None or sin_TP is None else (packed(cos_TP), packed(sin_TP))
+    return _normed([Projection(x_TD, weight_D, eps)], heads, table)[0]
+
+
+def norm_both_triton(first: Projection, second: Projection, heads: int) -> tuple[Tensor, Tensor]:
+    q, k = _normed([first, second], heads, None)
+    return q, k
+
+
+def _normed(projections: Sequence[Projection], heads: int, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """Of one projection, rotated by a table if there is one, or of two."""
+    operands = []
+    for one in projections:
+        x = one.x_TD if one.x_TD.stride(1) == 1 else one.x_TD.contiguous()
+        out = torch.empty((len(x), heads, x.shape[1] // heads), dtype=x.dtype, device=x.device)
+        operands.append((x, packed(one.weight_D), out, x.stride(0), one.eps))
+    outs = [operand[2] for operand in operands]
+    tokens, _, head_dim = outs[0].shape
+    _norm_rope_kernel[(sum(map(len, outs)),)](
+        *operands[0],
+        *operands[-1],
+        *(table or operands[0][:1] * 2),
+        tokens,
+        ROPE=table is not None,
+        MORE=len(outs) > 1,
+        **block_shape(heads, head_dim),
+        num_warps=row_warps(heads * head_dim),
         enable_fp_fusion=True,
     )
-    return out
+    return outs
 
 
 def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
@@ -239,14 +287,19 @@ def _aot_cases(heads: int, x: str) -> list[Case]:
     head_dim = 128
     warps = row_warps(heads * head_dim)
     tables = {"cos": "*fp32", "sin": "*fp32", "out": "*bf16"}
+    normed = dict.fromkeys(("x", "more_x"), x) | dict.fromkeys(("weight", "more_weight", "more_out"), "*bf16")
+    normed |= dict.fromkeys(("stride_x", "more_stride"), "i32:16") | dict.fromkeys(("eps", "more_eps"), "fp32")
     shape = block_shape(heads, head_dim)
     return [
-        Case(
-            name="norm_rope",
-            kernel=_norm_rope_kernel,
-            types=tables | {"x": x, "weight": "*bf16", "stride_x": "i32:16", "eps": "fp32"},
-            constants=shape | {"ROPE": True},
-            num_warps=warps,
+        *(
+            Case(
+                name=f"norm_rope{' both' if both else ''}",
+                kernel=_norm_rope_kernel,
+                types=tables | normed | {"tokens": "i32:16"},
+                constants=shape | {"ROPE": not both, "MORE": both},
+                num_warps=warps,
+            )
+            for both in (False, True)
         ),
         Case(
             name="rotate_keys",

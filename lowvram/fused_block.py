@@ -14,7 +14,7 @@ from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
-from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.rope import Projection, norm_both
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
 from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
@@ -61,18 +61,18 @@ class FusedBlock(nn.Module):
         h = norm_rows(x_LD, gain1, shift1, eps=eps, **_wanted(mine.q, dtype))
         q, k, v = _linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
         del h
-        keys = ProjectedKeys(mine.norm_k, k)
+        heads = (ProjectedHeads(mine.norm_q, q), ProjectedHeads(mine.norm_k, k))
         v = v.view(len(v), mine.num_heads, -1)
-        y = mine.o(_joined(memory.attend(mine.norm_q(q, inputs.rope), keys, v, inputs.rope)))
-        del q, k, v, keys
+        y = mine.o(_joined(memory.attend(*heads, v, inputs.rope)))
+        del q, k, v, heads
         gain, offset = self.norm3.weight, self.norm3.bias
         x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **_wanted(text.q, dtype))
         del y
         of_text = [(layer, _text_rows(layer, inputs)) for layer in (text.k, text.v)]
         q, k, v = _linears([(text.q, h), *of_text], dtype)
         del h
-        k, v = text.norm_k(k), v.view(len(v), text.num_heads, -1)
-        y = text.o(_joined(text.attention(text.norm_q(q), k, v)))
+        q, k = norm_both(_projection(text.norm_q, q), _projection(text.norm_k, k), text.num_heads)
+        y = text.o(_joined(text.attention(q, k, v.view(len(v), text.num_heads, -1))))
         del q, k, v
         x, *h = add_gated_norm_rows(x, y, None, gain2, shift2, eps=eps, **_wanted(wide, dtype), out=x)
         del y
@@ -91,19 +91,20 @@ class FusedBlock(nn.Module):
         return vectors
 
 
-class ProjectedKeys:
-    """A block's keys before their norm. Called as ``lowvram_models.attention.Keys`` are, or put straight into a block
-    of an 8-bit ring together with the values, so that they stand nowhere else."""
+class ProjectedHeads:
+    """A block's queries or keys before their norm. Called as ``lowvram_models.attention.Heads`` are; an 8-bit ring
+    takes the projection itself, so that what is normed stands nowhere else."""
 
-    def __init__(self, norm: Any, k_LD: Tensor):
-        self._norm, self._k_LD = norm, k_LD
+    def __init__(self, norm: NormRope, x_LD: Tensor):
+        self._norm, self.projection = norm, _projection(norm, x_LD)
 
     def __call__(self, rope: Rope | None) -> Tensor:
-        keys: Tensor = self._norm(self._k_LD, rope)
-        return keys
+        heads: Tensor = self._norm(self.projection.x_TD, rope)
+        return heads
 
-    def encode(self, rope: Rope | None, v_LNH: Tensor, out: KVBlock) -> None:
-        self._norm.encode(self._k_LD, rope, v_LNH, out)
+
+def _projection(norm: NormRope, x_LD: Tensor) -> Projection:
+    return Projection(x_LD, norm.weight, norm.eps)
 
 
 def _wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:

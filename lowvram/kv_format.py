@@ -6,6 +6,7 @@ H head_dim.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,16 +14,27 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from lowvram.fused_block import ProjectedKeys
+from lowvram.fused_block import ProjectedHeads
 from lowvram_kernels.attention import attention
+from lowvram_kernels.projected import Projected, TurnedSink, attend_projected
 from lowvram_kernels.ring_attention import ring_and_sink_attention
 from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, encode_block, room_for_keys
-from lowvram_models.attention import Keys
+from lowvram_models.attention import Heads
 from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
 Bytes = tuple[Tensor, int]
 """A block's bytes, uint8, and its tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A block's queries and keys, to be rotated by ``rope``, and values [L, N, H]."""
+
+    queries: Heads
+    keys: Heads
+    v_LNH: Tensor
+    rope: Rope
 
 
 class KVFormat(Protocol):
@@ -34,19 +46,21 @@ class KVFormat(Protocol):
         """Write keys and values into ``block``, uint8 with at least ``nbytes(L)`` bytes."""
         ...
 
-    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
-        """The same for keys that are to be rotated by ``rope``, without a copy of them where there is a way."""
-        ...
-
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [L, N, H] as attention sees them."""
         ...
 
     def attend(
-        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+        self,
+        own: Own,
+        slot: int,
+        blocks: Sequence[Bytes],
+        sink: Bytes,
+        sink_rope: Rope,
+        rotated: KVBlock | None = None,
     ) -> Tensor:
-        """Attention over the blocks of a ring and over the sink, whose keys are rotated now; [L, N, H]. ``rotated`` is
-        what ``room_for_keys`` gave."""
+        """Write keys and values into ``blocks[slot]``; then the queries attend to the blocks of a ring and to the sink,
+        whose keys are rotated now: [L, N, H]. ``rotated`` is what ``room_for_keys`` gave."""
         ...
 
     def room_for_keys(self, sink: Bytes) -> KVBlock | None:
@@ -89,16 +103,21 @@ class PlainFormat:
         for part, values in zip(self._parts(block, len(k_LNH)), (k_LNH, v_LNH), strict=True):
             part.copy_(values)
 
-    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
-        self.write(block, keys(rope), v_LNH)
-
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         k, v = self._parts(block, tokens)
         return k.to(dtype), v.to(dtype)
 
     def attend(
-        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+        self,
+        own: Own,
+        slot: int,
+        blocks: Sequence[Bytes],
+        sink: Bytes,
+        sink_rope: Rope,
+        rotated: KVBlock | None = None,
     ) -> Tensor:
+        q_LNH = own.queries(own.rope)  # before keys and values are laid out: what norms take is gone by then
+        self.write(blocks[slot][0], own.keys(own.rope), own.v_LNH)
         parts = [self._parts(*block) for block in blocks]
         sink_k, sink_v = self._parts(*sink)
         keys = torch.cat([*(k for k, _ in parts), apply_rope(sink_k, sink_rope)])
@@ -129,20 +148,28 @@ class Int8Format:
     def write(self, block: Tensor, k_LNH: Tensor, v_LNH: Tensor) -> None:
         encode_block(k_LNH, v_LNH, self._views.of(block, len(k_LNH)))
 
-    def write_keys(self, block: Tensor, keys: Keys, rope: Rope, v_LNH: Tensor) -> None:
-        if isinstance(keys, ProjectedKeys):
-            keys.encode(rope, v_LNH, self._views.of(block, len(v_LNH)))
-        else:
-            self.write(block, keys(rope), v_LNH)
-
     def read(self, block: Tensor, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return decode_block(self._views.of(block, tokens), dtype)
 
     def attend(
-        self, q_LNH: Tensor, blocks: Sequence[Bytes], sink: Bytes, sink_rope: Rope, rotated: KVBlock | None = None
+        self,
+        own: Own,
+        slot: int,
+        blocks: Sequence[Bytes],
+        sink: Bytes,
+        sink_rope: Rope,
+        rotated: KVBlock | None = None,
     ) -> Tensor:
-        *encoded, last = [self._views.of(block, tokens) for block, tokens in (*blocks, sink)]
-        return ring_and_sink_attention(q_LNH, encoded, last, sink_rope.cos, sink_rope.sin, rotated=rotated)
+        *encoded, last = [self._views.of(*block) for block in (*blocks, sink)]
+        turned = TurnedSink(last, sink_rope.cos, sink_rope.sin, rotated)
+        if isinstance(own.queries, ProjectedHeads) and isinstance(own.keys, ProjectedHeads):
+            projections = (own.queries.projection, own.keys.projection)
+            projected = Projected(*projections, own.v_LNH, own.rope.cos, own.rope.sin)
+            return attend_projected(projected, slot, encoded, turned)
+        encode_block(own.keys(own.rope), own.v_LNH, encoded[slot])
+        return ring_and_sink_attention(
+            own.queries(own.rope), encoded, last, sink_rope.cos, sink_rope.sin, rotated=rotated
+        )
 
     def room_for_keys(self, sink: Bytes) -> KVBlock:
         return room_for_keys(self._views.of(*sink))

@@ -13,11 +13,11 @@ import torch
 
 from lowvram.conveyor import Conveyor, Fill, Moments
 from lowvram.engine import Engine
-from lowvram.kv_format import Bytes, KVFormat
+from lowvram.kv_format import Bytes, KVFormat, Own
 from lowvram.moments import DONE, Moment
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_codec import KVBlock
-from lowvram_models.attention import Keys
+from lowvram_models.attention import Heads
 from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
@@ -62,10 +62,10 @@ class SinkRecorder:
     sink: Sink
     layer: int
 
-    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+    def attend(self, queries: Heads, keys: Heads, v_LNH: Tensor, rope: Rope) -> Tensor:
         k_LNH = keys(None)
         self.sink.write(self.layer, k_LNH, v_LNH)
-        return attention(q_LNH, apply_rope(k_LNH, rope), v_LNH)
+        return attention(queries(rope), apply_rope(k_LNH, rope), v_LNH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +203,11 @@ class RingMemory:
     window: Window
     sink_rope: Rope
 
-    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
-        kind, window = self.rings.kind, self.window
+    def attend(self, queries: Heads, keys: Heads, v_LNH: Tensor, rope: Rope) -> Tensor:
+        window, sink = self.window, self.sink.block(self.cell[1])
         slots = self.rings.open(self.cell)
-        kind.write_keys(slots[window.slot][0], keys, rope, v_LNH)
-        sink, rotated = self.sink.block(self.cell[1]), self.sink.rotated
-        out = kind.attend(q_LNH, slots[: window.visible], sink, self.sink_rope, rotated)
+        own = Own(queries, keys, v_LNH, rope)
+        out = self.rings.kind.attend(own, window.slot, slots[: window.visible], sink, self.sink_rope, self.sink.rotated)
         self.rings.close(self.cell, window, slots)
         return out
 

@@ -6,6 +6,7 @@ so that rings, sinks, their precision, place and split over ranks stay out of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,15 +17,16 @@ from torch.nn import functional as F
 from lowvram_models.rope import Rope, apply_rope
 
 Tensor = torch.Tensor
-# A block's keys [L, N, H], rotated by the rope given; with None as they are before RoPE: so the sink keeps them.
-Keys = Callable[[Rope | None], Tensor]
+# A block's queries or keys [L, N, H], normed, rotated by the rope given; with None as they are before RoPE: so the sink
+# keeps its keys.
+Heads = Callable[[Rope | None], Tensor]
 
 
 class AttentionMemory(Protocol):
     """What self-attention reads from and writes to."""
 
-    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
-        """Take a block's queries (rotated by ``rope``), keys and values; return the attended values [L, N, H]."""
+    def attend(self, queries: Heads, keys: Heads, v_LNH: Tensor, rope: Rope) -> Tensor:
+        """Take a block's queries and keys, which ``rope`` rotates, and values; return the attended values [L, N, H]."""
         ...
 
 
@@ -70,11 +72,8 @@ class SelfAttention(_Projections):
 
     def attend(self, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, rope: Rope, memory: AttentionMemory) -> Tensor:
         """The same behind the three projections."""
-
-        def keys(rope: Rope | None) -> Tensor:
-            return self.norm_k(k_LD, rope)
-
-        return self.o(memory.attend(self.norm_q(q_LD, rope), keys, self.split(v_LD), rope).flatten(-2))
+        queries, keys = (functools.partial(norm, x) for norm, x in ((self.norm_q, q_LD), (self.norm_k, k_LD)))
+        return self.o(memory.attend(queries, keys, self.split(v_LD), rope).flatten(-2))
 
 
 class CrossAttention(_Projections):

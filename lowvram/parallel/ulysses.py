@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from lowvram.parallel.layout import shares, span
-from lowvram_models.attention import AttentionMemory, Keys
+from lowvram_models.attention import AttentionMemory, Heads
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
@@ -115,15 +115,16 @@ class UlyssesMemory:
     total: int
     groups: int
 
-    def attend(self, q_LNH: Tensor, keys: Keys, v_LNH: Tensor, rope: Rope) -> Tensor:
+    def attend(self, queries: Heads, keys: Heads, v_LNH: Tensor, rope: Rope) -> Tensor:
         """Of this rank's tokens; ``rope`` is theirs."""
-        ulysses, heads = self.ulysses, q_LNH.shape[1]
+        ulysses, heads = self.ulysses, v_LNH.shape[1]
         tokens = ulysses.tokens(self.total, self.groups)
         # Queries and values are on their way while the keys are normalised.
-        queries, values = (ulysses.begin_to_heads(x, tokens) for x in (q_LNH, v_LNH))
+        sent, values = (ulysses.begin_to_heads(x, tokens) for x in (queries(rope), v_LNH))
 
         def all_keys(wanted: Rope | None) -> Tensor:
             return ulysses.begin_to_heads(keys(None if wanted is None else rope), tokens).wait()
 
-        attended = self.memory.attend(queries.wait(), all_keys, values.wait(), self.rope)
+        q_LnH = sent.wait()
+        attended = self.memory.attend(lambda _: q_LnH, all_keys, values.wait(), self.rope)
         return ulysses.to_tokens(attended, tokens, heads)

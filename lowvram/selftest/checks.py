@@ -46,9 +46,9 @@ def makers() -> Iterator[tuple[str, Make]]:
     yield "add_gated", part(trials.fused_norm, dtype=None)
     yield "norm_rope", ring_trials.norm_rope
     yield "encode_kv", ring_trials.encode_kv
-    yield "encode_projected", ring_trials.encode_projected
     yield "rotate_keys", ring_trials.rotate_keys
     yield "ring_attention", ring_trials.ring_attention
+    yield "attend_projected", ring_trials.attend_projected
     yield "attention", ring_trials.attention
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
 from lowvram.selftest.trials import BF16, EPS, Outputs, Sizes, Trial, random, sampled
 from lowvram_kernels.attention import sdpa
-from lowvram_kernels.choices import TORCH, TRITON
+from lowvram_kernels.choices import ONE_BY_ONE, TORCH, TRITON
+from lowvram_kernels.projected import Projected, TurnedSink, attend_parts
 from lowvram_kernels.ring_attention import decoded_attention, reference_ring_attention
-from lowvram_kernels.ring_codec import KVBlock, SlotLayout, decode_block, decode_keys, reference_encode
-from lowvram_kernels.rope import reference_norm_rope, rotate
+from lowvram_kernels.ring_codec import (
+    KVBlock,
+    SlotLayout,
+    decode_block,
+    decode_keys,
+    encode_block,
+    reference_encode,
+    rotate_block,
+)
+from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 
 Tensor = torch.Tensor
 REFERENCE_QUERIES = 64
@@ -40,22 +49,30 @@ def random_block(sizes: Sizes, device: torch.device, tokens: int) -> KVBlock:
 
 
 def norm_rope(sizes: Sizes, device: torch.device) -> Trial:
+    """Queries of a block's tokens, rotated; then without rotation, with keys of fewer tokens in the same launch."""
     x = random(device, sizes.tokens, sizes.width).bfloat16()
     weight, tables = random(device, sizes.width).bfloat16(), rotation(sizes, device)
+    other = random(device, -(-sizes.tokens // 6), sizes.width).bfloat16()
+    two = (Projection(x, weight, EPS), Projection(other, random(device, sizes.width).bfloat16(), EPS))
 
     def triton() -> Outputs:
-        from lowvram_kernels.triton_rope import norm_rope_triton
+        from lowvram_kernels.triton_rope import norm_both_triton, norm_rope_triton
 
-        return {"rotated": norm_rope_triton(x, weight, EPS, sizes.heads, *tables)}
+        both = dict(zip(("queries", "keys"), norm_both_triton(*two, sizes.heads), strict=True))
+        return both | {"rotated": norm_rope_triton(x, weight, EPS, sizes.heads, *tables)}
 
-    def plain() -> Outputs:
-        return {"rotated": reference_norm_rope(x, weight, EPS, sizes.heads, *tables)}
+    def reference(dtype: torch.dtype) -> Outputs:
+        given = {"queries": (two[0], ()), "keys": (two[1], ()), "rotated": (two[0], tables)}
+        return {
+            name: reference_norm_rope(one.x_TD.to(dtype), one.weight_D, EPS, sizes.heads, *table)
+            for name, (one, table) in given.items()
+        }
 
     def judge(out: Outputs) -> Mapping[str, Measured]:
-        expected = reference_norm_rope(x.double(), weight, EPS, sizes.heads, *tables)
-        return {"rotated": Measured(error=relative_error(out["rotated"], expected), bound=BF16)}
+        exact = reference(torch.float64)
+        return {name: Measured(error=relative_error(out[name], exact[name]), bound=BF16) for name in exact}
 
-    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+    return Trial(backends={TRITON: triton, TORCH: lambda: reference(torch.bfloat16)}, judge=judge)
 
 
 def encode_kv(sizes: Sizes, device: torch.device) -> Trial:
@@ -90,46 +107,53 @@ def encode_kv(sizes: Sizes, device: torch.device) -> Trial:
     return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
 
 
-def encode_projected(sizes: Sizes, device: torch.device) -> Trial:
-    k = (random(device, sizes.tokens, sizes.width) + 1).bfloat16()
-    v = random(device, sizes.tokens, sizes.heads, sizes.head_dim).bfloat16()
-    weight, tables = (random(device, sizes.width) * 3).bfloat16(), rotation(sizes, device)
+def attend_projected(sizes: Sizes, device: torch.device) -> Trial:
+    """A block's tokens into the first slot of the ring, then over all of it and the sink."""
+    tokens, heads, head_dim = sizes.tokens, sizes.heads, sizes.head_dim
+    q, k = (
+        Projection(
+            (random(device, tokens, sizes.width) + 1).bfloat16(), random(device, sizes.width).bfloat16() * 3, EPS
+        )
+        for _ in range(2)
+    )
+    v, tables = random(device, tokens, heads, head_dim).bfloat16(), rotation(sizes, device)
+    own = Projected(q, k, v, *tables)
+    others = [random_block(sizes, device, count) for count in sizes.slots[1:]]
+    kept = random_block(sizes, device, tokens)
 
-    def parts(block: KVBlock) -> Outputs:
+    def named(attend: Callable[[Projected, int, Sequence[KVBlock], TurnedSink], Tensor]) -> Outputs:
+        block = empty_block(sizes, device, tokens)
+        room = empty_block(sizes, device, tokens)
+        attended = attend(own, 0, [block, *others], TurnedSink(kept, *tables, room))
         keys, values = decode_block(block, torch.float64)
-        return {
-            "keys": keys, "k_scale": block.k_scale, "k_mean": block.k_mean, "values": values, "v_scale": block.v_scale,
-        }  # fmt: skip
+        scales = {"k_scale": block.k_scale, "v_scale": block.v_scale, "k_mean": block.k_mean}
+        return {"attended": attended, "keys": keys, "values": values} | scales
 
     def triton() -> Outputs:
-        from lowvram_kernels.triton_keys import encode_projected_triton
+        from lowvram_kernels.triton_projected import attend_projected_triton
 
-        out = empty_block(sizes, device, sizes.tokens)
-        encode_projected_triton(k, v, weight, EPS, *tables, out)
-        return parts(out)
+        return named(attend_projected_triton)
 
-    def plain() -> Outputs:
-        out = empty_block(sizes, device, sizes.tokens)
-        keys = reference_norm_rope(k, weight, EPS, sizes.heads, *tables)
-        out.k_mean.copy_(keys.mean(dim=0, dtype=torch.float32))
-        reference_encode(keys, out.k_mean, out.k, out.k_scale)
-        reference_encode(v, None, out.v, out.v_scale)
-        return parts(out)
+    rows = sampled(tokens)
+    rows = rows[:: max(1, len(rows) // REFERENCE_QUERIES)].to(device)
 
     def judge(out: Outputs) -> Mapping[str, Measured]:
-        exact = reference_norm_rope(k.double(), weight, EPS, sizes.heads, *tables)
-        # PyTorch's way rounds keys to bfloat16 between the two passes: its part of the bound is 2^-9 of a value.
+        exact = reference_norm_rope(k.x_TD.double(), k.weight_D, EPS, heads, *tables)
+        # The parts round keys to bfloat16 between the passes: its part of the bound is 2^-9 of a value.
         allowed = HALF_STEP * out["k_scale"].double()[..., None] + 2.0**-8 * exact.abs()
-        keys = ((out["keys"] - exact).abs() / allowed).max().item()
-        values = ((out["values"] - v.double()).abs() / out["v_scale"].double()[..., None]).max().item()
-        mean = relative_error(out["k_mean"], exact.mean(0))
+        block = empty_block(sizes, device, tokens)
+        encode_block(exact.float(), v, block)
+        queries = reference_norm_rope(q.x_TD[rows].double(), q.weight_D, EPS, heads, *(table[rows] for table in tables))
+        expected = reference_ring_attention(queries, [block, *others, rotate_block(kept, *tables)])
+        values = (out["values"] - v.double()).abs() / out["v_scale"].double()[..., None]
         return {
-            "keys": Measured(error=keys, bound=1.0),
-            "values": Measured(error=values, bound=HALF_STEP),
-            "k_mean": Measured(error=mean, bound=BF16),
+            "attended": Measured(error=relative_error(out["attended"][rows], expected), bound=0.02),
+            "keys": Measured(error=((out["keys"] - exact).abs() / allowed).max().item(), bound=1.0),
+            "values": Measured(error=values.max().item(), bound=HALF_STEP),
+            "k_mean": Measured(error=relative_error(out["k_mean"], exact.mean(0)), bound=BF16),
         }
 
-    return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
+    return Trial(backends={TRITON: triton, ONE_BY_ONE: lambda: named(attend_parts)}, judge=judge)
 
 
 def rotate_keys(sizes: Sizes, device: torch.device) -> Trial:

@@ -42,7 +42,10 @@ def ampere(monkeypatch):
 
 def test_every_operation_ends_with_plain_pytorch_or_with_its_parts():
     assert {order[-1] for order in OPERATIONS.values()} == {TORCH, FLOAT32, ONE_BY_ONE}
-    assert {name for name, order in OPERATIONS.items() if order[-1] == ONE_BY_ONE} == {"linears_w8a8 int8"}
+    assert {name for name, order in OPERATIONS.items() if order[-1] == ONE_BY_ONE} == {
+        "linears_w8a8 int8",
+        "attend_projected",
+    }
 
 
 @pytest.mark.usefixtures("ada")

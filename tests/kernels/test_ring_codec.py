@@ -8,12 +8,10 @@ from lowvram_kernels.ring_codec import (
     decode_block,
     decode_keys,
     encode_block,
-    encode_projected,
     room_for_keys,
     rotate_block,
 )
-from lowvram_kernels.rope import norm_rope, rotate
-from lowvram_kernels.trace import trace_kernels
+from lowvram_kernels.rope import rotate
 
 T, N, H = 30, 4, 16
 LAYOUT = SlotLayout(tokens=T, heads=N, head_dim=H)
@@ -94,32 +92,6 @@ def test_rotated_keys_stand_where_room_is_kept():
         assert kept.v is block.v
         for name in ("k", "k_scale", "k_mean"):
             assert torch.equal(getattr(kept, name), getattr(own, name))
-
-
-@pytest.mark.parametrize("rope", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projected_keys_against_float64(dtype, rope):
-    k, v, weight = torch.randn(T, N * H).to(dtype), torch.randn(T, N, H).to(dtype), torch.randn(N * H)
-    angle = torch.rand(T, H // 2, dtype=torch.float64) * 6
-    table = (angle.cos().float(), angle.sin().float()) if rope else (None, None)
-    block = LAYOUT.block(torch.zeros(LAYOUT.nbytes, dtype=torch.uint8))
-    with trace_kernels() as counts:
-        encode_projected(k, v, weight, 1e-6, *table, block)
-    exact = norm_rope(k.double(), weight, 1e-6, N, *table)
-    k_out, v_out = decode_block(block, torch.float64)
-    assert (k_out - exact).norm() / exact.norm() < 0.01
-    assert ((v_out - v.double()).abs() <= 0.501 * block.v_scale.double()[..., None]).all()
-    assert set(counts) == {("norm_rope", "torch"), ("encode_kv", "int8: torch")}
-
-
-def test_projections_that_do_not_fit_are_refused():
-    block = LAYOUT.block(torch.zeros(LAYOUT.nbytes, dtype=torch.uint8))
-    k, v, weight = torch.zeros(T, N * H), torch.zeros(T, N, H), torch.ones(N * H)
-    for bad in ((k[:, :8], v), (k[:5], v), (k, v[:, :1])):
-        with pytest.raises(ValueError, match="the block holds"):
-            encode_projected(*bad, weight, 1e-6, None, None, block)
-    with pytest.raises(ValueError, match="both"):
-        encode_projected(k, v, weight, 1e-6, torch.ones(T, H // 2), None, block)
 
 
 def test_bad_slots_and_shapes_are_refused():

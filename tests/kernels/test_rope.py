@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram_kernels.rope import norm_rope, rotate
+from lowvram_kernels import rope
+from lowvram_kernels.choices import TRITON
+from lowvram_kernels.rope import Projection, norm_both, norm_rope, rotate
 from lowvram_kernels.trace import trace_kernels
 
 
@@ -41,6 +43,45 @@ def test_rotation_keeps_lengths_and_turns_back():
     assert torch.allclose(rotate(turned, cos, -sin), x, atol=1e-6)
 
 
+F32, BF16 = torch.float32, torch.bfloat16
+# Tokens, width, dtype of rows and of the weight, of queries and of keys; whether one launch can take both.
+BOTH = [
+    ((5, 16, F32, F32), (3, 16, F32, F32), True),
+    ((1, 16, BF16, BF16), (9, 16, BF16, BF16), True),
+    ((0, 16, F32, F32), (3, 16, F32, F32), False),
+    ((5, 16, F32, F32), (0, 16, F32, F32), False),
+    ((5, 16, F32, F32), (3, 16, BF16, F32), False),
+    ((5, 16, BF16, F32), (3, 16, BF16, BF16), False),
+    ((5, 16, F32, F32), (3, 24, F32, F32), False),
+]
+
+
+def projections(*kinds) -> list[Projection]:
+    return [
+        Projection(torch.randn(tokens, width).to(dtype), torch.randn(width).to(weight), eps)
+        for (tokens, width, dtype, weight), eps in zip(kinds, (1e-6, 1e-3), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("first", "second", "together"), BOTH)
+def test_queries_and_keys_are_normed_as_each_alone_and_together_where_they_fit(first, second, together, monkeypatch):
+    two = projections(first, second)
+    with trace_kernels() as counts:
+        outs = norm_both(*two, 2)
+    for out, one in zip(outs, two, strict=True):
+        assert torch.equal(out, norm_rope(one.x_TD, one.weight_D, one.eps, 2))
+    assert counts == {("norm_rope", "torch"): 2}
+    pytest.importorskip("triton", reason="triton is not installed: there is no launch for both")
+    from lowvram_kernels import triton_rope
+
+    launches = []
+    monkeypatch.setattr(rope, "choose", lambda *_: TRITON)
+    monkeypatch.setattr(triton_rope, "norm_both_triton", lambda *_: launches.append("both") or outs)
+    monkeypatch.setattr(triton_rope, "norm_rope_triton", lambda *_: launches.append("alone"))
+    norm_both(*two, 2)
+    assert launches == (["both"] if together else ["alone"] * sum(len(one.x_TD) > 0 for one in two))
+
+
 def test_bad_shapes_are_refused():
     x, weight, table = torch.randn(4, 16), torch.ones(16), torch.ones(4, 4)
     with pytest.raises(ValueError, match="even"):
@@ -51,3 +92,5 @@ def test_bad_shapes_are_refused():
         norm_rope(x, weight, 1e-5, 2, table, None)
     with pytest.raises(ValueError, match="both"):
         norm_rope(x, weight, 1e-5, 2, table[:3], table[:3])
+    with pytest.raises(ValueError, match="expected"):
+        norm_both(Projection(x, weight, 1e-5), Projection(x, weight[:8], 1e-5), 2)

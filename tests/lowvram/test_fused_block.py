@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import fused_block
 from lowvram.engine import Engine
-from lowvram.fused_block import FusedBlock, ProjectedKeys, fuse
+from lowvram.fused_block import FusedBlock, fuse
 from lowvram.kv_format import kv_format
 from lowvram.pipeline import AvatarPipeline
 from lowvram.rings import RingMemory, Rings, RingShape, Sink
@@ -191,19 +191,6 @@ def test_the_sink_keeps_keys_before_rope(kind):
         kept.append((out, *sink.read(0, torch.float32)))
     for ours, theirs in zip(kept[1], kept[0], strict=True):
         assert relative_error(ours, theirs) < (1e-6 if kind == "plain" else 1e-3)
-
-
-@pytest.mark.parametrize("rope", [None, random_rope(TOKENS)])
-def test_keys_go_into_a_ring_as_they_are_where_they_are_asked_for(rope):
-    torch.manual_seed(0)
-    norm = NormRope(torch.nn.Parameter(torch.randn(CONFIG.dim), requires_grad=False), HEADS, 1e-6)
-    keys, v = ProjectedKeys(norm, torch.randn(TOKENS, CONFIG.dim)), torch.randn(TOKENS, HEADS, HEAD_DIM)
-    layout = SlotLayout(tokens=TOKENS, heads=HEADS, head_dim=HEAD_DIM)
-    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(2)]
-    keys.encode(rope, v, layout.block(slots[0]))
-    encode_block(keys(rope), v, layout.block(slots[1]))
-    assert slots[0].any()
-    assert torch.equal(*slots)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

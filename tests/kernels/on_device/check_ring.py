@@ -17,9 +17,9 @@ from lowvram_kernels.ring_codec import (
     room_for_keys,
     rotate_block,
 )
-from lowvram_kernels.rope import reference_norm_rope, rotate
+from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 from lowvram_kernels.triton_attention import TILES, Tile, ring_attention_triton
-from lowvram_kernels.triton_rope import encode_triton, norm_rope_triton, rotated_keys_triton
+from lowvram_kernels.triton_rope import encode_triton, norm_both_triton, norm_rope_triton, rotated_keys_triton
 
 SMALL = Tile(32, 32, 4, 2)
 
@@ -51,6 +51,18 @@ def test_norm_rope(tokens, heads, head_dim, dtype, rope):
     expected = reference_norm_rope(x.double(), weight, 1e-6, heads, *tables)
     assert out.shape == (tokens, heads, head_dim)
     assert relative_error(out, expected) < (1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "more"), [(1, 1), (7, 3), (2, 9)])
+def test_norm_of_queries_and_keys_in_one_launch_equals_each_alone(tokens, more, dtype):
+    two = []
+    for count, wider, eps in ((tokens, 8, 1e-6), (more, 24, 1e-3)):
+        x = torch.full((count, 36 + wider), float("nan"), device=DEVICE)
+        x[:, :36] = torch.randn(count, 36, device=DEVICE) + 1
+        two.append(Projection(x.to(dtype)[:, :36], torch.randn(36, device=DEVICE).to(dtype), eps))
+    for out, one in zip(norm_both_triton(*two, 3), two, strict=True):
+        assert torch.equal(out, norm_rope_triton(one.x_TD, one.weight_D, one.eps, 3, None, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

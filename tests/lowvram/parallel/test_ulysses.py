@@ -136,8 +136,8 @@ def test_nothing_is_padded():
 class PlainMemory:
     """Attention in float64 among the call's own tokens."""
 
-    def attend(self, q_LNH: Tensor, keys: Any, v_LNH: Tensor, rope: Rope) -> Tensor:
-        q, k, v = (t.transpose(0, 1) for t in (q_LNH, keys(rope), v_LNH))
+    def attend(self, queries: Any, keys: Any, v_LNH: Tensor, rope: Rope) -> Tensor:
+        q, k, v = (t.transpose(0, 1) for t in (queries(rope), keys(rope), v_LNH))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         return (scores.softmax(-1) @ v).transpose(0, 1)
 
@@ -148,8 +148,12 @@ def a_rope(tokens: int, head_dim: int, seed: int, dtype: torch.dtype = torch.flo
 
 
 def attended(memory: Any, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-    """As a DiT block calls a memory: queries are rotated, keys on demand."""
-    return memory.attend(apply_rope(q, rope), lambda wanted: k if wanted is None else apply_rope(k, wanted), v, rope)
+    """As a DiT block calls a memory: queries and keys are rotated on demand."""
+
+    def heads(x: Tensor) -> Any:
+        return lambda wanted: x if wanted is None else apply_rope(x, wanted)
+
+    return memory.attend(heads(q), heads(k), v, rope)
 
 
 @pytest.mark.parametrize(("tokens", "groups", "heads", "size"), [(35, 3, 40, 3), (9, 2, 5, 4), (11, 3, 5, 2)])

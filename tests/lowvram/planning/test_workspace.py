@@ -16,7 +16,7 @@ from lowvram.planning.costs import decode_operations
 from lowvram.planning.facts import AudioFacts
 from lowvram.planning.share import share_of
 from lowvram_kernels.modules import swap_linear
-from lowvram_models.attention import CrossAttention, Keys
+from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.audio_encoder import build_wav2vec2
 from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
@@ -42,7 +42,8 @@ class Memory:
     def __init__(self, tokens: int, heads: int, width: int, dtype: torch.dtype):
         self.keys, self.values = (meta(tokens, heads, width, dtype=dtype) for _ in range(2))
 
-    def attend(self, q: Tensor, keys: Keys, v: Tensor, rope: Rope) -> Tensor:
+    def attend(self, queries: Heads, keys: Heads, v: Tensor, rope: Rope) -> Tensor:
+        q = queries(rope)
         self.keys.copy_(keys(rope))
         self.values.copy_(v)
         return torch.empty_like(q)
