@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowvram.fused_rows import linear, linears, rows_for, wanted
 from lowvram_kernels.norm import add_gated, norm_rows
 from lowvram_models.audio_adapter import ADAIN_EPS, AudioInjector, AudioTokens
 
@@ -29,8 +30,8 @@ class FusedInjector(nn.Module):
         frames, dtype, heard = audio.frame.shape[1], audio.frame.dtype, None
         for actor in range(len(audio.frame)):
             gain, offset, k, v = self._of_actor(audio, index, actor)
-            rows = norm_rows(x_LD, gain, offset, eps=ADAIN_EPS, dtype=dtype)[0]
-            q = attention.norm_q(attention.q(rows))
+            rows = norm_rows(x_LD, gain, offset, eps=ADAIN_EPS, **wanted(attention.q, dtype))
+            q = attention.norm_q(linear(attention.q, rows, dtype))
             y = attention.attention(q.view(frames, -1, *q.shape[1:]), k, v)
             y = attention.o(y.reshape(x_LD.shape))
             if masks_AFT1 is not None:
@@ -46,13 +47,13 @@ class FusedInjector(nn.Module):
             return found
         attention: Any = self.injector[index]
         shift, scale = self.injector_adain_layers[index].modulation(audio.clip[actor])  # type: ignore[operator]
-        tokens = audio.frame[actor]
-        made = (
-            1 + scale,
-            shift.contiguous(),
-            attention.norm_k(attention.k(tokens)),
-            attention.split(attention.v(tokens)),
+        tokens, rows = audio.frame[actor], {}
+        k, v = linears(
+            [(layer, rows_for(layer, tokens.flatten(0, 1), rows)) for layer in (attention.k, attention.v)], tokens.dtype
         )
+        frames = tokens.shape[:2]
+        k, v = attention.norm_k(k).unflatten(0, frames), attention.split(v.unflatten(0, frames))
+        made = (1 + scale, shift.contiguous(), k, v)
         if audio.derived is not None:
             audio.derived[key] = made
         return made

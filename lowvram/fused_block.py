@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
-
 import torch
 from torch import nn
 
 from lowvram.fused_audio import FusedInjector
-from lowvram_kernels.chips import has_fp8_units
+from lowvram.fused_rows import linear, linears, projection, rows_for, wanted
 from lowvram_kernels.errors import CheckpointError
-from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
-from lowvram_kernels.rope import Projection, norm_both
-from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.rope import norm_both
 from lowvram_models.attention import AttentionMemory, HeadNorm
 from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
-Rows = Sequence[Tensor | None]
-"""Activations [L, D] in the dtype to compute in and None, or in 8 bit and their scale a row."""
-
-
-class Wanted(TypedDict):
-    """What a layer wants its input in: 8 bit where it multiplies in 8 bit, in groups rotated as its weight's were."""
-
-    dtype: torch.dtype
-    group: int
 
 
 class FusedBlock(nn.Module):
@@ -58,25 +44,25 @@ class FusedBlock(nn.Module):
         shift1, gain1, gate1, shift2, gain2, gate2 = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
-        h = norm_rows(x_LD, gain1, shift1, eps=eps, **_wanted(mine.q, dtype))
-        q, k, v = _linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
+        h = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
+        q, k, v = linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
         del h
         heads = (ProjectedHeads(mine.norm_q, q), ProjectedHeads(mine.norm_k, k))
         v = v.view(len(v), mine.num_heads, -1)
         y = mine.o(_joined(memory.attend(*heads, v, inputs.rope)))
         del q, k, v, heads
         gain, offset = self.norm3.weight, self.norm3.bias
-        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **_wanted(text.q, dtype))
+        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **wanted(text.q, dtype))
         del y
-        of_text = [(layer, _text_rows(layer, inputs)) for layer in (text.k, text.v)]
-        q, k, v = _linears([(text.q, h), *of_text], dtype)
+        of_text = [(layer, rows_for(layer, inputs.text, inputs.of_text)) for layer in (text.k, text.v)]
+        q, k, v = linears([(text.q, h), *of_text], dtype)
         del h
-        q, k = norm_both(_projection(text.norm_q, q), _projection(text.norm_k, k), text.num_heads)
+        q, k = norm_both(projection(text.norm_q, q), projection(text.norm_k, k), text.num_heads)
         y = text.o(_joined(text.attention(q, k, v.view(len(v), text.num_heads, -1))))
         del q, k, v
-        x, *h = add_gated_norm_rows(x, y, None, gain2, shift2, eps=eps, **_wanted(wide, dtype), out=x)
+        x, *h = add_gated_norm_rows(x, y, None, gain2, shift2, eps=eps, **wanted(wide, dtype), out=x)
         del y
-        hidden = self.ffn[1](_linear(wide, h, dtype))
+        hidden = self.ffn[1](linear(wide, h, dtype))
         del h
         y = narrow(hidden)
         del hidden
@@ -96,23 +82,11 @@ class ProjectedHeads:
     takes the projection itself, so that what is normed stands nowhere else."""
 
     def __init__(self, norm: NormRope, x_LD: Tensor):
-        self._norm, self.projection = norm, _projection(norm, x_LD)
+        self._norm, self.projection = norm, projection(norm, x_LD)
 
     def __call__(self, rope: Rope | None) -> Tensor:
         heads: Tensor = self._norm(self.projection.x_TD, rope)
         return heads
-
-
-def _projection(norm: NormRope, x_LD: Tensor) -> Projection:
-    return Projection(x_LD, norm.weight, norm.eps)
-
-
-def _wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:
-    """``dtype`` where the layer does not multiply in 8 bit."""
-    if not isinstance(layer, QuantizedLinear):
-        return Wanted(dtype=dtype, group=1)
-    computes = layer.weight.dtype is torch.int8 or has_fp8_units(layer.weight.device)
-    return Wanted(dtype=layer.weight.dtype if computes else dtype, group=layer.group)
 
 
 def _check_shared_input(*layers: nn.Module) -> None:
@@ -123,32 +97,6 @@ def _check_shared_input(*layers: nn.Module) -> None:
             f"q, k and v of one block have their inputs rotated in groups of {groups}; expected the same for all "
             "three: convert the checkpoint again"
         )
-
-
-def _linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:
-    values, scale = rows
-    out: Tensor = layer(values) if scale is None else layer.forward_quantized(values, scale, dtype)
-    return out
-
-
-def _linears(products: Sequence[tuple[Any, Rows]], dtype: torch.dtype) -> list[Tensor]:
-    """Several at once: what is all in 8 bit takes one launch where there is one."""
-    ready = [layer.operands(*rows) for layer, rows in products if rows[1] is not None and not layer.gelu]
-    if len(ready) == len(products):
-        return linears_q8(ready, dtype=dtype)
-    return [_linear(layer, rows, dtype) for layer, rows in products]
-
-
-def _text_rows(layer: nn.Module, inputs: LayerInputs) -> Rows:
-    """The text as ``layer`` wants its input: in 8 bit made once for all layers that want it alike."""
-    wanted = _wanted(layer, inputs.text.dtype)
-    if wanted["dtype"] is inputs.text.dtype:
-        return inputs.text, None
-    key = tuple(wanted.values())
-    if key not in inputs.of_text:
-        inputs.of_text[key] = quantize_rows(inputs.text, wanted["dtype"], group=wanted["group"])
-    rows: Rows = inputs.of_text[key]
-    return rows
 
 
 def _joined(x_LNH: Tensor) -> Tensor:

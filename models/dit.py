@@ -160,7 +160,9 @@ class CausalDiT(nn.Module):
         x = self.patch_embedding(latent_CFhw[None])
         pose = torch.zeros_like(latent_CFhw) if pose_CFhw is None else pose_CFhw
         x = x + self.cond_encoder(pose[None])
-        return (_tokens(x) + self.trainable_cond_mask.weight[0]).float()
+        x = _tokens(x) + self.trainable_cond_mask.weight[0]
+        # In rows, as what follows reads them: the convolution leaves the tokens of a channel beside each other.
+        return x.to(torch.float32, memory_format=torch.contiguous_format)
 
     def embed_conditions(self, reference_C1hw: Tensor, motion_CFhw: Tensor) -> Tensor:
         """Reference [C, 1, h, w] and motion latents [C, 19, h, w] -> the sink's tokens [L, D] float32."""
