@@ -3,7 +3,8 @@
 python benchmarks/host_time.py [--out benchmarks/results/host_time.json --name after]
 
 The runtime's own code for CUDA runs on ``meta`` at 14B shapes, see ``host_counts``. Its seconds are those of this
-machine's Python with nothing launched: the driver's part of a launch, and everything on a GPU, is not measured.
+machine's Python with nothing launched: what Triton's Python and the driver take for a launch, and everything on a GPU,
+is not measured. PyTorch's attention is a call into C++ on a GPU and Python on ``meta``: seconds are with and without.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def measure(preset: str) -> dict[str, Any]:
                     for kind in KINDS
                 }
                 rows[kv]["python_seconds_per_block"] = round(host.seconds(), 3)
+                rows[kv]["without_meta_attention"] = round(host.seconds_without_attention(), 3)
     return rows
 
 
@@ -85,15 +87,16 @@ def _cpu() -> str:
 
 def markdown(table: dict[str, Any]) -> str:
     lines = [
-        "| rings | of a | launches | dispatcher calls | synchronisations | Python s |",
-        "|---|---|---|---|---|---|",
+        "| rings | of a | launches | dispatcher calls | synchronisations | Python s | without meta's attention |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kv, rows in table.items():
         for kind in KINDS:
-            row = rows[kind]
-            seconds = f"{rows['python_seconds_per_block']:.2f}" if kind == "block" else ""
-            counts = " | ".join(f"{row[key]}" for key in ("launches", "dispatcher_calls", "synchronisations"))
-            lines.append(f"| {kv} | {kind} | {counts} | {seconds} |")
+            counts = [rows[kind][key] for key in ("launches", "dispatcher_calls", "synchronisations")]
+            times = ["", ""]
+            if kind == "block":
+                times = [f"{rows[key]:.2f}" for key in ("python_seconds_per_block", "without_meta_attention")]
+            lines.append(f"| {' | '.join(map(str, (kv, kind, *counts, *times)))} |")
     return "\n".join(lines)
 
 

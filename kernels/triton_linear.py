@@ -188,7 +188,7 @@ def linear_triton(
         return out
     tile = tile or tile_for(known_generation(q_MK.device), rows)
     q_MK, weight_NK = (t if t.stride(1) == 1 else t.contiguous() for t in (q_MK, weight_NK))
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)
+    grid = (-(-rows // tile.m) * -(-columns // tile.n),)
     _linear_kernel[grid](
         q_MK,
         weight_NK,

@@ -9,7 +9,15 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import QMAX
-from lowvram_kernels.triton_rows import magnitude_bits, packed, quantize_scales, rotate_groups, row_warps, to_8bit
+from lowvram_kernels.triton_rows import (
+    magnitude_bits,
+    packed,
+    power_of_2,
+    quantize_scales,
+    rotate_groups,
+    row_warps,
+    to_8bit,
+)
 
 Tensor = torch.Tensor
 
@@ -110,7 +118,7 @@ def fused_triton(
         HAS_GATE=gate is not None,
         MODE=mode,
         GROUP=group,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=power_of_2(width),
         num_warps=row_warps(width),
         enable_fp_fusion=False,
     )

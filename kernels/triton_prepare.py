@@ -19,7 +19,7 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
 from lowvram_kernels.ring_codec import KVBlock
-from lowvram_kernels.triton_rows import magnitude_bits, quantize_scales, to_8bit
+from lowvram_kernels.triton_rows import magnitude_bits, power_of_2, quantize_scales, to_8bit
 from lowvram_kernels.uploads import upload
 
 Tensor = torch.Tensor
@@ -116,7 +116,7 @@ def _scales_kernel(
 
 
 def dim_p2(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 def room_for(
@@ -184,7 +184,7 @@ def spread_scales(ready: Prepared) -> None:
         padded,
         ALIGNED=ready.aligned,
         HEADS=heads,
-        HEADS_P2=triton.next_power_of_2(heads),
+        HEADS_P2=power_of_2(heads),
         BLOCK_T=PAD_TOKENS,
         num_warps=4,
         enable_fp_fusion=False,
@@ -237,7 +237,7 @@ def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
         name="ring_attention scales",
         kernel=_scales_kernel,
         types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "padded": "i32:16"},
-        constants={"ALIGNED": 16, "HEADS": heads, "HEADS_P2": triton.next_power_of_2(heads), "BLOCK_T": PAD_TOKENS},
+        constants={"ALIGNED": 16, "HEADS": heads, "HEADS_P2": power_of_2(heads), "BLOCK_T": PAD_TOKENS},
         num_warps=4,
         fp_fusion=False,
     )

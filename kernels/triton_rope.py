@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.ring_codec import STEP, KVBlock
 from lowvram_kernels.rope import Projection
-from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_warps, to_8bit
+from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, power_of_2, row_warps, to_8bit
 
 Tensor = torch.Tensor
 
@@ -195,14 +196,15 @@ def _encode_kernel(
     tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
 
 
+@functools.cache
 def block_shape(heads: int, head_dim: int) -> dict[str, int]:
-    p2 = triton.next_power_of_2
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": p2(heads), "PAIRS_P2": p2(head_dim // 2)}
+    pairs = power_of_2(head_dim // 2)
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": power_of_2(heads), "PAIRS_P2": pairs}
 
 
+@functools.cache
 def _encode_shape(heads: int, head_dim: int) -> dict[str, int]:
-    p2 = triton.next_power_of_2
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": p2(heads), "DIM_P2": p2(head_dim)}
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": power_of_2(heads), "DIM_P2": power_of_2(head_dim)}
 
 
 def norm_rope_triton(

@@ -78,9 +78,14 @@ def packed(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def power_of_2(number: int) -> int:
+    """The smallest that is no less. Triton's own functions for such things cost Python as much as a small launch."""
+    return 1 << (number - 1).bit_length()
+
+
 def row_warps(width: int) -> int:
     """Warps for a program that holds ``width`` float32: at most 32 values a thread."""
-    return min(16, max(1, triton.next_power_of_2(width) // 1024))
+    return min(16, max(1, power_of_2(width) // 1024))
 
 
 def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tu
         QMAX=QMAX[dtype],
         INT8=dtype is torch.int8,
         GROUP=group,
-        BLOCK_K=triton.next_power_of_2(width),
+        BLOCK_K=power_of_2(width),
         num_warps=row_warps(width),
         enable_fp_fusion=False,  # a product fused with the rounding would round once where PyTorch rounds twice
     )
@@ -117,7 +122,7 @@ def aot_cases(generation: int) -> list[Case]:
                     name=f"quantize_rows {kind} {width}",
                     kernel=_quantize_rows_kernel,
                     types=types | {"stride_xm": "i32:16"},
-                    constants=constants | {"BLOCK_K": triton.next_power_of_2(width)},
+                    constants=constants | {"BLOCK_K": power_of_2(width)},
                     num_warps=row_warps(width),
                     fp_fusion=False,
                 )

@@ -47,7 +47,8 @@ class FusedInjector(nn.Module):
             return found
         attention: Any = self.injector[index]
         shift, scale = self.injector_adain_layers[index].modulation(audio.clip[actor])  # type: ignore[operator]
-        tokens, rows = audio.frame[actor], {}
+        tokens = audio.frame[actor]
+        rows: dict[Any, Any] = {}
         k, v = linears(
             [(layer, rows_for(layer, tokens.flatten(0, 1), rows)) for layer in (attention.k, attention.v)], tokens.dtype
         )
