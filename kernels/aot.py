@@ -61,6 +61,7 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
         triton_attention,
         triton_linear,
         triton_linears,
+        triton_means,
         triton_norm,
         triton_prepare,
         triton_projected,
@@ -69,8 +70,8 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
     )
 
     modules = (
-        *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_prepare, triton_projected),
-        triton_attention,
+        *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_means, triton_projected),
+        *(triton_prepare, triton_attention),
     )
     found = [case for module in modules for case in module.aot_cases(generation)]
     if more:

@@ -3,15 +3,14 @@
 A key is stored around the mean over its block's tokens, which has to be known before the first of them: so keys are
 normed and rotated twice, and in between only sums are written. Each launch does that for the block's own keys and for
 the sink's, which are kept before RoPE and rotated anew at each reading; the last one stores values and makes the 8-bit
-queries too. Bytes a channel of K with bfloat16 projections: 2 and 4 / 16 for a sum of 16 tokens, that sum again, then 2
-and the 1 that is stored: 5.5; of the sink 1 twice, the sums, and 1: 3.5; of Q 2 and the 1 that attention reads.
+queries too. Bytes a channel of K with bfloat16 projections: 2 and 4 / 12 for a sum of 12 tokens, that sum again, then 2
+and the 1 that is stored: 5.7; of the sink 1 twice, the sums, and 1: 3.7; of Q 2 and the 1 that attention reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -20,90 +19,13 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.projected import Projected, TurnedSink
 from lowvram_kernels.ring_codec import KVBlock, room_for_keys
-from lowvram_kernels.rope import Projection
 from lowvram_kernels.triton_attention import Tile, attend_prepared
+from lowvram_kernels.triton_means import means
 from lowvram_kernels.triton_prepare import Prepared, block_part, room_for, softmax_scale, spread_scales
 from lowvram_kernels.triton_rope import block_shape, encoded, normed_rope, pair_mask, pair_offsets, rotated_key
 from lowvram_kernels.triton_rows import magnitude_bits, packed, quantize_scales, row_warps, to_8bit
 
 Tensor = torch.Tensor
-
-MEAN_ROWS, MEAN_COLUMNS = 32, 32
-SUM_TOKENS = 16  # of one program: fewer write more sums, more leave processors of a large chip idle
-
-
-@triton.jit
-def _sum_kernel(
-    k,
-    weight,
-    cos,
-    sin,
-    sink_k,
-    sink_scale,
-    sink_mean,
-    sink_cos,
-    sink_sin,
-    sums,
-    tokens,
-    sink_tokens,
-    stride_k,
-    eps,
-    SUM_TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
-):
-    """Sums over SUM_TOKENS tokens each of the normed, rotated keys, then of the sink's rotated ones: float32
-    [programs, heads, head_dim]."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    own = tl.cdiv(tokens, SUM_TOKENS)
-    total = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.float32)
-    if tl.program_id(0) < own:
-        first = tl.program_id(0) * SUM_TOKENS
-        for index in range(tl.minimum(SUM_TOKENS, tokens - first)):
-            token = (first + index).to(tl.int64)
-            total += normed_rope(
-                k + token * stride_k, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
-            )
-    else:
-        first = (tl.program_id(0) - own) * SUM_TOKENS
-        for index in range(tl.minimum(SUM_TOKENS, sink_tokens - first)):
-            token = (first + index).to(tl.int64)
-            total += rotated_key(
-                sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2
-            )
-    tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * HEAD_DIM) + at, total, mask=there)
-
-
-@triton.jit
-def _mean_kernel(
-    sums,
-    mean,
-    sink_mean,
-    tokens,
-    sink_tokens,
-    width,
-    SUM_TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """From these sums the mean of the block's keys (second program id 0) and of the sink's (1), a few columns each."""
-    own, of_sink = tl.cdiv(tokens, SUM_TOKENS), tl.program_id(1) == 1
-    count = tl.where(of_sink, sink_tokens, tokens)
-    begin = tl.where(of_sink, own, 0)
-    end = begin + tl.cdiv(count, SUM_TOKENS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(begin, end, ROWS):
-        row = (first + rows)[:, None]
-        there = (row < end) & (columns < width)[None, :]
-        total += tl.load(sums + row * width + columns[None, :], mask=there, other=0.0)
-    value = tl.sum(total, 0) / count
-    target = tl.where(of_sink, sink_mean, mean)
-    tl.store(target + columns, value.to(target.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -252,7 +174,7 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
     shape = block_shape(heads, head_dim)
     # Both passes compute a key with the same roundings: it is the same number that is summed and that is stored.
     options = {"num_warps": row_warps(heads * head_dim), "enable_fp_fusion": False}
-    _means(k, k_TD, tables, kept, blocks[slot].k_mean, room.k_mean, shape, options)
+    means(k, k_TD, tables, kept, blocks[slot].k_mean, room.k_mean, shape, options)
     _store_kernel[(2 * tokens + sink.block.tokens,)](
         q_TD,
         k_TD,
@@ -284,49 +206,6 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
     return ready, out
 
 
-def _means(
-    k: Projection,
-    k_TD: Tensor,
-    tables: Sequence[Tensor],
-    kept: tuple[Tensor, ...],
-    mean: Tensor,
-    sink_mean: Tensor,
-    shape: dict[str, int],
-    options: dict[str, Any],
-) -> None:
-    """Of the block's keys and of the sink's, rotated both, into ``mean`` and ``sink_mean``. ``kept`` are the sink's
-    keys, scales and mean, cos and sin."""
-    tokens, sink_tokens, width = len(k_TD), len(kept[0]), k_TD.shape[1]
-    programs = -(-tokens // SUM_TOKENS) - (-sink_tokens // SUM_TOKENS)
-    sums = torch.empty((programs, width), dtype=torch.float32, device=k_TD.device)
-    _sum_kernel[(programs,)](
-        k_TD,
-        packed(k.weight_D),
-        *tables,
-        *kept,
-        sums,
-        tokens,
-        sink_tokens,
-        k_TD.stride(0),
-        k.eps,
-        SUM_TOKENS=SUM_TOKENS,
-        **shape,
-        **options,
-    )
-    _mean_kernel[(-(-width // MEAN_COLUMNS), 2)](
-        sums,
-        mean,
-        sink_mean,
-        tokens,
-        sink_tokens,
-        width,
-        SUM_TOKENS=SUM_TOKENS,
-        ROWS=MEAN_ROWS,
-        COLUMNS=MEAN_COLUMNS,
-        num_warps=4,
-    )
-
-
 def aot_cases(generation: int) -> list[Case]:
     return _aot_cases(40, "*bf16", "i32:16", 16)
 
@@ -341,39 +220,15 @@ def _aot_cases(heads: int, x: str, number: str, aligned: int) -> list[Case]:
     shape, warps = block_shape(heads, head_dim), row_warps(heads * head_dim)
     tables = dict.fromkeys(("cos", "sin", "sink_cos", "sink_sin"), "*fp32")
     kept = {"sink_k": "*i8", "sink_scale": "*bf16", "sink_mean": "*bf16"}
-    tokens = {"tokens": number, "sink_tokens": number}
+    floats = dict.fromkeys(("q_eps", "k_eps", "softmax_scale"), "fp32")
     queries = {"q8": "*i8", "q_scale": "*fp32", "q_mean": "*fp32", "origin": "*i8", "table": "*i64"}
     own = {"q": x, "k": x, "v": x, "q_weight": "*bf16", "k_weight": "*bf16", "slot": "i32", "blocks": "i32"}
     strides = dict.fromkeys(("stride_q", "stride_k", "stride_vt", "stride_vn"), "i32:16")
     return [
         Case(
-            name="attend_projected sums",
-            kernel=_sum_kernel,
-            types=tables
-            | kept
-            | tokens
-            | {"k": x, "weight": "*bf16", "sums": "*fp32", "stride_k": "i32:16", "eps": "fp32"},
-            constants=shape | {"SUM_TOKENS": SUM_TOKENS},
-            num_warps=warps,
-            fp_fusion=False,
-        ),
-        Case(
-            name="attend_projected means",
-            kernel=_mean_kernel,
-            types=tokens | {"sums": "*fp32", "mean": "*bf16", "sink_mean": "*bf16", "width": "i32:16"},
-            constants={"SUM_TOKENS": SUM_TOKENS, "ROWS": MEAN_ROWS, "COLUMNS": MEAN_COLUMNS},
-            num_warps=4,
-        ),
-        Case(
             name="attend_projected",
             kernel=_store_kernel,
-            types=tables
-            | kept
-            | queries
-            | own
-            | strides
-            | {"tokens": number}
-            | dict.fromkeys(("q_eps", "k_eps", "softmax_scale"), "fp32"),
+            types=tables | kept | queries | own | strides | floats | {"tokens": number},
             constants=shape | {"ALIGNED": aligned},
             num_warps=warps,
             fp_fusion=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,9 +18,7 @@ from lowvram_kernels.ring_codec import (
     SlotLayout,
     decode_block,
     decode_keys,
-    encode_block,
     reference_encode,
-    rotate_block,
 )
 from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 
@@ -40,11 +39,16 @@ def empty_block(sizes: Sizes, device: torch.device, tokens: int) -> KVBlock:
 
 def random_block(sizes: Sizes, device: torch.device, tokens: int) -> KVBlock:
     """Keys of a head lie around a common vector."""
-    out = empty_block(sizes, device, tokens)
     k = random(device, tokens, sizes.heads, sizes.head_dim) + random(device, sizes.heads, sizes.head_dim)
-    out.k_mean.copy_(k.mean(0))
-    reference_encode(k, out.k_mean, out.k, out.k_scale)
-    reference_encode(random(device, tokens, sizes.heads, sizes.head_dim), None, out.v, out.v_scale)
+    return reference_block(sizes, k, random(device, tokens, sizes.heads, sizes.head_dim))
+
+
+def reference_block(sizes: Sizes, k_TNH: Tensor, v_TNH: Tensor) -> KVBlock:
+    """Encoded by PyTorch, whatever kernels are at hand."""
+    out = empty_block(sizes, k_TNH.device, len(k_TNH))
+    out.k_mean.copy_(k_TNH.mean(0))
+    reference_encode(k_TNH, out.k_mean, out.k, out.k_scale)
+    reference_encode(v_TNH, None, out.v, out.v_scale)
     return out
 
 
@@ -141,10 +145,11 @@ def attend_projected(sizes: Sizes, device: torch.device) -> Trial:
         exact = reference_norm_rope(k.x_TD.double(), k.weight_D, EPS, heads, *tables)
         # The parts round keys to bfloat16 between the passes: its part of the bound is 2^-9 of a value.
         allowed = HALF_STEP * out["k_scale"].double()[..., None] + 2.0**-8 * exact.abs()
-        block = empty_block(sizes, device, tokens)
-        encode_block(exact.float(), v, block)
+        block = reference_block(sizes, exact.float(), v)
+        turned = reference_block(sizes, rotate(decode_keys(kept, torch.float32), *tables), v)
+        turned = dataclasses.replace(turned, v=kept.v, v_scale=kept.v_scale)
         queries = reference_norm_rope(q.x_TD[rows].double(), q.weight_D, EPS, heads, *(table[rows] for table in tables))
-        expected = reference_ring_attention(queries, [block, *others, rotate_block(kept, *tables)])
+        expected = reference_ring_attention(queries, [block, *others, turned])
         values = (out["values"] - v.double()).abs() / out["v_scale"].double()[..., None]
         return {
             "attended": Measured(error=relative_error(out["attended"][rows], expected), bound=0.02),

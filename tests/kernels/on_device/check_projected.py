@@ -21,7 +21,8 @@ from lowvram_kernels.ring_codec import (
 )
 from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 from lowvram_kernels.triton_attention import Tile
-from lowvram_kernels.triton_projected import SUM_TOKENS, attend_projected_triton
+from lowvram_kernels.triton_means import SUM_TOKENS
+from lowvram_kernels.triton_projected import attend_projected_triton
 
 EPS = 1e-6
 SMALL = Tile(32, 32, 4, 2)

@@ -1,0 +1,176 @@
+"""The mean over a block's keys, normed and rotated, before any of them is stored; and over a sink's, rotated anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lowvram_kernels.aot import Case
+from lowvram_kernels.rope import Projection
+from lowvram_kernels.triton_rope import block_shape, normed_rope, pair_mask, pair_offsets, rotated_key
+from lowvram_kernels.triton_rows import packed, row_warps
+
+Tensor = torch.Tensor
+
+MEAN_ROWS, MEAN_COLUMNS = 32, 32
+# Of one program: fewer write more sums, more leave processors of a large chip idle. With 12 the programs of a 14B block
+# and its sink, two on a processor at a time, are a little under two rounds on 128 to 170 processors (not measured).
+SUM_TOKENS = 12
+
+
+@triton.jit
+def _sum_kernel(
+    k,
+    weight,
+    cos,
+    sin,
+    sink_k,
+    sink_scale,
+    sink_mean,
+    sink_cos,
+    sink_sin,
+    sums,
+    tokens,
+    sink_tokens,
+    stride_k,
+    eps,
+    SUM_TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_P2: tl.constexpr,
+    PAIRS_P2: tl.constexpr,
+):
+    """Sums over SUM_TOKENS tokens each of the normed, rotated keys, then of the sink's rotated ones: float32
+    [programs, heads, head_dim]."""
+    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
+    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    own = tl.cdiv(tokens, SUM_TOKENS)
+    total = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.float32)
+    if tl.program_id(0) < own:
+        first = tl.program_id(0) * SUM_TOKENS
+        for index in range(tl.minimum(SUM_TOKENS, tokens - first)):
+            token = (first + index).to(tl.int64)
+            total += normed_rope(
+                k + token * stride_k, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
+            )
+    else:
+        first = (tl.program_id(0) - own) * SUM_TOKENS
+        for index in range(tl.minimum(SUM_TOKENS, sink_tokens - first)):
+            token = (first + index).to(tl.int64)
+            total += rotated_key(
+                sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2
+            )
+    tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * HEAD_DIM) + at, total, mask=there)
+
+
+@triton.jit
+def _mean_kernel(
+    sums,
+    mean,
+    sink_mean,
+    tokens,
+    sink_tokens,
+    width,
+    SUM_TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """From these sums the mean of the block's keys (second program id 0) and of the sink's (1), a few columns each."""
+    own, of_sink = tl.cdiv(tokens, SUM_TOKENS), tl.program_id(1) == 1
+    count = tl.where(of_sink, sink_tokens, tokens)
+    begin = tl.where(of_sink, own, 0)
+    end = begin + tl.cdiv(count, SUM_TOKENS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(begin, end, ROWS):
+        row = (first + rows)[:, None]
+        there = (row < end) & (columns < width)[None, :]
+        total += tl.load(sums + row * width + columns[None, :], mask=there, other=0.0)
+    value = tl.sum(total, 0) / count
+    target = tl.where(of_sink, sink_mean, mean)
+    tl.store(target + columns, value.to(target.dtype.element_ty), mask=columns < width)
+
+
+def means(
+    k: Projection,
+    k_TD: Tensor,
+    tables: Sequence[Tensor],
+    kept: tuple[Tensor, ...],
+    mean: Tensor,
+    sink_mean: Tensor,
+    shape: dict[str, int],
+    options: dict[str, Any],
+) -> None:
+    """Of the block's keys and of the sink's, rotated both, into ``mean`` and ``sink_mean``. ``kept`` are the sink's
+    keys, scales and mean, cos and sin."""
+    tokens, sink_tokens, width = len(k_TD), len(kept[0]), k_TD.shape[1]
+    programs = -(-tokens // SUM_TOKENS) - (-sink_tokens // SUM_TOKENS)
+    sums = torch.empty((programs, width), dtype=torch.float32, device=k_TD.device)
+    _sum_kernel[(programs,)](
+        k_TD,
+        packed(k.weight_D),
+        *tables,
+        *kept,
+        sums,
+        tokens,
+        sink_tokens,
+        k_TD.stride(0),
+        k.eps,
+        SUM_TOKENS=SUM_TOKENS,
+        **shape,
+        **options,
+    )
+    _mean_kernel[(-(-width // MEAN_COLUMNS), 2)](
+        sums,
+        mean,
+        sink_mean,
+        tokens,
+        sink_tokens,
+        width,
+        SUM_TOKENS=SUM_TOKENS,
+        ROWS=MEAN_ROWS,
+        COLUMNS=MEAN_COLUMNS,
+        num_warps=4,
+    )
+
+
+def aot_cases(generation: int) -> list[Case]:
+    return _aot_cases(40, "*bf16", "i32:16")
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    cases = [case for heads in (13, 20) for case in _aot_cases(heads, "*fp32", "i32")]
+    return [dataclasses.replace(case, name=f"{case.name} {case.constants['HEADS']} heads") for case in cases]
+
+
+def _aot_cases(heads: int, x: str, number: str) -> list[Case]:
+    shape, warps = block_shape(heads, 128), row_warps(heads * 128)
+    tables = dict.fromkeys(("cos", "sin", "sink_cos", "sink_sin"), "*fp32")
+    kept = {"sink_k": "*i8", "sink_scale": "*bf16", "sink_mean": "*bf16"}
+    tokens = {"tokens": number, "sink_tokens": number}
+    return [
+        Case(
+            name="attend_projected sums",
+            kernel=_sum_kernel,
+            types=tables
+            | kept
+            | tokens
+            | {"k": x, "weight": "*bf16", "sums": "*fp32", "stride_k": "i32:16", "eps": "fp32"},
+            constants=shape | {"SUM_TOKENS": SUM_TOKENS},
+            num_warps=warps,
+            fp_fusion=False,
+        ),
+        Case(
+            name="attend_projected means",
+            kernel=_mean_kernel,
+            types=tokens | {"sums": "*fp32", "mean": "*bf16", "sink_mean": "*bf16", "width": "i32:16"},
+            constants={"SUM_TOKENS": SUM_TOKENS, "ROWS": MEAN_ROWS, "COLUMNS": MEAN_COLUMNS},
+            num_warps=4,
+        ),
+    ]
