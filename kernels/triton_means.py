@@ -145,8 +145,11 @@ def aot_cases(generation: int) -> list[Case]:
 
 
 def more_aot_cases(generation: int) -> list[Case]:
-    cases = [case for heads in (13, 20) for case in _aot_cases(heads, "*fp32", "i32")]
-    return [dataclasses.replace(case, name=f"{case.name} {case.constants['HEADS']} heads") for case in cases]
+    return [
+        dataclasses.replace(case, name=f"{case.name} {heads} heads")
+        for heads in (13, 20)
+        for case in _aot_cases(heads, "*fp32", "i32")
+    ]
 
 
 def _aot_cases(heads: int, x: str, number: str) -> list[Case]:

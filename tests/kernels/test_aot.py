@@ -30,6 +30,16 @@ def usages() -> dict[int, dict[str, Usage]]:
     return {chip: {usage.name: usage for usage in found if usage.generation == chip} for chip in GENERATIONS}
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_case_has_a_name_of_its_own_and_says_all_its_kernel_takes(generation):
+    """Those too that only `make test-triton` compiles."""
+    found = cases(generation, more=True)
+    assert len({case.name for case in found}) == len(found) > len(cases(generation))
+    for case in found:
+        told = {**case.types, **case.constants}
+        assert set(case.kernel.arg_names) <= set(told), (case.name, set(case.kernel.arg_names) - set(told))
+
+
 # Two registers behind the loop, under Triton 3.7.1: GELU over a float32 bias into float32, which no 14B layer asks for.
 FEW_SPILLS = {(90, "linear fp8 gelu odd")}
 
