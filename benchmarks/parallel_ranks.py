@@ -30,6 +30,7 @@ from lowvram.relief import Relief
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of
+from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact, Component
 
@@ -141,7 +142,7 @@ def random_conditions(config: DiTConfig, job: Job) -> Conditions:
 
     return Conditions(
         context=randn(min(20, config.text_len), config.text_dim),
-        audio=randn(1, config.audio_layers, config.audio_dim, job.clips * INFER_FRAMES),
+        audio=WholeVoice(randn(1, config.audio_layers, config.audio_dim, job.clips * INFER_FRAMES)),
         reference=randn(16, 1, *job.latent_size),
         motion=randn(16, 19, *job.latent_size),
     )

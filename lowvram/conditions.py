@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from lowvram.encoders import load_audio_encoder, load_text_encoder
-from lowvram_models.audio_encoder import audio_embedding, extract_features
+from lowvram.voice import Voice, VoiceInWindows, WholeVoice
+from lowvram.voice_encoding import BackgroundPieces
+from lowvram_models.audio_encoder import audio_embedding, extract_features, num_clips
+from lowvram_models.long_voice import LongVoice, Windowing, count_features
 from lowvram_models.text_encoder import encode_prompt, tokenize_prompt
 from lowvram_models.vae import StreamingVAE
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
+WINDOWING = Windowing()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """``context`` [tokens, text_dim], ``audio`` [1, 25, audio_dim, video frames], ``reference`` [16, 1, h, w] and
-    ``motion`` [16, 19, h, w] latents."""
+    """``context`` [tokens, text_dim], ``audio`` [1, 25, audio_dim, frames] of any video frames, ``reference``
+    [16, 1, h, w] and ``motion`` [16, 19, h, w] latents."""
 
     context: Tensor
-    audio: Tensor
+    audio: Voice
     reference: Tensor
     motion: Tensor
 
@@ -38,14 +43,35 @@ def encode_text(
 
 
 @torch.inference_mode()
-def encode_audio(artifact: Artifact, speech: np.ndarray, infer_frames: int, device: torch.device) -> Tensor:
-    """Speech (mono float32, 16 kHz) -> features of each video frame [1, 25, audio_dim, clips * infer_frames], float32.
+def encode_audio(
+    artifact: Artifact,
+    speech: np.ndarray,
+    infer_frames: int,
+    frames_of: Callable[[int], int],
+    device: torch.device,
+    note: Callable[[Tensor], None],
+    windowing: Windowing | None = None,
+) -> Voice:
+    """Speech (mono float32, 16 kHz) -> features of each video frame, float32. ``frames_of`` says how many frames are
+    made of so many clips of ``infer_frames`` as the voice has.
+
+    Of a voice that is long (``windowing``) only the first window is encoded here: the others are as the frames need
+    them, on the host. ``note`` is shown the features of all clips, or of each window when it is there.
 
     wav2vec2 runs in float32 everywhere: it is small, and its features steer the lips.
     """
     model, do_normalize = load_audio_encoder(artifact, device)
-    hidden = extract_features(model, speech, do_normalize=do_normalize)
-    return audio_embedding(hidden, infer_frames).cpu()
+    windowing = windowing or WINDOWING
+    if not windowing.is_long(len(speech)):
+        hidden = extract_features(model, speech, do_normalize=do_normalize)
+        features = audio_embedding(hidden, infer_frames).cpu()
+        note(features)
+        return WholeVoice(fit_audio(features, frames_of(features.shape[-1] // infer_frames)))
+    frames = frames_of(num_clips(count_features(model.config, len(speech)), infer_frames))
+    voice = LongVoice(model.config, speech, frames, do_normalize=do_normalize, windowing=windowing)
+    first = voice.encode(model, voice.windows[0], None)
+    pieces = BackgroundPieces(voice, first, lambda: load_audio_encoder(artifact, torch.device("cpu"))[0], note)
+    return VoiceInWindows([window.last for window in voice.windows], pieces)
 
 
 def fit_audio(features: Tensor, frames: int) -> Tensor:

@@ -123,14 +123,16 @@ class Denoiser:
                 yield block, latent
 
     def _advance(self, tick: Tick, latent: Tensor | None) -> None:
+        # Once, whatever has to be done again.
+        audio = self._audio(tick.starts) if tick.starts is not None else None
         self._team.meet()
         where = ", ".join(f"block {block.index}" for block, _ in tick.items)
 
         def advance() -> None:
             with self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
-                if (block := tick.starts) is not None:
+                if (block := tick.starts) is not None and audio is not None:
                     noise = self._noise(block) if latent is None else latent
-                    self.rollout.start(block, noise, self._audio(block))
+                    self.rollout.start(block, noise, audio)
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
 
         self._attempt("denoise", advance)
@@ -146,7 +148,7 @@ class Denoiser:
 
     def _audio(self, block: Block) -> Tensor:
         first = block.first_frame * VIDEO_FRAMES_PER_LATENT
-        return self._conditions.audio[..., first : first + block.frames * VIDEO_FRAMES_PER_LATENT]
+        return self._conditions.audio.frames(first, block.frames * VIDEO_FRAMES_PER_LATENT)
 
 
 def _nothing_yet(layout: Layout) -> None:

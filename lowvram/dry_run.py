@@ -21,6 +21,7 @@ from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan
 from lowvram.simulate import SimulatedDevice
 from lowvram.team import Solo
+from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 
@@ -128,7 +129,7 @@ def _team(
     size = inputs.latent_size
     conditions = Conditions(
         context=torch.zeros(config.text_len, config.text_dim),
-        audio=torch.zeros(1, config.audio_layers, config.audio_dim, frames),
+        audio=WholeVoice(torch.zeros(1, config.audio_layers, config.audio_dim, frames)),
         reference=torch.zeros(LATENT_CHANNELS, 1, *size),
         motion=torch.zeros(LATENT_CHANNELS, MOTION_LATENTS, *size),
     )

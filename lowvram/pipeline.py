@@ -7,6 +7,7 @@ H x W pixels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from lowvram.block_decoder import BlockDecoder, to_pixels
-from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text, fit_audio
+from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encoders import load_vae
@@ -31,6 +32,7 @@ from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, Extent, frames_to_denoise
 from lowvram.team import LatentSize, Solo, Team
+from lowvram.voice import Voice, listening
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
 
@@ -107,13 +109,18 @@ class AvatarPipeline:
         self._lay_out(request, size)
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
             conditions = self._encode(inputs, recorder)
-        conditions = self.team.share_conditions(conditions)
+        with listening(conditions.audio):
+            yield from self._frames(request, size, self.team.share_conditions(conditions), recorder)
+
+    def _frames(
+        self, request: Request, size: LatentSize, conditions: Conditions, recorder: Recorder
+    ) -> Iterator[np.ndarray]:
         extent = _extent(request, conditions)
         denoiser = self._denoiser(request, size, conditions) if self.team.role.denoises else None
         seconds = denoiser.seconds if denoiser else {}
         latents = self._latents(extent, size, denoiser, seconds)
         decoder = BlockDecoder(self.runtime, conditions.motion, denoiser.give_way if denoiser else _nothing_else)
-        recorder.started(conditions.audio.shape[-1] - DROPPED_FIRST_FRAMES)
+        recorder.started(conditions.audio.num_frames - DROPPED_FIRST_FRAMES)
         waiting: list[tuple[Block, Tensor]] = []
         for block, latent in latents:
             recorder.latent(block, latent)
@@ -127,10 +134,11 @@ class AvatarPipeline:
         size = height, width
         self._lay_out(request, size)
         conditions = self.team.share_conditions(None)
-        denoiser = self._denoiser(request, size, conditions)
-        for block, _ in self._latents(_extent(request, conditions), size, denoiser, denoiser.seconds):
-            del denoiser.seconds[block.index]
-            yield block
+        with listening(conditions.audio):
+            denoiser = self._denoiser(request, size, conditions)
+            for block, _ in self._latents(_extent(request, conditions), size, denoiser, denoiser.seconds):
+                del denoiser.seconds[block.index]
+                yield block
 
     def _lay_out(self, request: Request, latent_size: LatentSize) -> None:
         """Decide where everything lies, before anything loads.
@@ -163,8 +171,18 @@ class AvatarPipeline:
         def text(device: torch.device) -> tuple[Tensor, Tensor]:
             return encode_text(artifact, request.prompt, text_len, device, choose_dtype(runtime.dtype_name, device))
 
-        def audio(device: torch.device) -> Tensor:
-            return encode_audio(artifact, inputs.speech, request.infer_frames, device)
+        def frames(clips_in_audio: int) -> int:
+            return frames_to_denoise(
+                inputs.voice_frames,
+                clips_in_audio=clips_in_audio,
+                infer_frames=request.infer_frames,
+                num_clip=request.num_clip,
+                dropped=DROPPED_FIRST_FRAMES,
+            )
+
+        def audio(device: torch.device) -> Voice:
+            note = functools.partial(recorder.part, "audio_emb")
+            return encode_audio(artifact, inputs.speech, request.infer_frames, frames, device, note)
 
         def image(device: torch.device) -> tuple[Tensor, Tensor]:
             vae = load_vae(artifact, device, choose_dtype(runtime.dtype_name, device))
@@ -175,24 +193,16 @@ class AvatarPipeline:
         with runtime.stages.stage("encode_text"):
             ids, context = relief.on_host_instead("encode_text", text, text_device)
         with runtime.stages.stage("encode_audio"):
-            features = relief.on_host_instead("encode_audio", audio, device)
+            voice = relief.on_host_instead("encode_audio", audio, device)
         with runtime.stages.stage("encode_image"):
             reference, motion = relief.on_host_instead("encode_image", image, device)
         # Models of libraries hold themselves in cycles: without this they would keep their memory.
         free_cached()
         recorder.tensor("input_ids", ids)
         recorder.tensor("context", context)
-        recorder.tensor("audio_emb", features)
         recorder.tensor("ref_latents", reference[None])
         recorder.tensor("motion_latents", motion[None])
-        frames = frames_to_denoise(
-            inputs.voice_frames,
-            clips_in_audio=features.shape[-1] // request.infer_frames,
-            infer_frames=request.infer_frames,
-            num_clip=request.num_clip,
-            dropped=DROPPED_FIRST_FRAMES,
-        )
-        return Conditions(context=context, audio=fit_audio(features, frames), reference=reference, motion=motion)
+        return Conditions(context=context, audio=voice, reference=reference, motion=motion)
 
     def _denoiser(self, request: Request, latent_size: LatentSize, conditions: Conditions) -> Denoiser:
         return Denoiser(self.runtime, request, latent_size, conditions, self.team, self._steps(request))
@@ -248,7 +258,7 @@ def _waited(latents: Iterator[tuple[Block, Tensor]], seconds: dict[int, float]) 
 
 def _extent(request: Request, conditions: Conditions) -> Extent:
     """What every rank has heard the length of with the conditions."""
-    return Extent.of(conditions.audio.shape[-1], request.infer_frames)
+    return Extent.of(conditions.audio.num_frames, request.infer_frames)
 
 
 def _nothing_else(layout: Layout) -> None:

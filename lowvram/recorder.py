@@ -43,6 +43,9 @@ class Recorder:
     def tensor(self, name: str, value: Tensor) -> None:
         """A condition: audio_emb, input_ids, context, ref_latents or motion_latents."""
 
+    def part(self, name: str, value: Tensor) -> None:
+        """The next part, along the last dimension, of a condition that comes bit by bit; from any thread."""
+
     def latent(self, block: Block, latent_CFhw: Tensor) -> None:
         """A block's denoised latent."""
 
@@ -59,11 +62,15 @@ class TensorRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Tensor]] = {}
         self._latents: list[Tensor] = []
         self._frames: list[Tensor] = []
 
     def tensor(self, name: str, value: Tensor) -> None:
         self._tensors[name] = _stored(value)
+
+    def part(self, name: str, value: Tensor) -> None:
+        self._parts.setdefault(name, []).append(_stored(value))
 
     def latent(self, block: Block, latent_CFhw: Tensor) -> None:
         self._latents.append(_stored(latent_CFhw))
@@ -74,7 +81,7 @@ class TensorRecorder(Recorder):
     def tensors(self) -> dict[str, Tensor]:
         """Conditions; ``latents`` [blocks, 16, 3, h, w], or one ``latents.block{i}`` each where a block is shorter;
         ``frames`` [3, F, H, W]."""
-        found = dict(self._tensors)
+        found = self._tensors | {name: torch.cat(parts, dim=-1) for name, parts in self._parts.items()}
         if len({t.shape for t in self._latents}) == 1:
             found["latents"] = torch.stack(self._latents)
         else:

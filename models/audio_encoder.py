@@ -80,18 +80,18 @@ def extract_features(model: Wav2Vec2Model, samples: Tensor | np.ndarray, *, do_n
     Raises ValueError when ``samples`` is not one row, holds NaN or infinity, or is shorter than one feature.
     """
     wave = _as_wave(samples, do_normalize=do_normalize)
-    stride, kernel = _stride_and_kernel(model)
+    stride, kernel = stride_and_kernel(model.config)
     if len(wave) < kernel:
         raise ValueError(f"audio has {len(wave)} samples; expected at least {kernel}")
     if len(wave) <= WHOLE_FILE_S * SAMPLE_RATE_HZ:
-        return _hidden_states(model, wave)
+        return hidden_states(model, wave)
     window, context = (seconds * SAMPLE_RATE_HZ // stride for seconds in (WINDOW_S, CONTEXT_S))
     return _in_windows(model, wave, window=window, context=context)
 
 
 def num_clips(num_features: int, infer_frames: int) -> int:
     """How many clips of ``infer_frames`` video frames audio of ``num_features`` frames at 50 Hz asks for."""
-    return int(_num_buckets(num_features) / (infer_frames * BUCKET_RATE_HZ / FPS)) + 1
+    return int(count_buckets(num_features) / (infer_frames * BUCKET_RATE_HZ / FPS)) + 1
 
 
 def audio_embedding(hidden: Tensor, infer_frames: int) -> Tensor:
@@ -103,7 +103,7 @@ def audio_embedding(hidden: Tensor, infer_frames: int) -> Tensor:
     Raises ValueError where ``infer_frames`` is below 1 or the audio is too short for one value at 30 Hz.
     """
     layers, dim, num_features = hidden.shape
-    num_buckets = _num_buckets(num_features)
+    num_buckets = count_buckets(num_features)
     if infer_frames < 1 or num_buckets < 1:
         raise ValueError(
             f"got {num_features} audio features and {infer_frames} frames a clip; expected 2 and 1 or more"
@@ -119,7 +119,8 @@ def audio_embedding(hidden: Tensor, infer_frames: int) -> Tensor:
     return embedding
 
 
-def _num_buckets(num_features: int) -> int:
+def count_buckets(num_features: int) -> int:
+    """Values at 30 Hz of so many features at 50 Hz."""
     return int(num_features / FEATURE_RATE_HZ * BUCKET_RATE_HZ)
 
 
@@ -135,10 +136,10 @@ def _as_wave(samples: Tensor | np.ndarray, *, do_normalize: bool) -> Tensor:
     return torch.from_numpy(wave)
 
 
-def _stride_and_kernel(model: Wav2Vec2Model) -> tuple[int, int]:
+def stride_and_kernel(config: Wav2Vec2Config) -> tuple[int, int]:
     """Samples from one feature to the next, and samples one feature sees: 320 and 400 as published."""
     stride, kernel = 1, 1
-    for layer_kernel, layer_stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+    for layer_kernel, layer_stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         kernel += (layer_kernel - 1) * stride
         stride *= layer_stride
     return stride, kernel
@@ -146,24 +147,24 @@ def _stride_and_kernel(model: Wav2Vec2Model) -> tuple[int, int]:
 
 def _in_windows(model: Wav2Vec2Model, wave: Tensor, *, window: int, context: int) -> Tensor:
     """Hidden states of [N] samples in windows of at most ``window`` features, with ``context`` more on both sides."""
-    stride, kernel = _stride_and_kernel(model)
+    stride, kernel = stride_and_kernel(model.config)
     num_features = (len(wave) - kernel) // stride + 1
     hidden = torch.empty(model.config.num_hidden_layers + 1, model.config.hidden_size, num_features)
-    for start, end in _windows(num_features, window):
+    for start, end in cut_evenly(num_features, window):
         first, last = max(0, start - context), min(num_features, end + context)
         # Exactly the samples that these features see, so there are last - first of them.
-        states = _hidden_states(model, wave[first * stride : (last - 1) * stride + kernel])
+        states = hidden_states(model, wave[first * stride : (last - 1) * stride + kernel])
         hidden[:, :, start:end] = states[:, :, start - first : end - first]
     return hidden
 
 
-def _windows(num_features: int, longest: int) -> list[tuple[int, int]]:
+def cut_evenly(num_features: int, longest: int) -> list[tuple[int, int]]:
     """Cut ``num_features`` into pieces of nearly equal length, none above ``longest``: no short last one."""
     count = math.ceil(num_features / longest)
     return list(itertools.pairwise(num_features * index // count for index in range(count + 1)))
 
 
-def _hidden_states(model: Wav2Vec2Model, wave: Tensor) -> Tensor:
+def hidden_states(model: Wav2Vec2Model, wave: Tensor) -> Tensor:
     """[layers + 1, dim, frames] float32 on the CPU of one stretch of samples [n]."""
     reference = model.feature_projection.projection.weight
     output = model(wave[None].to(reference.device, reference.dtype), output_hidden_states=True)

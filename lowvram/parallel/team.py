@@ -22,12 +22,14 @@ from lowvram.parallel.meeting import MEETING_S, Meeting
 from lowvram.parallel.seat import Seat
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.voice import SentPieces, VoiceFacts, send_windows
 from lowvram.parallel.watch import Person, Watch
 from lowvram.parallel.wire import Mail, Sent, StageExchange
 from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
 from lowvram.sequence import Sequence, Whole
 from lowvram.team import LatentSize
+from lowvram.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 
 Tensor = torch.Tensor
@@ -57,6 +59,7 @@ class RankTeam:
         self.people = [Person(**person) for person in people]
         self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
         self._watch.begin()
+        self._told = False  # that this rank fails
         self.host_weights: Shared | None = None
         self.there: Machines | None = None
 
@@ -138,20 +141,44 @@ class RankTeam:
         self.host_weights = own
 
     def share_conditions(self, conditions: Conditions | None) -> Conditions:
-        names = [field.name for field in dataclasses.fields(Conditions)]
-        own = {name: getattr(conditions, name).cpu() for name in names} if conditions else None
-        shapes = (
-            {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()} if own else None
-        )
-        told = self.share("conditions", shapes)[self.layout.media_rank]
+        own: dict[str, Tensor] | None = None
+        if conditions is not None:
+            own = {name: getattr(conditions, name).cpu() for name in ("context", "reference", "motion")}
+            if isinstance(conditions.audio, WholeVoice):
+                own["audio"] = conditions.audio.features.cpu()
+        facts = None
+        if own is not None and conditions is not None:
+            shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
+            facts = {"tensors": shapes, "voice": dataclasses.asdict(VoiceFacts.of(conditions.audio))}
+        told = self.share("conditions", facts)[self.layout.media_rank]
         with self._watch.waiting("the conditions"):
             tensors = own or {
-                name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in told.items()
+                name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in told["tensors"].items()
             }
-            for name in names:
+            for name in tensors:
                 tensors[name] = tensors[name].contiguous()
                 self._mail.broadcast(tensors[name], self.layout.media_rank)
-        return conditions or Conditions(**tensors)
+        audio = tensors.pop("audio", None)
+        here = conditions.audio if conditions is not None else None
+        voice = self._share_windows(VoiceFacts(**told["voice"]), here) if audio is None else WholeVoice(audio)
+        return conditions or Conditions(**tensors, audio=voice)
+
+    def _share_windows(self, facts: VoiceFacts, here: Voice | None) -> Voice:
+        """A long voice, which the media rank has ``here``; the others take from it what they need, when they do."""
+        # A group of its own: windows are sent in a thread of their own.
+        with self._watch.waiting("the others' way for the voice"):
+            group = _group(range(self.seat.world_size), "gloo")
+        mail, media = Mail(group, self.sent, "voice"), self.layout.media_rank
+        if isinstance(here, VoiceInWindows):
+            others = [rank for rank in range(self.seat.world_size) if rank != media]
+            send_windows(here, mail, others, self._failing, taken_here=self.role.denoises)
+            return here
+        return VoiceInWindows(facts.ends, SentPieces(facts, mail, media, self._watch.waiting))
+
+    def _failing(self, error: BaseException) -> None:
+        """Tell the others, from another thread than the one that waits for them and will fail too."""
+        self._told = True
+        self._watch.failed(_words(error))
 
     def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
         return StageChain(
@@ -184,6 +211,8 @@ class RankTeam:
 
     def explain(self, error: BaseException) -> LowvramError | None:
         """Which rank is at fault: another one, whose failure comes back, or this one, and all are told."""
+        if self._told:
+            return None
         if isinstance(error, EndedFromOutside):
             self._watch.wait_for_cause(_TOLD_S)
         elif isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
@@ -192,7 +221,7 @@ class RankTeam:
         to_change = isinstance(error, LowvramError) and error.exit_code == 2
         if (cause := self._watch.cause) is not None and not to_change:
             return DistributedError(f"the run ended: {cause}")
-        self._watch.failed(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        self._watch.failed(_words(error))
         return None
 
 
@@ -202,6 +231,10 @@ def _shared_slabs(sizes: list[int]) -> SharedSlabs | None:
     except OSError as error:
         log.warning("every rank keeps its own host copy of the weights: %s", error)
         return None
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _own(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class Sent:
     exchange: int = 0
     latents: int = 0
     conditions: int = 0
+    voice: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +56,17 @@ class StageExchange:
 
 
 class Mail:
-    """Tensors from one rank to another through host memory, told apart by their tags."""
+    """Tensors from one rank to another through host memory, told apart by their tags; they are counted as what is
+    ``sent``. One thread of a process may use it."""
 
-    def __init__(self, group: dist.ProcessGroup, count: Sent):
-        self._group, self._count = group, count
+    def __init__(self, group: dist.ProcessGroup, count: Sent, sent: Literal["latents", "voice"] = "latents"):
+        self._group, self._count, self._kind = group, count, sent
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, value: Tensor, to: int, tag: int) -> None:
         """Send float32; returns before it is received, unless the receiver is far behind."""
         letter = value.to("cpu", torch.float32).contiguous()
-        self._count.latents += letter.nbytes
+        setattr(self._count, self._kind, getattr(self._count, self._kind) + letter.nbytes)
         self._under_way.append((_there(dist.isend(letter, to, group=self._group, tag=tag)), letter))
         while len(self._under_way) > _AHEAD:
             self._under_way.popleft()[0].wait()

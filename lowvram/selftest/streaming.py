@@ -22,6 +22,7 @@ from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result, Subject
 from lowvram.team import LatentSize, Solo
+from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 
@@ -79,7 +80,7 @@ class OnlyDenoising(Solo):
         draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
         self._conditions = Conditions(
             context=draw(CONTEXT_TOKENS, config.text_dim),
-            audio=draw(1, config.audio_layers, config.audio_dim, frames),
+            audio=WholeVoice(draw(1, config.audio_layers, config.audio_dim, frames)),
             reference=draw(LATENT_CHANNELS, 1, height, width),
             motion=draw(LATENT_CHANNELS, MOTION_LATENTS, height, width),
         )

@@ -27,6 +27,7 @@ from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram.sequence import Whole
 from lowvram.team import Solo
+from lowvram.voice import WholeVoice
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import Head
@@ -117,7 +118,7 @@ def conditions(config: DiTConfig) -> Conditions:
 
     return Conditions(
         context=random(5, config.text_dim),
-        audio=random(1, config.audio_layers, config.audio_dim, CLIPS * FRAMES),
+        audio=WholeVoice(random(1, config.audio_layers, config.audio_dim, CLIPS * FRAMES)),
         reference=random(16, 1, *SIZE),
         motion=random(16, 19, *SIZE),
     )

@@ -144,13 +144,13 @@ def test_features_hold_every_layer_and_do_not_depend_on_loudness():
 
 def test_sixty_seconds_are_encoded_at_once_and_more_in_windows(monkeypatch):
     lengths = []
-    encode = audio_encoder._hidden_states
+    encode = audio_encoder.hidden_states
 
     def record(model, samples):
         lengths.append(len(samples))
         return encode(model, samples)
 
-    monkeypatch.setattr(audio_encoder, "_hidden_states", record)
+    monkeypatch.setattr(audio_encoder, "hidden_states", record)
     extract_features(small_model(), noise(60 * 16000))
     assert lengths == [60 * 16000]
     extract_features(small_model(), noise(60 * 16000 + 1))
