@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/convert.py --out benchmarks/results/convert_cpu.json
 	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
+	$(BIN)/python benchmarks/long_voice.py --out benchmarks/results/long_voice_cpu.json
 	$(BIN)/python benchmarks/plans.py --out benchmarks/results/plans.json
 	$(BIN)/python benchmarks/faults.py --out benchmarks/results/faults_cpu.json
 	$(BIN)/python benchmarks/collisions.py --out benchmarks/results/collisions_cpu.json

@@ -50,25 +50,26 @@ def encode_audio(
     frames_of: Callable[[int], int],
     device: torch.device,
     note: Callable[[Tensor], None],
-    windowing: Windowing | None = None,
+    *,
+    goes_on: bool = False,
 ) -> Voice:
     """Speech (mono float32, 16 kHz) -> features of each video frame, float32. ``frames_of`` says how many frames are
     made of so many clips of ``infer_frames`` as the voice has.
 
-    Of a voice that is long (``windowing``) only the first window is encoded here: the others are as the frames need
-    them, on the host. ``note`` is shown the features of all clips, or of each window when it is there.
+    Of a voice that is long (``WINDOWING``), or that ``goes_on`` behind the speech, only the first window is encoded
+    here: the others are as the frames need them, on the host. ``note`` is shown the features of all clips, or of each
+    window when it is there.
 
     wav2vec2 runs in float32 everywhere: it is small, and its features steer the lips.
     """
     model, do_normalize = load_audio_encoder(artifact, device)
-    windowing = windowing or WINDOWING
-    if not windowing.is_long(len(speech)):
+    if not (goes_on or WINDOWING.is_long(len(speech))):
         hidden = extract_features(model, speech, do_normalize=do_normalize)
         features = audio_embedding(hidden, infer_frames).cpu()
         note(features)
         return WholeVoice(fit_audio(features, frames_of(features.shape[-1] // infer_frames)))
     frames = frames_of(num_clips(count_features(model.config, len(speech)), infer_frames))
-    voice = LongVoice(model.config, speech, frames, do_normalize=do_normalize, windowing=windowing)
+    voice = LongVoice(model.config, speech, frames, do_normalize=do_normalize, windowing=WINDOWING, goes_on=goes_on)
     first = voice.encode(model, voice.windows[0], None)
     pieces = BackgroundPieces(voice, first, lambda: load_audio_encoder(artifact, torch.device("cpu"))[0], note)
     return VoiceInWindows([window.last for window in voice.windows], pieces)

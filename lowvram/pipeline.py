@@ -182,7 +182,8 @@ class AvatarPipeline:
 
         def audio(device: torch.device) -> Voice:
             note = functools.partial(recorder.part, "audio_emb")
-            return encode_audio(artifact, inputs.speech, request.infer_frames, frames, device, note)
+            goes_on = inputs.speech_goes_on
+            return encode_audio(artifact, inputs.speech, request.infer_frames, frames, device, note, goes_on=goes_on)
 
         def image(device: torch.device) -> tuple[Tensor, Tensor]:
             vae = load_vae(artifact, device, choose_dtype(runtime.dtype_name, device))

@@ -18,6 +18,7 @@ from lowvram.media.sound import Sound
 from lowvram.media.voice import SPEECH_RATE_HZ, load_voice
 from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
+from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -71,16 +72,27 @@ class Request:
         if duration is not None and not (math.isfinite(duration) and duration > 0):
             raise ConfigError(f"--audio-duration is {duration:g} s; expected more than 0, or none for the rest")
 
+    @property
+    def voice_limit_s(self) -> float | None:
+        """As much of the voice, in seconds, as is read: what ``num_clip`` clips need and what lies around it as
+        context, but never less than what is encoded at once, so that a pause at the start is not taken for all of it;
+        None for the whole voice."""
+        if self.num_clip is None:
+            return None
+        return max(self.num_clip * self.infer_frames / FPS + CONTEXT_S, float(WHOLE_FILE_S))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """A request's files, read: portrait [3, H, W] in [-1, 1] and speech, mono float32 at 16 kHz; ``sound`` is the part
-    of the audio file that the speech is, ``facts`` say for a report what the files were."""
+    of the audio file that the speech is, or begins: ``speech_goes_on`` where no more of it is needed. ``facts`` say for
+    a report what the files were."""
 
     request: Request
     portrait: Tensor
     speech: np.ndarray
     sound: Sound | None = None
+    speech_goes_on: bool = False
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,7 +102,7 @@ class Inputs:
 
     @property
     def voice_frames(self) -> int:
-        """Video frames that begin before the voice ends."""
+        """Video frames that begin before the speech ends."""
         return -(-len(self.speech) * FPS // SPEECH_RATE_HZ)
 
 
@@ -101,7 +113,11 @@ def read_inputs(request: Request) -> Inputs:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
     voice = load_voice(
-        request.audio, track=request.audio_track, start_s=request.audio_start, duration_s=request.audio_duration
+        request.audio,
+        track=request.audio_track,
+        start_s=request.audio_start,
+        duration_s=request.audio_duration,
+        limit_s=request.voice_limit_s,
     )
     check_duration(voice.samples, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
     portrait = read_portrait(request.image)
@@ -111,6 +127,7 @@ def read_inputs(request: Request) -> Inputs:
         portrait=portrait_tensor(portrait.image, height, width),
         speech=voice.samples,
         sound=voice.sound,
+        speech_goes_on=voice.goes_on,
         facts={"portrait": portrait.facts, "voice": voice.facts},
     )
 

@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
+
 SAMPLE_RATE_HZ = 16_000
 FEATURE_RATE_HZ = 50
 BUCKET_RATE_HZ = 30
 FPS = 25
-
-WHOLE_FILE_S = 60
-"""Up to this length the encoder attends to the whole file at once; attention goes with the square of the length."""
-WINDOW_S = 30
-CONTEXT_S = 5
-"""Longer audio goes in windows of at most 30 s plus 5 s on either side that is encoded and dropped."""
 
 _PREFIX = "wav2vec2."
 _POSITION_WEIGHT = "encoder.pos_conv_embed.conv."

@@ -16,16 +16,14 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from lowvram_models.audio_encoder import (
     BUCKET_RATE_HZ,
-    CONTEXT_S,
     FPS,
     SAMPLE_RATE_HZ,
-    WHOLE_FILE_S,
-    WINDOW_S,
     count_buckets,
     cut_evenly,
     hidden_states,
     stride_and_kernel,
 )
+from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
 
 _PIECE = 1 << 20  # samples that are looked at together
 

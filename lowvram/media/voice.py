@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,27 @@ _INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Voice:
-    """``samples``, float32 [n] mono at 16 kHz, and where they come from; ``facts`` are for a report."""
+    """``samples``, float32 [n] mono at 16 kHz, and where they come from; ``goes_on``: there are more of them behind
+    those that were read. ``facts`` are for a report."""
 
     sound: Sound
     samples: NDArray[np.float32]
     facts: dict[str, Any]
+    goes_on: bool = False
 
 
 @dataclasses.dataclass
 class Levels:
     """What was met on the way through a sound: its ``count`` of samples, each channel's energy and highest sample, the
-    energy of what channels give when they are averaged, and whether floats are all whole numbers."""
+    energy of what channels give when they are averaged, whether floats are all whole numbers, and whether the sound
+    ``goes_on`` behind what was read."""
 
     count: int = 0
     energies: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(1))
     mixed_energy: float = 0.0
     peak: float = 0.0
     whole: bool = True
+    goes_on: bool = False
 
     def add(self, chunk: Chunk, mono: NDArray[np.float32]) -> None:
         samples = chunk.samples_CN
@@ -90,15 +94,24 @@ class _Reading:
     samples: NDArray[np.float32]
     levels: Levels
     facts: dict[str, Any]
+    goes_on: bool
 
 
-def load_voice(path: Path, *, track: int | None = None, start_s: float = 0.0, duration_s: float | None = None) -> Voice:
+def load_voice(
+    path: Path,
+    *,
+    track: int | None = None,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    limit_s: float | None = None,
+) -> Voice:
     """Find and decode the voice of a file, as 16 kHz mono.
 
     The first sound track that is not silent is taken, or number ``track``, counted from 1. Channels are averaged; where
     that would cancel them the loudest one is taken. Integers are scaled by their full range (16 bit: 1/32768), floats
     beyond full scale down to it. Other rates are resampled by soxr HQ as a stream, so that only the 16 kHz samples are
-    held. What was done to the sound beyond that is said in the log.
+    held. What was done to the sound beyond that is said in the log. Behind ``limit_s`` nothing is read, and the sound
+    is none the shorter for it: level, channels and silence are those of what is read.
 
     Returns:
         The samples are nominally in [-1, 1], ``ceil(input samples * 16000 / input rate)`` of them.
@@ -107,7 +120,7 @@ def load_voice(path: Path, *, track: int | None = None, start_s: float = 0.0, du
         InputError: missing, no sound, damaged, no such track, empty, silent, with NaN or infinity, or it ends before
             ``start_s``.
     """
-    reading = _first_voice(path, track, start_s, duration_s)
+    reading = _first_voice(path, track, start_s, duration_s, limit_s)
     if reading.levels.cancelled:
         loudest = int(np.argmax(reading.levels.energies))
         logger.warning(
@@ -116,58 +129,64 @@ def load_voice(path: Path, *, track: int | None = None, start_s: float = 0.0, du
             len(reading.levels.energies),
             loudest + 1,
         )
-        reading = _read(dataclasses.replace(reading.sound, channel=loudest), again=True)
+        reading = _read(dataclasses.replace(reading.sound, channel=loudest), limit_s, again=True)
     gain = reading.levels.gain
     if gain != 1:
         _tell_gain(path, reading.levels)
         np.multiply(reading.samples, np.float32(gain), out=reading.samples)
     sound = dataclasses.replace(reading.sound, gain=gain)
     chosen = {"track": sound.track + 1, "channel": None if sound.channel is None else sound.channel + 1, "gain": gain}
-    return Voice(sound=sound, samples=reading.samples, facts=chosen | reading.facts)
+    return Voice(sound=sound, samples=reading.samples, facts=chosen | reading.facts, goes_on=reading.goes_on)
 
 
-def _first_voice(path: Path, track: int | None, start_s: float, duration_s: float | None) -> _Reading:
+def _first_voice(
+    path: Path, track: int | None, start_s: float, duration_s: float | None, limit_s: float | None
+) -> _Reading:
     with open_sound(path) as container:
         tracks = len(container.streams.audio)
     failed: list[InputError] = []
+    goes_on = False
     for index in range(tracks) if track is None else (track - 1,):
         try:
-            reading = _read(Sound(path=path, track=index, start_s=start_s, duration_s=duration_s))
+            reading = _read(Sound(path=path, track=index, start_s=start_s, duration_s=duration_s), limit_s)
         except InputError as error:
             failed.append(error)
             continue
         if not reading.levels.silent:
             _tell_track(path, index, tracks, track, failed)
             return reading
+        goes_on = goes_on or reading.goes_on
     if failed:
         raise failed[0]
     which = "" if tracks == 1 else f", all {tracks} tracks," if track is None else f", track {track} of {tracks},"
     where = f" behind {start_s:g} s" if start_s else ""
+    where += f" for {limit_s:g} s, and --num_clip asks for no more of it" if goes_on else ""
     raise InputError(
         f"audio {path}{which} is silent{where}: no sample reaches {SILENCE_PEAK:g} of full scale; expected speech, "
         "check the file"
     )
 
 
-def _read(sound: Sound, *, again: bool = False) -> _Reading:
+def _read(sound: Sound, limit_s: float | None = None, *, again: bool = False) -> _Reading:
     decoding, levels = Decoding(sound, again=again), Levels()
     try:
         buffer = bytearray()  # grows by reallocation, where a list of chunks would need twice the memory at its end
-        for samples in _resampled(decoding, levels):
+        for samples in _resampled(decoding, levels, limit_s):
             buffer += samples.tobytes()
         _check_length(decoding, levels)
         if not again:
             _tell_cut(decoding)
-        return _Reading(sound, np.frombuffer(buffer, dtype=np.float32), levels, _facts(decoding, levels))
+        samples = np.frombuffer(buffer, dtype=np.float32)
+        return _Reading(sound, samples, levels, _facts(decoding, levels), levels.goes_on)
     finally:
         decoding.close()
 
 
-def _resampled(decoding: Decoding, levels: Levels) -> Iterator[NDArray[np.float32]]:
-    """16 kHz mono, piece by piece; ceil(input * 16000 / rate) samples in all."""
+def _resampled(decoding: Decoding, levels: Levels, limit_s: float | None) -> Iterator[NDArray[np.float32]]:
+    """16 kHz mono, piece by piece; ceil(input * 16000 / rate) samples in all, of the first ``limit_s``."""
     stream: soxr.ResampleStream | None = None
     sent = 0
-    for chunk in decoding.chunks():
+    for chunk in _up_to(decoding.chunks(), levels, limit_s):
         if stream is None and chunk.rate_hz != SPEECH_RATE_HZ:
             stream = soxr.ResampleStream(chunk.rate_hz, SPEECH_RATE_HZ, 1, dtype="float32", quality="HQ")
         samples = chunk.samples_CN
@@ -180,6 +199,20 @@ def _resampled(decoding: Decoding, levels: Levels) -> Iterator[NDArray[np.float3
         tail = stream.resample_chunk(np.empty(0, np.float32), last=True)
         missing = -(-levels.count * SPEECH_RATE_HZ // decoding.rate_hz) - sent
         yield np.pad(tail[: max(missing, 0)], (0, max(missing - tail.size, 0)))
+
+
+def _up_to(chunks: Generator[Chunk, None, None], levels: Levels, limit_s: float | None) -> Iterator[Chunk]:
+    """Chunks until ``levels`` have seen ``limit_s`` of them; notes there whether there are more."""
+    for chunk in chunks:
+        room = chunk.samples_CN.shape[1] if limit_s is None else round(limit_s * chunk.rate_hz) - levels.count
+        if room >= chunk.samples_CN.shape[1]:
+            yield chunk
+            continue
+        levels.goes_on = True
+        if room:
+            yield dataclasses.replace(chunk, samples_CN=chunk.samples_CN[:, :room])
+        chunks.close()
+        return
 
 
 def _check_length(decoding: Decoding, levels: Levels) -> None:
@@ -257,5 +290,6 @@ def _facts(decoding: Decoding, levels: Levels) -> dict[str, Any]:
         "channels": stream.channels,
         "encoder_delay_samples": decoding.delay,
         "seconds": levels.count / decoding.rate_hz,
+        "goes_on": levels.goes_on,
         "peak": levels.peak,
     }
