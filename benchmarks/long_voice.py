@@ -103,7 +103,7 @@ import transformers.models.wav2vec2.modeling_wav2vec2, transformers.models.umt5.
 
 folder, voice, num_clip = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 begin = time.perf_counter()
-request = Request(image=folder / "portrait.png", audio=voice, prompt="A person speaks", size="64*64",
+request = Request(image=folder / "portrait.png", audio=voice, prompt="A person speaks", size="128*128",
                   sample_steps=1, num_clip=num_clip)
 pipeline = AvatarPipeline.from_artifact(folder / "artifact", device="cpu")
 peak, frames, first_s, first_rss = 0, 0, None, None

@@ -166,7 +166,7 @@ def until(condition) -> None:
 def speech(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("long") / "voice.wav"
     write_wav(path, synth_voice(1.75), 16000)
-    return dataclasses.replace(tiny.request(num_clip=2, sample_steps=1, size="64*64"), audio=path)
+    return dataclasses.replace(tiny.request(num_clip=2, sample_steps=1), audio=path)
 
 
 def run(tiny, request) -> tuple[np.ndarray, dict[str, torch.Tensor]]:

@@ -52,7 +52,7 @@ def the_thread_fails() -> Iterator[None]:
 def voice(tmp_path_factory):
     path = tmp_path_factory.mktemp("long") / "voice.wav"
     write_wav(path, synth_voice(SECONDS), 16000)
-    return {"audio": path, "num_clip": CLIPS, "sample_steps": 2, "size": "64*64"}
+    return {"audio": path, "num_clip": CLIPS, "sample_steps": 2}
 
 
 @pytest.fixture(scope="module")
