@@ -104,6 +104,7 @@ def test_a_very_slow_one_is_not_timed_for_long():
 @pytest.fixture
 def fresh():
     """As in a process that has not examined its processor yet."""
+    choices.reset()
     cpu_products.findings.cache_clear()
     yield
     cpu_products.findings.cache_clear()

@@ -201,9 +201,9 @@ def test_what_nothing_could_relieve_still_makes_a_smaller_video_where_that_is_al
 
 @pytest.mark.parametrize(("error", "words"), [(CUDA, "memory ran out"), (OTHERS[0], "the GPU failed")])
 def test_the_command_line_says_which_it_was(monkeypatch, error, words):
-    from lowvram.planning import command
+    from lowvram.planning import shown
 
-    monkeypatch.setattr(command, "plan_for", lambda *_: fail(error))
+    monkeypatch.setattr(shown, "plan_for", lambda *_: fail(error))
     result = CliRunner().invoke(main, ["plan", "--preset", "tiny"])
     assert (result.exit_code, words in result.stderr) == (1, True)
 
