@@ -21,6 +21,7 @@ from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
 from lowvram.team import Solo
+from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize import phantom
@@ -93,7 +94,7 @@ def conditions(config: dict[str, Any]) -> Conditions:
     dit = DiTConfig.from_dict(config)
     return Conditions(
         context=random(5, dit.text_dim),
-        audio=random(1, dit.audio_layers, dit.audio_dim, 2 * FRAMES),
+        audio=WholeVoice(random(1, dit.audio_layers, dit.audio_dim, 2 * FRAMES)),
         reference=random(16, 1, *SIZE),
         motion=random(16, 19, *SIZE),
     )
