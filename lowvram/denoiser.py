@@ -23,9 +23,6 @@ from lowvram.team import Team
 from lowvram.weights import build_dit, check_complete, drop_start, load_shared
 
 Tensor = torch.Tensor
-_TOGETHER = (
-    "the ranks of a stage work in step, so it is not done again: give a smaller --vram-budget, which plans for less"
-)
 
 
 class Denoiser:
@@ -92,16 +89,21 @@ class Denoiser:
 
         def fill() -> None:
             with self._runtime.stages.stage("prefill_sink"), self._team.doing("filling the sink", "prefill"):
+                self._team.sequence.begins()
                 self.rollout.prefill(reference, self._conditions.motion)
 
         self._team.meet()
-        self._attempt("prefill_sink", fill)
+        self._attempt("prefill_sink", fill, self.rollout.prefill_with_nothing)
 
-    def _attempt(self, what: str, work: Callable[[], None]) -> None:
-        if self._team.layout.ulysses_size > 1:
-            self._runtime.relief.once(what, work, _TOGETHER)
-        else:
-            self._runtime.relief.attempt(what, work, self.give_way)
+    def _attempt(self, what: str, work: Callable[[], None], with_nothing: Callable[[], None]) -> None:
+        """``with_nothing`` exchanges what ``work`` does with the ranks that share tokens and heads."""
+
+        def keep_up() -> None:
+            with self._team.doing("letting the other ranks of its stage go on", "keep up"):
+                with_nothing()
+
+        team = self._team
+        self._runtime.relief.attempt_together(what, work, self.give_way, keep_up=keep_up, any_ran_out=team.any_ran_out)
 
     def give_way(self, layout: Layout) -> None:
         self.rollout.place(layout.placement)
@@ -127,15 +129,18 @@ class Denoiser:
         audio = self._audio(tick.starts) if tick.starts is not None else None
         self._team.meet()
         where = ", ".join(f"block {block.index}" for block, _ in tick.items)
+        before = self.rollout.latents()
 
         def advance() -> None:
             with self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
+                self._team.sequence.begins()
+                self.rollout.begin_again(before)
                 if (block := tick.starts) is not None and audio is not None:
                     noise = self._noise(block) if latent is None else latent
                     self.rollout.start(block, noise, audio)
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
 
-        self._attempt("denoise", advance)
+        self._attempt("denoise", advance, lambda: self.rollout.advance_with_nothing(block for block, _ in tick.items))
 
     def _note(self, tick: Tick, seconds: float) -> None:
         for block, _ in tick.items:

@@ -50,16 +50,39 @@ class Relief:
             done = attempted(what, again)
         return done
 
-    def once(self, what: str, work: Callable[[], T], why: str) -> T:
-        """Do ``work``, which cannot be done again; ``why``, and what to do, is said where memory runs out.
+    def attempt_together(
+        self,
+        what: str,
+        work: Callable[[], T],
+        give_way: Callable[[Layout], object],
+        *,
+        keep_up: Callable[[], object],
+        any_ran_out: Callable[[bool], bool],
+    ) -> T:
+        """``attempt`` for work in which ranks wait for each other. Where memory ran out on one of them it does its part
+        of the rest without computing (``keep_up``); it alone gives way, and all do the work again.
+
+        ``any_ran_out`` tells the other ranks whether it was here, and says whether it was anywhere.
 
         Raises:
-            OutOfMemoryError: it did.
+            OutOfMemoryError: nothing is left to give up here, or nothing may be; the others wait for this rank then.
         """
-        done = attempted(what, work)
-        if isinstance(done, RanOut):
-            raise _out_of_memory(what, done.reason, why)
-        return done
+        while True:
+            done = attempted(what, work)
+            if not isinstance(done, RanOut):
+                if not any_ran_out(False):
+                    return done
+                continue
+            self._check_allowed(what, done.reason)
+            kept_up = attempted(what, keep_up)
+            if isinstance(kept_up, RanOut):
+                why = "there was no room either for what the other ranks wait for; give a smaller --vram-budget"
+                raise _out_of_memory(what, kept_up.reason, why)
+            any_ran_out(True)
+            short: object = done
+            while isinstance(short, RanOut):
+                self._step_down(what, short.reason)
+                short = attempted(what, lambda: give_way(self.layout))
 
     def on_host_instead(self, what: str, work: Callable[[torch.device], T], device: torch.device) -> T:
         """Do ``work`` on the device, and where it does not fit there, on the host: for what runs once a video."""
@@ -75,13 +98,15 @@ class Relief:
         Raises:
             OutOfMemoryError: nothing may be given up.
         """
-        if not self._allowed:
-            raise _out_of_memory(what, reason, "--no-fallback forbids to go on slower")
+        self._check_allowed(what, reason)
         self._say(what, reason, words)
 
-    def _step_down(self, what: str, reason: str) -> None:
+    def _check_allowed(self, what: str, reason: str) -> None:
         if not self._allowed:
             raise _out_of_memory(what, reason, "--no-fallback forbids to go on slower")
+
+    def _step_down(self, what: str, reason: str) -> None:
+        self._check_allowed(what, reason)
         rung = next_rung(self.layout, self._layers, self._steps)
         if rung is None:
             raise _out_of_memory(what, reason, "nothing is left that could leave the device; take a smaller --size")

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -206,6 +206,37 @@ class Rollout:
         latents = [self._stepped(call) for call in calls]
         for call, latent in zip(calls, latents, strict=True):
             self._under_way[call.block.index].latent = latent
+
+    def latents(self) -> dict[int, Tensor]:
+        """Of the blocks that are under way, by their index."""
+        return {index: flight.latent for index, flight in self._under_way.items()}
+
+    def begin_again(self, latents: Mapping[int, Tensor]) -> None:
+        """Blocks that are under way have the latents of before a pass that is to be repeated."""
+        for index, latent in latents.items():
+            self._under_way[index].latent = latent
+
+    def advance_with_nothing(self, blocks: Iterable[Block]) -> None:
+        """What the other ranks wait for in an ``advance`` of these blocks that this rank could not finish."""
+        sizes = [(block.frames * math.prod(self.settings.grid), block.frames) for block in blocks]
+        self._attend_nothing(sizes)
+
+    def prefill_with_nothing(self) -> None:
+        """The same of a ``prefill``."""
+        self._attend_nothing([(self.sink.tokens, 1)], outputs=False)
+
+    @torch.inference_mode()
+    def _attend_nothing(self, sizes: list[tuple[int, int]], *, outputs: bool = True) -> None:
+        """``sizes`` are (tokens, equal groups of them) of the calls that share the pass."""
+        config, sequence = self.dit.config, self.sequence
+        like = torch.empty(config.num_heads, config.head_dim, dtype=self.dtype, device=self.device)
+        with sequence.catching_up():
+            for _ in range(self.layers.count):
+                for total, groups in sizes:
+                    sequence.attend_nothing(like, total, groups)
+            for total, groups in sizes if outputs else ():
+                patches = torch.zeros(total, 4 * config.out_dim, device=self.device)
+                sequence.whole(sequence.own(patches, groups), total, groups)
 
     def finish(self, block: Block) -> Tensor:
         """The latent [C, F, h, w], float32, of a block that has taken its last step here."""

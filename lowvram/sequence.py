@@ -6,6 +6,7 @@ rank's; H head_dim.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import torch
@@ -34,6 +35,19 @@ class Sequence(Protocol):
         that of all tokens."""
         ...
 
+    def begins(self) -> None:
+        """A piece of work begins, in which all ranks exchange as much with each other."""
+        ...
+
+    def catching_up(self) -> contextlib.AbstractContextManager[None]:
+        """For a rank that could not finish a piece of work: what it has exchanged in it is left out inside, so that
+        exchanging all of it again is exchanging the rest."""
+        ...
+
+    def attend_nothing(self, like_NH: Tensor, total: int, groups: int) -> None:
+        """Exchange what ranks do around attention over ``total`` tokens, with zeros for heads [N, H] as ``like``."""
+        ...
+
 
 class Whole:
     """One rank has all tokens and all heads."""
@@ -49,6 +63,15 @@ class Whole:
 
     def around(self, memory: AttentionMemory, rope: Rope, groups: int) -> AttentionMemory:
         return memory
+
+    def begins(self) -> None:
+        """Nobody waits."""
+
+    def catching_up(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def attend_nothing(self, like_NH: Tensor, total: int, groups: int) -> None:
+        """Nobody waits."""
 
 
 def own_rope(sequence: Sequence, rope: Rope, groups: int) -> Rope:

@@ -62,6 +62,10 @@ class Team(Protocol):
         """Wait for the ranks that share this one's tokens and heads, before work that they do together."""
         ...
 
+    def any_ran_out(self, here: bool) -> bool:
+        """Whether memory ran out on one of these ranks in what they did together; each tells whether ``here``."""
+        ...
+
 
 class Solo:
     """One rank does everything."""
@@ -95,3 +99,6 @@ class Solo:
 
     def meet(self) -> None:
         """There is nobody to wait for."""
+
+    def any_ran_out(self, here: bool) -> bool:
+        return here

@@ -80,6 +80,9 @@ class PretendTeam:
     def meet(self) -> None:
         """Nobody else is here."""
 
+    def any_ran_out(self, here: bool) -> bool:
+        return here
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PretendChain:

@@ -201,6 +201,14 @@ class RankTeam:
             with self._watch.waiting("the other ranks of its stage"):
                 dist.barrier(group=self._stage_group)
 
+    def any_ran_out(self, here: bool) -> bool:
+        if self._stage_group is None:
+            return here
+        told = torch.tensor([int(here)])
+        with self._watch.waiting("the other ranks of its stage"):
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._stage_group)
+        return bool(told.item())
+
     def leave(self) -> None:
         """Wait until all that was sent is received and all ranks are done; no rank is missed from here on."""
         with self._watch.waiting("the others to finish"):

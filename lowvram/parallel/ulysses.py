@@ -12,7 +12,9 @@ it keys have no order, and the rows of queries go back the way they came.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -44,6 +46,8 @@ class Ulysses:
 
     def __init__(self, index: int, size: int, all_to_all: AllToAll):
         self.index, self.size, self._all_to_all = index, size, all_to_all
+        # Exchanges of the piece of work that is under way, and how many of the next ones are left out.
+        self._made = self._left_out = 0
 
     def heads(self, count: int) -> int:
         return shares(count, self.size)[self.index]
@@ -60,7 +64,7 @@ class Ulysses:
         width = own.shape[1:].numel()
         flat = own.reshape(-1).repeat(self.size)
         stretches = [count * width for count in counts]
-        received = self._all_to_all.begin(flat, [own.numel()] * self.size, stretches).wait()
+        received = self._begin(flat, [own.numel()] * self.size, stretches).wait()
         parts = [part.view(groups, -1, *own.shape[1:]) for part in received.split(stretches)]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
@@ -74,24 +78,59 @@ class Ulysses:
         # Cut by heads, each rank's stretch has to lie in one piece: this is the one copy on the way.
         flat = torch.cat([part.reshape(-1) for part in x_lNH.split(heads, dim=1)])
         mine = heads[self.index]
-        pending = self._all_to_all.begin(
-            flat, [own * each * width for each in heads], [each * mine * width for each in tokens]
-        )
+        pending = self._begin(flat, [own * each * width for each in heads], [each * mine * width for each in tokens])
         return Exchange(pending, (sum(tokens), mine, width))
 
     def to_tokens(self, x_LnH: Tensor, tokens: list[int], heads: int) -> Tensor:
         """All tokens and own heads [L, n, H] -> own tokens and all heads [l, N, H]."""
         mine, width, own = x_LnH.shape[1], x_LnH.shape[2], tokens[self.index]
         each = shares(heads, self.size)
-        received = self._all_to_all.begin(
+        received = self._begin(
             x_LnH.reshape(-1), [count * mine * width for count in tokens], [own * count * width for count in each]
         ).wait()
         parts = received.split([own * count * width for count in each])
         return torch.cat([part.view(own, -1, width) for part in parts], dim=1)
 
+    def begins(self) -> None:
+        self._made = 0
+
+    @contextlib.contextmanager
+    def catching_up(self) -> Iterator[None]:
+        self._left_out = self._made
+        try:
+            yield
+        finally:
+            self._left_out = 0
+
+    def attend_nothing(self, like_NH: Tensor, total: int, groups: int) -> None:
+        """As much as ``UlyssesMemory.attend`` exchanges: queries, keys and values to heads, what was attended back."""
+        tokens, (heads, width) = self.tokens(total, groups), like_NH.shape
+        own = like_NH.new_zeros(tokens[self.index], heads, width)
+        for _ in range(3):
+            of_heads = self.begin_to_heads(own, tokens).wait()
+        self.to_tokens(of_heads, tokens, heads)
+
+    def _begin(self, flat: Tensor, sent: list[int], received: list[int]) -> Pending:
+        if self._left_out:
+            self._left_out -= 1
+            return _There(flat.new_zeros(sum(received)))
+        pending = self._all_to_all.begin(flat, sent, received)
+        self._made += 1
+        return pending
+
     def tokens(self, total: int, groups: int) -> list[int]:
         """Each rank's tokens of ``total`` in ``groups`` equal groups."""
         return [groups * share for share in shares(total // groups, self.size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _There:
+    """What nobody had to be waited for."""
+
+    value: Tensor
+
+    def wait(self) -> Tensor:
+        return self.value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,8 @@ class Watch:
         try:
             yield
         except BaseException:
-            self._work = _Work(self._work.what, begin)  # its last words stay
+            # Its last words stay, unless it finds a way to go on.
+            self._work = _Work(self._work.what, begin, idle=before.idle)
             raise
         else:
             end = time.monotonic()

@@ -22,6 +22,7 @@ from tests.lowvram.streams.mutations import Mutation
 STEPS = 4
 BF16, FP32 = torch.bfloat16, torch.float32
 APART = ParallelLayout(vae_rank=True)  # the DiT's rank alone is soon run
+SHARED = ParallelLayout(num_gpus_dit=2, ulysses_size=2, vae_rank=True)
 LETS_GO = Mutation(
     "lowvram/residency.py",
     "            unbind(self._dit, [spec.name for spec in self._component.slab_specs(layer_slab(index))])\n",
@@ -42,17 +43,17 @@ def artifacts(tmp_path_factory):
     return functools.partial(few_layers, tmp_path_factory.mktemp("few"))
 
 
-def run(artifact, dtype: torch.dtype, monkeypatch) -> DryRun:
+def run(artifact, dtype: torch.dtype, monkeypatch, layout: ParallelLayout = APART) -> DryRun:
     """Two blocks on a card of the planned size. When both are under way, somebody else takes all of it that is free but
     for a part of what a pass works in: what is lacking is less than KV rings hold, and less than slots do."""
     work = Workload.of_size("256*192", infer_frames=24, sample_steps=STEPS, dtype=dtype)
     planned = plan_team(
         artifact,
         work,
-        APART,
-        cards=[CARDS["rtx4090"]] * 2,
-        vram_bytes=[22 * GIB] * 2,
-        machines=[0, 0],
+        layout,
+        cards=[CARDS["rtx4090"]] * layout.world_size,
+        vram_bytes=[22 * GIB] * layout.world_size,
+        machines=[0] * layout.world_size,
         ram_bytes=[64 * GIB],
         offload_model=True,
         kv="bf16",
@@ -72,17 +73,25 @@ def run(artifact, dtype: torch.dtype, monkeypatch) -> DryRun:
         real(self, items)
 
     monkeypatch.setattr(Rollout, "advance", advance)
-    found = dry_run(artifact, planned, clips=1, capacity=planned.peak_vram_bytes, layout=APART)
+    found = dry_run(artifact, planned, clips=1, capacity=planned.peak_vram_bytes, layout=layout)
     assert taken
     return found
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16", BF16), ("int8", BF16), ("fp8", BF16), ("bf16", FP32), ("fp32", BF16)]
+    ("precision", "dtype", "layout"),
+    [
+        ("bf16", BF16, APART),
+        ("int8", BF16, APART),
+        ("fp8", BF16, APART),
+        ("bf16", FP32, APART),
+        ("fp32", BF16, APART),
+        ("bf16", BF16, SHARED),
+    ],
 )
-def test_the_run_goes_on(artifacts, monkeypatch, precision, dtype):
+def test_the_run_goes_on(artifacts, monkeypatch, precision, dtype, layout):
     """Rings leave the device, a rung at a time, and slots are where they were."""
-    found = run(artifacts(precision), dtype, monkeypatch)
+    found = run(artifacts(precision), dtype, monkeypatch, layout)
     cells = LAYERS * STEPS
     moved = [f"denoise: {cells * rung // 4} of {cells} KV rings are on the host now" for rung in range(1, 5)]
     assert found.given_up

@@ -10,6 +10,7 @@ import torch
 
 from lowvram import denoiser as denoiser_module
 from lowvram import pipeline as pipeline_module
+from lowvram import relief as relief_module
 from lowvram import rollout as rollout_module
 from lowvram.fallback import MOST_TILES, Layout, next_rung, smaller_request
 from lowvram.pipeline import AvatarPipeline
@@ -156,13 +157,97 @@ def test_a_layout_that_does_not_fit_itself_is_the_next_to_go():
     assert [len(layout.placement.streamed_layers) for layout in tried] == [1, 2, 3]
 
 
-def test_work_that_ranks_do_together_is_not_done_again():
-    relief = Relief(Layout(placement=Placement(), online_decode=True), layers=4, steps=range(1), allowed=True)
-    assert relief.once("denoise", lambda: 5, "why") == 5
-    with pytest.raises(OutOfMemoryError, match=r"ran out in denoise: CUDA out of memory.*22\.15 GiB.*; why"):
-        relief.once("denoise", _fails, "why")
-    assert relief.events == []
+class Rank:
+    """One of several that work in step. What happens in its attempts, here and ``elsewhere`` ("" nothing), and in
+    keeping up and giving way; ``log`` has what it did."""
+
+    def __init__(self, here: str, elsewhere: str, *, keeps_up: bool = True, gives_way: str = "+" * 9):
+        self.here, self.elsewhere, self.keeps_up, self.gives_way = (
+            iter(here),
+            iter(elsewhere),
+            keeps_up,
+            iter(gives_way),
+        )
+        self.log: list[str] = []
+
+    def work(self) -> str:
+        self._do("work", next(self.here) == "+")
+        return "done"
+
+    def keep_up(self) -> None:
+        self._do("keep up", self.keeps_up)
+
+    def give_way(self, layout: Layout) -> None:
+        self._do(f"{len(layout.placement.streamed_layers)} streamed", next(self.gives_way) == "+")
+
+    def any_ran_out(self, here: bool) -> bool:
+        self.log.append("tells" if here else "asks")
+        return here | (next(self.elsewhere) == "-")
+
+    def _do(self, what: str, fits: bool) -> None:
+        self.log.append(what)
+        if not fits:
+            raise full()
+
+    def attempt(self, *, allowed: bool = True) -> str:
+        layout = Layout(placement=Placement(), online_decode=True)
+        relief = Relief(layout, layers=4, steps=range(1), allowed=allowed)
+        return relief.attempt_together(
+            "denoise", self.work, self.give_way, keep_up=self.keep_up, any_ran_out=self.any_ran_out
+        )
 
 
-def _fails() -> None:
-    raise full()
+AGAIN = ["work", "asks"]
+
+
+@pytest.fixture
+def nothing_cached(monkeypatch) -> None:
+    """There is nothing to look for between two attempts."""
+    monkeypatch.setattr(relief_module, "free_cached", lambda: None)
+
+
+@pytest.mark.usefixtures("nothing_cached")
+@pytest.mark.parametrize(
+    ("rank", "log"),
+    [
+        (Rank("+", "+"), AGAIN),
+        (Rank("-+", "++"), ["work", "keep up", "tells", "1 streamed", *AGAIN]),
+        (Rank("++", "-+"), [*AGAIN, *AGAIN]),
+        (Rank("-+", "-+"), ["work", "keep up", "tells", "1 streamed", *AGAIN]),
+        (
+            Rank("-+", "++", gives_way="--+"),
+            ["work", "keep up", "tells", *(f"{n} streamed" for n in (1, 2, 3)), *AGAIN],
+        ),
+        (
+            Rank("--++", "++-+"),
+            ["work", "keep up", "tells", "1 streamed", "work", "keep up", "tells", "2 streamed", *AGAIN, *AGAIN],
+        ),
+    ],
+    ids=["nowhere", "here", "elsewhere", "everywhere", "in giving way", "again and again"],
+)
+def test_ranks_that_work_in_step_do_it_again_together(rank, log):
+    assert rank.attempt() == "done"
+    assert rank.log == log
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_a_rank_that_may_not_give_way_lets_nobody_wait_for_nothing():
+    rank = Rank("-", "")
+    with pytest.raises(OutOfMemoryError, match=r"denoise: .*2\.00 GiB.*; --no-fallback"):
+        rank.attempt(allowed=False)
+    assert rank.log == ["work"]
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_a_rank_without_room_to_keep_up_says_so():
+    rank = Rank("-", "", keeps_up=False)
+    with pytest.raises(OutOfMemoryError, match="no room either for what the other ranks wait for"):
+        rank.attempt()
+    assert rank.log == ["work", "keep up"]
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_a_rank_with_nothing_left_says_so():
+    rank = Rank("-", "+", gives_way="-" * 99)
+    with pytest.raises(OutOfMemoryError, match="nothing is left"):
+        rank.attempt()

@@ -132,6 +132,43 @@ def test_nothing_is_padded():
     assert [sum(calls) for calls in zip(*together(size, sent), strict=True)] == [x.numel()] * 2
 
 
+@pytest.mark.parametrize("fails_at", range(5), ids=["queries", "values", "keys", "back", "whole"])
+@pytest.mark.parametrize(("tokens", "groups", "heads", "size"), [(7, 3, 40, 3), (5, 2, 5, 2)])
+def test_a_rank_that_fails_catches_up_with_the_others(tokens, groups, heads, size, fails_at):
+    """Wherever it stops, it exchanges with zeros what is left of the piece of work, and the next one begins in step."""
+    x = drawn(tokens * groups, heads, 2, dtype=torch.float32)
+    rope = a_rope(tokens * groups, 2, seed=1, dtype=torch.float32)
+
+    def work(ulysses: Ulysses) -> Tensor:
+        ulysses.begins()
+        own = ulysses.own(x, groups)
+        memory = ulysses.around(PlainMemory(), rope, groups)
+        y = memory.attend(own, lambda _: own, own, own_rope(ulysses, rope, groups))
+        return ulysses.whole(y.flatten(1).float(), tokens * groups, groups)
+
+    def part(ulysses: Ulysses) -> Tensor:
+        real, calls = ulysses._all_to_all.begin, itertools.count()
+
+        def begin(*args: Any) -> Any:
+            if ulysses.index == 1 and next(calls) == fails_at:
+                raise MemoryError
+            return real(*args)
+
+        ulysses._all_to_all.begin = begin
+        try:
+            work(ulysses)
+        except MemoryError:
+            ulysses._all_to_all.begin = real
+            with ulysses.catching_up():
+                ulysses.attend_nothing(x[0], tokens * groups, groups)
+                ulysses.whole(ulysses.own(x.flatten(1), groups), tokens * groups, groups)
+        return work(ulysses)
+
+    first, *others = together(size, part)
+    assert all(torch.equal(first, other) for other in others)
+    assert first.isfinite().all()
+
+
 @dataclasses.dataclass
 class PlainMemory:
     """Attention in float64 among the call's own tokens."""

@@ -43,7 +43,10 @@ def test_bytes_that_cross(maker, tmp_path, stages, ulysses, vae, more):
     for rank, end in enumerate(made.ended):
         role, seen, said = layout.role(rank), end.seen, made.report["ranks"][rank]["sent_bytes"]
         assert seen["offences"] == []
-        assert set(seen["calls"]) <= {"all_to_all_single", "isend", "irecv", "broadcast"}
+        assert set(seen["calls"]) <= {"all_to_all_single", "isend", "irecv", "broadcast", "all_reduce"}
+        # Whether memory ran out: a number a piece of work that ranks of a stage do together.
+        assert seen["sent"].get("all_reduce", 0) == 8 * seen["calls"].get("all_reduce", 0)
+        assert bool(seen["calls"].get("all_reduce")) == (role.denoises and ulysses > 1)
         # Where it denoises, its parameters were known while it sent: of the layers that are there, and what all share.
         layers = 1 if "--offload-model" in more else LAYERS
         assert seen["parameters"] > layers if role.denoises else seen["parameters"] == 0
