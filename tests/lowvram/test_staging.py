@@ -4,14 +4,16 @@ an order that is held, beside the computation."""
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from lowvram import engine as engine_module
 from lowvram import runtime
 from lowvram.engine import CudaEngine, CudaWay, Engine
 from lowvram.moments import Moment
@@ -68,6 +70,31 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Bench:
     assert engine._pins.holds(bench.pinned(10))
     assert not engine._pins.holds(bench.pageable(10))
     return bench
+
+
+def test_threads_copy_on_their_engines_card(monkeypatch):
+    """Which is not the current one of a thread that nobody has told."""
+    here, seen = threading.local(), set()
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        here.device = device
+        yield
+        here.device = None
+
+    monkeypatch.setattr(engine_module, "current", current)
+    bench = staged(monkeypatch)
+    copy = CudaWay.copy
+
+    def noted(way: CudaWay, dst: Tensor, src: Tensor) -> None:
+        seen.add((threading.current_thread().name, getattr(here, "device", None)))
+        copy(way, dst, src)
+
+    monkeypatch.setattr(CudaWay, "copy", noted)
+    host, slot = bench.pageable(9000), torch.zeros(9000, dtype=torch.uint8)
+    bench.engine.copy_out(host, slot, bench.engine.copy_in(slot, host, bench.engine.now()))
+    bench.engine.settle()
+    assert seen == {(f"lowvram-copies-{way}", bench.engine.device) for way in ("in", "out")}
 
 
 Memory = Callable[[Bench, int], Tensor]

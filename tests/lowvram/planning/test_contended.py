@@ -8,7 +8,7 @@ import pytest
 
 from lowvram.planning import CARDS
 from lowvram.planning.contended import contended_rates
-from lowvram.planning.measure import COPY_BYTES
+from lowvram.planning.measure import COPY_BYTES, cache_file, rates_of
 from tests.lowvram.planning.test_measure import FakeRunner
 
 RATES = CARDS["rtx4090"].rates
@@ -50,10 +50,11 @@ def test_who_knows_it_measures_all_the_same_where_another_rank_does_not(tmp_path
     assert runner.calls
 
 
-def test_a_single_runs_rates_stay_apart(tmp_path):
-    from lowvram.planning.measure import rates_of
-
-    file = tmp_path / "cards.json"
-    alone = rates_of(None, runner=FakeRunner(), file=file)
-    contended_rates(alone, 4, Contended(), lambda known: False, file=tmp_path / "c.json")
-    assert rates_of(None, runner=Contended(), file=file) == alone
+def test_a_single_runs_rates_stay_apart(tmp_path, monkeypatch):
+    """Where nobody says where they are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    alone = rates_of(None, runner=FakeRunner())
+    before = cache_file().read_text()
+    contended_rates(alone, 4, Contended(), lambda known: False)
+    assert cache_file().read_text() == before
+    assert rates_of(None, runner=Contended()) == alone
