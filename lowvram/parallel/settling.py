@@ -97,5 +97,7 @@ def _card_in_turn(team: RankTeam, device: torch.device) -> Card:
 
 
 def _card(values: dict[str, Any]) -> Card:
-    outside = values["outside"]
-    return Card(**values | {"rates": Rates(**values["rates"]), "outside": outside and parse_outside(outside)})
+    """From what ``dataclasses.asdict`` and JSON made of it."""
+    outside, nccl = values["outside"], tuple((ranks, nbytes) for ranks, nbytes in values["nccl"])
+    rates = Rates(**values["rates"])
+    return Card(**values | {"rates": rates, "outside": outside and parse_outside(outside), "nccl": nccl})

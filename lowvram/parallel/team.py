@@ -26,6 +26,8 @@ from lowvram.parallel.voice import SentPieces, VoiceFacts, send_windows
 from lowvram.parallel.watch import Person, Watch
 from lowvram.parallel.wire import Mail, Sent, StageExchange
 from lowvram.planning.choice import Machines
+from lowvram.planning.grouped import CudaTaken, measuring_group
+from lowvram.planning.measure import CudaRunner
 from lowvram.schedule import Block
 from lowvram.sequence import Sequence, Whole
 from lowvram.team import LatentSize
@@ -98,7 +100,11 @@ class RankTeam:
         if mine is None or self.role.index is None:
             return mail, None, Whole()
         sequence = Ulysses(self.role.index, layout.ulysses_size, StageExchange(mine, self.role.index, self.sent))
-        with self._watch.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S):
+        card = CudaTaken(device, CudaRunner(device).key) if device.type == "cuda" else None
+        with (
+            self._watch.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S),
+            measuring_group(card, layout.ulysses_size),
+        ):
             _try_exchange(sequence, device)
         return mail, meeting, sequence
 

@@ -55,15 +55,17 @@ class Rates:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """``usable_bytes`` is what a process of ours can allocate: without the CUDA context, and on cards that draw a
-    desktop without that. ``outside`` is what was measured beside tensors, None where nothing was. ``generation`` is the
-    compute capability without the dot, None of a card that is here and was asked itself; ``said`` is what else a plan
-    has to say of the card."""
+    desktop without that. ``outside`` is what was measured beside tensors, None where nothing was, and ``nccl`` has
+    pairs of (ranks of a group, bytes that NCCL was seen to take for it). ``generation`` is the compute capability
+    without the dot, None of a card that is here and was asked itself; ``said`` is what else a plan has to say of the
+    card."""
 
     name: str
     vram_bytes: int
     usable_bytes: int
     rates: Rates
     outside: OutsideAllocator | None = None
+    nccl: tuple[tuple[int, int], ...] = ()
     generation: int | None = None
     said: str = ""
 

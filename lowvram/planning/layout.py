@@ -12,26 +12,13 @@ from lowvram.planning import workspace
 from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.facts import ModelFacts, SlabFacts
 from lowvram.planning.graphs import graph_bytes
-from lowvram.planning.outside import FLAT_BYTES, NCCL_FLAT_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
-
-RESERVE_BYTES = FLAT_BYTES + SLACK_BYTES
-"""Kept free beside what is counted, on a card where nothing was measured; see there."""
 
 HOST_BASE_BYTES = 3 * GIB
 """Host memory of a process without anything pinned: interpreter, PyTorch with CUDA's libraries, decoded frames."""
 
 _PAGE = 4096
-
-
-def reserve_bytes(outside: OutsideAllocator | None, work: Workload, share: Share, *, grouped: bool) -> int:
-    """Kept free on a card beside what is counted: what was measured ``outside`` of tensors there, or flat values; and
-    what NCCL takes of a rank that exchanges, unless ranks are ``grouped`` already, which is seen in what is free."""
-    found = RESERVE_BYTES if outside is None else outside.reserved(work.pixels) + SLACK_BYTES
-    measured = outside.nccl if outside is not None else None
-    nccl = NCCL_FLAT_BYTES if measured is None else measured
-    return found + (nccl if share.exchanges and not grouped else 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

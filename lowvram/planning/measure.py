@@ -14,6 +14,7 @@ from lowvram.devices import computing_on
 from lowvram.pinning import mapped, registry
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
+from lowvram.planning.grouped import group_bytes
 from lowvram.planning.outside import outside_allocator
 from lowvram.relief import free_cached
 
@@ -168,7 +169,8 @@ def card_at_hand(device: torch.device, *, runner: Runner | None = None, file: Pa
     # Behind the measuring, which takes memory too.
     free, total = runner.memory
     outside = outside_allocator(runner.key, file=file.with_name("outside_allocator.json") if file else None)
-    return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates, outside=outside)
+    nccl = group_bytes(runner.key, file=file.with_name("grouped.json") if file else None)
+    return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates, outside=outside, nccl=nccl)
 
 
 def free_bytes(device: torch.device) -> int:

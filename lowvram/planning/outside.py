@@ -36,10 +36,6 @@ MODULES_BYTES = 64 * MIB
 SLACK_BYTES = 96 * MIB
 """Kept free beside it: small tensors that nobody counts, and what the allocator cannot join again."""
 
-NCCL_FLAT_BYTES = 384 * MIB
-"""Of a group of ranks, where nothing was measured: a connection has 4 MiB for each of up to 32 channels (NCCL's
-documentation of NCCL_BUFFSIZE and NCCL_MAX_CTAS), both ways, and NCCL's kernels. Not measured: a judgement."""
-
 SIZES = ("704*384", "1280*720")
 """At which the VAE is run; the largest is left out where the card has no room for it."""
 
@@ -50,22 +46,18 @@ _LIMIT_S = 300.0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutsideAllocator:
     """Bytes by part. ``context`` is taken before a process can ask how much is free, and so is in no plan. ``vae`` has
-    pairs of (pixels of a frame, cuDNN's bytes for the VAE at that size). ``nccl`` is that of a group of ranks, None
-    where none was measured."""
+    pairs of (pixels of a frame, cuDNN's bytes for the VAE at that size)."""
 
     context: int
     cublas: int
     modules: int
     vae: tuple[tuple[int, int], ...]
-    nccl: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("context", "cublas", "modules", "nccl"):
+        for name in ("context", "cublas", "modules"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "nccl" and value is None):
+            if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}, expected bytes")
-        if any(value < 0 for value in (self.context, self.cublas, self.modules, self.nccl or 0)):
-            raise ValueError(f"{self} has a part below 0")
 
     def of_vae(self, pixels: int) -> int:
         """cuDNN's bytes for frames of so many pixels: those of the next larger size that was measured; beyond all of
@@ -77,7 +69,7 @@ class OutsideAllocator:
         return nbytes * pixels // size
 
     def reserved(self, pixels: int) -> int:
-        """What a plan for frames of so many pixels leaves room for, without slack and NCCL."""
+        """What a plan for frames of so many pixels leaves room for, without slack."""
         return self.cublas + self.modules + self.of_vae(pixels)
 
 

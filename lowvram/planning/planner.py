@@ -19,9 +19,9 @@ from lowvram.planning.layout import (
     ReferenceParts,
     host_parts,
     reference_parts,
-    reserve_bytes,
     stage_peaks,
 )
+from lowvram.planning.reserve import Reserve, reserve_of
 from lowvram.planning.search import Job, candidates, fastest, least_placement
 from lowvram.planning.share import Share
 from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
@@ -56,7 +56,7 @@ class Plan:
     fits: bool
     vram_budget_bytes: int
     ram_budget_bytes: int
-    reserve_bytes: int
+    reserve: Reserve
     text_encoder_device: str
     stage_peaks: dict[str, int]
     device: DeviceParts
@@ -71,6 +71,10 @@ class Plan:
     seconds: Seconds
     limits: Limits
     notes: tuple[str, ...] = ()
+
+    @property
+    def reserve_bytes(self) -> int:
+        return self.reserve.total
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -128,11 +132,11 @@ class Budgets:
 
     vram: int
     ram: int
-    reserve: int
+    reserve: Reserve
 
     @property
     def usable(self) -> int:
-        return self.vram - self.reserve
+        return self.vram - self.reserve.total
 
 
 def plan(
@@ -148,7 +152,7 @@ def plan(
     offload_kv: bool = False,
     cuda_graphs: bool = False,
     t5_cpu: bool = False,
-    reserve: int | None = None,
+    reserve: Reserve | None = None,
 ) -> Plan:
     """The fastest predicted placement of an artifact's model within device and host memory.
 
@@ -163,7 +167,7 @@ def plan(
         offload_kv: all rings on the host.
         cuda_graphs: leave room for graphs of the layers that stay on the device.
         t5_cpu: let the text encoder run on the host, whether or not it fits on the device.
-        reserve: bytes kept free on the device; None for those of the card, see ``layout.reserve_bytes``.
+        reserve: what is kept free on the device; None for that of the card.
 
     Raises:
         ConfigError: an unknown ``kv``, or a wave beyond the steps.
@@ -180,7 +184,7 @@ def plan(
         cuda_graphs=cuda_graphs,
         t5_cpu=t5_cpu,
     )
-    kept_free = reserve_bytes(card.outside, workload, job.share, grouped=True) if reserve is None else reserve
+    kept_free = reserve or reserve_of(card, workload, job.share, grouped=True)
     budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=kept_free)
     job = place_text_encoder(job, budgets.usable)
     fitting = list(candidates(job, budgets.usable))
@@ -235,7 +239,7 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
         fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
         vram_budget_bytes=budgets.vram,
         ram_budget_bytes=budgets.ram,
-        reserve_bytes=budgets.reserve,
+        reserve=budgets.reserve,
         text_encoder_device=job.text_device if share.media else "",
         stage_peaks=peaks,
         device=parts,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lowvram.byte_sizes import gib
 from lowvram.planning.planner import Plan
+from lowvram.planning.reserve import Reserve
 
 _PART_NAMES = {
     "shared_weights": "embeddings, head, audio encoder of the DiT",
@@ -44,6 +45,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "peak_vram_bytes": plan.peak_vram_bytes,
         "peak_host_bytes": plan.peak_host_bytes,
         "reserve_bytes": plan.reserve_bytes,
+        "reserve": dataclasses.asdict(plan.reserve),
         "weight_bytes": plan.weight_bytes,
         "kv_ring_bytes": plan.kv_ring_bytes,
         "kv_scale_bytes": plan.kv_scale_bytes,
@@ -142,12 +144,25 @@ def _stages(plan: Plan, simulated: Simulated | None) -> Table:
     table = empty_table("Peaks", "", "predicted", "simulated", "budget")
     for stage, nbytes in plan.stage_peaks.items():
         table.add_row(stage, gib(nbytes), found.get(stage, ""), "")
-    table.add_row("reserve", gib(plan.reserve_bytes), "", "")
+    for said, nbytes in reserve_rows(plan.reserve):
+        table.add_row(said, gib(nbytes), "", "")
     peak, budget = gib(plan.peak_vram_bytes), gib(plan.vram_budget_bytes)
     reserved = gib(simulated.peak_reserved) if simulated else ""
     table.add_row("device, highest with reserve", peak, reserved, budget, style="bold")
     table.add_row("host", gib(plan.peak_host_bytes), "", gib(plan.ram_budget_bytes), style="bold")
     return table
+
+
+def reserve_rows(reserve: Reserve) -> list[tuple[str, int]]:
+    """What is kept free: names that say whether it was measured on the card, and bytes."""
+
+    def known(measured: bool) -> str:
+        return "measured on this card" if measured else "assumed"
+
+    rows = [(f"reserve: libraries and kernels, {known(reserve.outside_measured)}", reserve.outside)]
+    if reserve.nccl:
+        rows.append((f"reserve: NCCL, {known(reserve.nccl_measured)}", reserve.nccl))
+    return [*rows, ("reserve: slack", reserve.slack)]
 
 
 def _speed(plan: Plan) -> Table:

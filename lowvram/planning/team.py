@@ -10,7 +10,7 @@ from lowvram.parallel.layout import ParallelLayout
 from lowvram.placement import Placement
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.facts import ModelFacts, facts_of
-from lowvram.planning.layout import MachineParts, reserve_bytes
+from lowvram.planning.layout import MachineParts
 from lowvram.planning.members import Member, Shortfall, host_of, settle
 from lowvram.planning.planner import (
     Budgets,
@@ -23,6 +23,7 @@ from lowvram.planning.planner import (
     wave_of,
     words_of,
 )
+from lowvram.planning.reserve import reserve_of
 from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, slowest
 from lowvram.planning.workload import Workload
@@ -163,7 +164,7 @@ def plan_team(
             Budgets(
                 vram=vram,
                 ram=ram_bytes[machine],
-                reserve=reserve_bytes(card.outside, workload, job.share, grouped=grouped),
+                reserve=reserve_of(card, workload, job.share, grouped=grouped),
             ),
             machine,
         )

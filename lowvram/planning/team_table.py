@@ -13,7 +13,7 @@ from lowvram.byte_sizes import gib
 from lowvram.planning.choice import Alternative
 from lowvram.planning.command import Compared
 from lowvram.planning.planner import Plan
-from lowvram.planning.table import Simulated, empty_table, to_json
+from lowvram.planning.table import Simulated, empty_table, reserve_rows, to_json
 from lowvram.planning.team import TeamPlan
 
 _STAGES = ("encode_text", "encode_audio", "encode_image", "load_dit", "prefill_sink", "denoise", "decode")
@@ -134,12 +134,14 @@ def _seconds(team: TeamPlan) -> Table:
 
 
 def _peaks(team: TeamPlan, simulated: Sequence[Simulated]) -> Table:
-    found = empty_table("Peaks, GiB without the reserve", "", *_STAGES)
+    found = empty_table("Peaks and the reserve beside them, GiB", "", *_STAGES, "reserve")
     for plan in team.ranks:
         rank = plan.share.role.rank
-        found.add_row(str(rank), *_in_gib(plan.stage_peaks))
+        found.add_row(str(rank), *_in_gib(plan.stage_peaks), f"{plan.reserve_bytes / 2**30:.2f}")
         if simulated:
             found.add_row(f"{rank}, simulated", *_in_gib(simulated[rank].stages))
+    reserves = dict.fromkeys(plan.reserve for plan in team.ranks)
+    found.caption = "\n".join("; ".join(f"{said} {gib(n)}" for said, n in reserve_rows(each)) for each in reserves)
     return found
 
 

@@ -15,8 +15,7 @@ from lowvram.placement import MemoryOptions, Placement
 from lowvram.planning import CARDS, Workload, measure
 from lowvram.planning.cards import Rates
 from lowvram.planning.choice import Machines
-from lowvram.planning.layout import RESERVE_BYTES
-from lowvram.planning.outside import MODULES_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.outside import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.team import Solo
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
@@ -168,7 +167,8 @@ def test_ranks_plan_with_what_their_groups_have_left(artifact, fractions, monkey
     ranks = Ranks()
     found = lay_out(artifact, WORK, GPU, MemoryOptions(), ranks)
     assert ranks.told == found.plan.vram_budget_bytes == 15 * GIB
-    assert found.plan.reserve_bytes == RESERVE_BYTES
+    assert found.plan.reserve_bytes == FLAT_BYTES + SLACK_BYTES
+    assert found.plan.reserve.nccl == 0
 
 
 def test_what_an_earlier_run_left_in_the_allocator_is_free_for_the_next(artifact, allocator):

@@ -112,9 +112,11 @@ def test_a_card_alone_on_its_machine_copies_at_its_own_rate(artifact, monkeypatc
 def test_what_was_measured_beside_tensors_is_told_too(artifact, monkeypatch):
     outside = OutsideAllocator(context=1, cublas=2, modules=3, vae=((4, 5),))
     told = facts("rtx4090", 22.15, 60)
-    told["card"] |= {"outside": dataclasses.asdict(outside)}
+    # As JSON leaves pairs.
+    told["card"] |= {"outside": dataclasses.asdict(outside), "nccl": [[2, 300], [4, 700]]}
     there = settled(artifact, Ranks([told], ["here", "there"]), monkeypatch).there
     assert (there.cards[0].outside, there.cards[1].outside) == (None, outside)
+    assert (there.cards[0].nccl, there.cards[1].nccl) == ((), ((2, 300), (4, 700)))
 
 
 def test_what_was_asked_for_stays(artifact, monkeypatch):
