@@ -30,6 +30,8 @@ TOKENIZER_FOLDER = "google/umt5-xxl"
 
 # What files of weights may hold beyond what an artifact stores: another 8-bit float, and what only marks something.
 READABLE = DTYPES | {"F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "BOOL": torch.bool}
+# Of safetensors' dtypes those that only packed formats use.
+_CODES = dict.fromkeys(("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"), ", as in mxfp8, mxfp4 and nvfp4")
 _NAMES = {dtype: name for name, dtype in READABLE.items()}
 
 
@@ -111,8 +113,11 @@ def open_safetensors(path: Path) -> TensorTable:
     table = {}
     for name, facts in header.items():
         if facts["dtype"] not in READABLE:
-            known = ", ".join(READABLE)
-            raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {known}: fetch it again")
+            what = _CODES.get(facts["dtype"], "")
+            raise CheckpointError(
+                f"{path}: {name} has dtype {facts['dtype']}{what}; read are {', '.join(READABLE)}: fetch an edition in "
+                "bf16, fp8 or GGUF"
+            )
         ref = TensorRef(
             name=name,
             dtype=READABLE[facts["dtype"]],
@@ -170,4 +175,9 @@ def check_shapes(table: TensorTable, expected: Mapping[str, tuple[int, ...]], wh
             raise CheckpointError(
                 f"{what}: {name} in {table[name].file} has shape {list(table[name].shape)}, its configuration says "
                 f"{list(shape)}; check that both are of the same checkpoint"
+            )
+        if not table[name].dtype.is_floating_point:
+            raise CheckpointError(
+                f"{what}: {name} in {table[name].file} is {table[name].kind}, and no scale lies beside it; expected "
+                "weights, not codes: fetch its bf16, fp8 or GGUF edition"
             )
