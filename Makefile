@@ -62,6 +62,7 @@ lint: setup
 
 typecheck: setup
 	$(BIN)/mypy
+	$(BIN)/python tests/types/borders.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from lowvram_kernels.chips import has_fp8_units
-from lowvram_kernels.choices import FLOAT32, INT_MM, SCALED_MM, TRITON, choose
-from lowvram_kernels.cpu_products import int_product, scaled_product
+from lowvram_kernels.choices import TRITON, choose
+from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM, int_product, scaled_product
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
@@ -199,7 +199,9 @@ def wide_mm(
     return _epilogue(wide_product(q_MK, weight_NK).mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
 
-def _fp8_rowwise(q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None):
+def _fp8_rowwise(
+    q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None
+) -> Tensor:
     """Row-wise scales come with bfloat16 output there, and with depths and widths that are multiples of 16."""
     columns, depth = weight_NK.shape
     more, wider = -depth % 16, -columns % 16

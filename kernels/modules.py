@@ -109,7 +109,7 @@ def swap_conv(conv: nn.Module, dtype: torch.dtype) -> None:
         conv.weight = nn.Parameter(torch.empty(conv.weight.shape, dtype=dtype), requires_grad=False)
         conv.weight_scale = nn.Parameter(torch.empty(conv.weight.shape[0]), requires_grad=False)
     # A subclass and not a method on the instance: that would hold the layer, and its weights, in a cycle.
-    conv.__class__ = _dequantizing(type(conv))
+    conv.__class__ = _dequantizing(type(conv))  # type: ignore[arg-type]  # classes are hashable
 
 
 @functools.cache

@@ -8,6 +8,7 @@ decoded blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -31,9 +32,8 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
         TypeError: q is not floating point, or a block not encoded.
         ValueError: no block, shapes or devices that do not fit.
     """
-    items, lists = (q, [list(blocks)]) if q.ndim == 4 else (q[None], [list(blocks)])
-    if q.ndim == 4:
-        lists = [list(b) for b in blocks]  # type: ignore[arg-type]
+    items: Tensor = q if q.ndim == 4 else q[None]
+    lists = cast(Sequence[Sequence[KVBlock]], blocks if q.ndim == 4 else [blocks])
     check_blocks(items, lists)
     if not items.numel():
         return torch.empty_like(q)

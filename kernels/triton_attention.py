@@ -142,7 +142,7 @@ def ring_attention_triton(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]], ti
     Raises:
         ValueError: head_dim is above 256, or a block's parts are not contiguous and aligned to 16 bytes.
     """
-    ready, out = room_for(*q_ILNH.shape[:2], q_ILNH.dtype, lists)
+    ready, out = room_for(len(q_ILNH), q_ILNH.shape[1], q_ILNH.dtype, lists)
     prepare_queries(q_ILNH, ready)
     spread_scales(ready)
     attend_prepared(ready, out, tile)

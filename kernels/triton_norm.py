@@ -88,14 +88,16 @@ def fused_triton(
     group: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(residual, values, scale); without ``y`` the residual is ``x``, without ``gain`` so are the values."""
-    x_LD, y_LD = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x_LD, y_LD))
+    x_LD = _packed_rows(x_LD)
+    y_LD = None if y_LD is None else _packed_rows(y_LD)
     gate, gain, offset = (None if t is None else packed(t) for t in (gate, gain, offset))
     tokens, width = x_LD.shape
     target = x_LD
     if y_LD is not None:
         target = out if out is not None and out.is_contiguous() else torch.empty_like(x_LD, dtype=torch.float32)
-    values, scale, mode = x_LD, None, NOTHING.value
-    if gain is not None:
+    values, scale, mode, largest = x_LD, None, NOTHING.value, 1.0
+    if gain is not None and dtype is not None:
+        largest = QMAX.get(dtype, 1.0)
         values = torch.empty((tokens, width), dtype=dtype, device=x_LD.device)
         mode = {torch.int8: INT8.value, torch.float8_e4m3fn: FP8.value}.get(dtype, FLOATING.value)
         scale = torch.empty((tokens, 1), dtype=torch.float32, device=x_LD.device) if dtype in QMAX else None
@@ -113,7 +115,7 @@ def fused_triton(
         width,
         *(1 if t is None else tokens // (len(t) if t.ndim == 2 else 1) for t in (gate, gain, offset)),
         eps,
-        QMAX=QMAX.get(dtype, 1.0),
+        QMAX=largest,
         HAS_Y=y_LD is not None,
         HAS_GATE=gate is not None,
         MODE=mode,
@@ -125,6 +127,10 @@ def fused_triton(
     if out is not None and target is not out:
         target = out.copy_(target)
     return target, values, scale
+
+
+def _packed_rows(x_LD: Tensor) -> Tensor:
+    return x_LD if x_LD.stride(1) == 1 else x_LD.contiguous()
 
 
 def aot_cases(generation: int) -> list[Case]:

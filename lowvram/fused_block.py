@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import nn
 
 from lowvram.fused_audio import FusedInjector
-from lowvram.fused_rows import linear, linears, projection, rows_for, wanted
+from lowvram.fused_rows import Rows, linear, linears, projection, rows_for, wanted
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
@@ -44,7 +47,7 @@ class FusedBlock(nn.Module):
         shift1, gain1, gate1, shift2, gain2, gate2 = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
-        h = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
+        h: Rows = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
         q, k, v = linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
         del h
         heads = (ProjectedHeads(mine.norm_q, q), ProjectedHeads(mine.norm_k, k))
@@ -83,7 +86,7 @@ class ProjectedHeads:
     """A block's queries or keys before their norm. Called as ``lowvram_models.attention.Heads`` are; an 8-bit ring
     takes the projection itself, so that what is normed stands nowhere else."""
 
-    def __init__(self, norm: NormRope, x_LD: Tensor):
+    def __init__(self, norm: HeadNorm | NormRope, x_LD: Tensor):
         self._norm, self.projection = norm, projection(norm, x_LD)
 
     def __call__(self, rope: Rope | None) -> Tensor:
@@ -112,6 +115,6 @@ def fuse(dit: CausalDiT) -> None:
         for name, child in parent.named_children():
             if isinstance(child, HeadNorm):
                 setattr(parent, name, NormRope(child.weight, child.num_heads, child.eps))
-    for index, block in enumerate(dit.blocks):
-        dit.blocks[index] = FusedBlock(block)
-    dit.audio_injector = FusedInjector(dit.audio_injector)
+    blocks = cast(Sequence[Block], dit.blocks)
+    dit.blocks = nn.ModuleList(FusedBlock(block) for block in blocks)
+    dit.set_submodule("audio_injector", FusedInjector(dit.audio_injector))

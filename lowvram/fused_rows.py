@@ -13,6 +13,7 @@ from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear
 from lowvram_kernels.rope import Projection
 from lowvram_kernels.rows import quantize_rows
+from lowvram_models.attention import HeadNorm
 
 Tensor = torch.Tensor
 Rows = Sequence[Tensor | None]
@@ -61,5 +62,5 @@ def linears(products: Sequence[tuple[Any, Rows]], dtype: torch.dtype) -> list[Te
     return [linear(layer, rows, dtype) for layer, rows in products]
 
 
-def projection(norm: NormRope, x_LD: Tensor) -> Projection:
+def projection(norm: HeadNorm | NormRope, x_LD: Tensor) -> Projection:
     return Projection(x_LD, norm.weight, norm.eps)

@@ -118,9 +118,9 @@ class CausalDiT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        patch = {"kernel_size": (1, 2, 2), "stride": (1, 2, 2)}
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, **patch)
-        self.cond_encoder = nn.Conv3d(config.cond_dim, dim, **patch)
+        patch = (1, 2, 2)
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
+        self.cond_encoder = nn.Conv3d(config.cond_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -136,7 +136,7 @@ class CausalDiT(nn.Module):
     def embed_time(self, timestep: float) -> TimeEmbedding:
         """Embed one timestep (0 to 1000) in float32, whatever the weights' dtype."""
         half = self.config.freq_dim // 2
-        device = self.time_embedding[0].weight.device
+        device = self.time_embedding[0].get_parameter("weight").device
         freqs = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
         angle = timestep * freqs
         x = torch.cat([angle.cos(), angle.sin()]).float()
@@ -192,4 +192,4 @@ def _tokens(x_1DFHW: Tensor) -> Tensor:
 
 
 def _linear32(layer: nn.Module, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    return F.linear(x, layer.get_parameter("weight").float(), layer.get_parameter("bias").float())

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanEncoder3d
 from torch import Tensor, nn
 
 from lowvram_models.vae_layers import lighten
@@ -56,8 +56,8 @@ class StreamingVAE:
         self.vae = vae
         self.dtype = dtype
         # Real numbers even where the VAE was built under a "meta" context.
-        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
-        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
+        self._mean = torch.tensor(vae.config["latents_mean"], dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
+        self._std = torch.tensor(vae.config["latents_std"], dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
         self._stages = _encoder_stages(vae.encoder)
 
     def normalise(self, latent: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class StreamingDecoder:
         return torch.cat([self._run(piece).float() for piece in self._pieces(latent)], dim=1)
 
     def _pieces(self, latent: Tensor) -> list[Tensor]:
-        _check_latent(latent, self._vae.vae.config.z_dim)
+        _check_latent(latent, self._vae.vae.config["z_dim"])
         # The library upsamples in time only from the second latent frame on, so the first has to go alone.
         head = 1 if self.state.num_latents == 0 else 0
         pieces = [latent[:, :head], *latent[:, head:].split(self._latents_per_call, dim=1)]
@@ -235,7 +235,7 @@ class EncoderStage:
     num_slots: int
 
 
-def _encoder_stages(encoder: nn.Module) -> list[EncoderStage]:
+def _encoder_stages(encoder: WanEncoder3d) -> list[EncoderStage]:
     """The encoder of diffusers (``WanEncoder3d.forward``) cut into its parts, in order."""
 
     def block(module: nn.Module) -> EncoderStage:
@@ -254,7 +254,7 @@ def _encoder_stages(encoder: nn.Module) -> list[EncoderStage]:
 
 def _cached_conv(conv: nn.Module, x: Tensor, slots: list[Slot]) -> Tensor:
     past = slots[0]
-    seen = x if past is None else torch.cat([past, x[:, :, -CACHED_INPUTS:]], dim=2)
+    seen = torch.cat([past, x[:, :, -CACHED_INPUTS:]], dim=2) if isinstance(past, Tensor) else x
     slots[0] = seen[:, :, -CACHED_INPUTS:]
     return conv(x, past)
 

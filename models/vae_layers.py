@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
@@ -15,8 +17,9 @@ def lighten(vae: nn.Module) -> None:
     """
     for module in vae.modules():
         if type(module) is wan.WanCausalConv3d:
+            columns, _, rows, *_ = _around(module)
             module.__class__ = CausalConv3d
-            module.padding = (0, module._padding[2], module._padding[0])
+            module.padding = (0, rows, columns)
         elif type(module) is wan.WanRMS_norm:
             module.__class__ = ChannelNorm
         elif type(module) is wan.WanUpsample:
@@ -34,7 +37,7 @@ class CausalConv3d(wan.WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x [B, C, T, H, W] after the inputs ``cache_x`` [B, C, 0..2, H, W] -> [B, C', T / stride, H, W]."""
-        missing = self._padding[4]
+        missing = _around(self)[4]
         if cache_x is not None and missing:
             missing -= cache_x.shape[2]
             x = torch.cat([cache_x, x], dim=2)
@@ -43,7 +46,12 @@ class CausalConv3d(wan.WanCausalConv3d):
         return self._conv_forward(x, self.weight, self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return conv3d(x, weight, bias, stride=self.stride, padding=self.padding)
+        return conv3d(x, weight, bias, stride=self.stride, padding=cast(tuple[int, ...], self.padding))
+
+
+def _around(conv: wan.WanCausalConv3d) -> tuple[int, ...]:
+    """Zeros before and behind columns, rows and frames, as the library keeps them."""
+    return cast(tuple[int, ...], conv._padding)
 
 
 def conv3d(

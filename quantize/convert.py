@@ -235,7 +235,9 @@ def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
     by_slab: dict[str, list[Item]] = {}
     for item in plan.items:
         by_slab.setdefault(item.slab, []).append(item)
-    specs = {slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()}
+    specs: dict[str, Sequence[TensorSpec]] = {
+        slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()
+    }
     return by_slab, plan_slabs(specs)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
-from lowvram_kernels.choices import FLOAT32, INT_MM, ONE_BY_ONE, SCALED_MM, TORCH, TRITON
+from lowvram_kernels.choices import ONE_BY_ONE, TORCH, TRITON
+from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, linear_q8, reference_w8a8, wide_mm
 from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
 from lowvram_kernels.rotation import rotated
@@ -161,7 +162,7 @@ def fused_norm(
     x, y = random(device, sizes.tokens, sizes.width) * 3 + 1, random(device, sizes.tokens, sizes.width).bfloat16()
     gate, gain, offset = (random(device, 3, sizes.width) for _ in range(3))
     added, gate_ = (y, gate) if gated else (None, None)
-    norm = (gain, offset) if dtype is not None else (None, None)
+    gain_, offset_ = (gain, offset) if dtype is not None else (None, None)
 
     def named(residual: Tensor, values: Tensor | None, scale: Tensor | None) -> Outputs:
         every = {"residual": residual, "values": values, "scale": scale}
@@ -171,7 +172,7 @@ def fused_norm(
     def triton() -> Outputs:
         from lowvram_kernels.triton_norm import fused_triton
 
-        return named(*fused_triton(x, added, gate_, *norm, EPS, dtype, None, group))
+        return named(*fused_triton(x, added, gate_, gain_, offset_, EPS, dtype, None, group))
 
     def plain() -> Outputs:
         residual = reference_add_gated(x, y, gate) if gated else x
