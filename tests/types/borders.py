@@ -1,4 +1,4 @@
-"""Holds that mypy sees across the packages' borders: every wrong call of ``planted.py`` is found. ``make typecheck``."""
+"""Holds that mypy sees across the packages' borders, by the wrong calls of ``planted.py``. ``make typecheck``."""
 
 from __future__ import annotations
 
