@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_quantize.absent import absent, is_there
+from lowvram_quantize.gguf_parts import part_files
 from lowvram_quantize.recognise import FETCH, WANTED, parts_of, said
 from lowvram_quantize.source import (
     AUDIO_ENCODER_FOLDER,
@@ -212,7 +213,10 @@ def _holdings(folder: Path, notes: list[str]) -> dict[Path, list[str]]:
     """Files of weights below a folder and the kinds of parts in each; ``notes`` gets what else was seen."""
     held = {}
     for path in sorted(_walk(folder, (*_SUFFIXES, INDEX_SUFFIX, *UNFINISHED))):
-        if _SHARD in path.name and not path.name.endswith(INDEX_SUFFIX):
+        first = part_files(path)[0]
+        if first != path and first.is_file():
+            continue  # the first part of a split GGUF speaks for all
+        if _SHARD in path.name and not path.name.lower().endswith((INDEX_SUFFIX, ".gguf")):
             if not any(path.parent.glob(f"*{INDEX_SUFFIX}")):
                 notes.append(f"{path.relative_to(folder)} is a shard without its index")
             continue  # else its index speaks for it

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.gguf_parts import open_parts, stated
 from lowvram_quantize.source import TensorRef, TensorTable
-from lowvram_quantize.strange import refuse_strange
 
 Tensor = torch.Tensor
 
-MAGIC = b"GGUF"
 # GGML knows 4 dimensions: ComfyUI-GGUF's converter flattens some tensors and notes their shapes under this name.
 _SHAPE_NOTE = "comfy.gguf.orig_shape."
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,47 +51,41 @@ class GgufRef(TensorRef):
 
 
 def open_gguf(path: Path) -> TensorTable:
-    """The tensors of a GGUF file under its own names, with shapes in torch's order.
+    """The tensors of a GGUF file, or of all parts of a split one of which ``path`` is any, under its own names, with
+    shapes in torch's order.
 
     Raises:
-        CheckpointError: truncated, damaged, or of a type that the ``gguf`` package does not dequantize.
+        CheckpointError: truncated, damaged, a part is missing, or of a type that the ``gguf`` package does not
+            dequantize.
     """
-    refuse_strange(path)
-    reader = _reader(path)
-    if reader.byte_order == "S":
-        raise CheckpointError(f"{path} is a GGUF file of the other byte order; fetch the usual one")
-    size = path.stat().st_size
-    table = {}
-    for tensor in reader.tensors:
-        end = int(tensor.data_offset) + int(tensor.n_bytes)
-        if end > size:
-            raise CheckpointError(
-                f"{path} is truncated: {tensor.name} would end at byte {end} of {size}; fetch it again"
-            )
-        table[str(tensor.name)] = _ref(path, reader, tensor)
+    readers = open_parts(path)
+    table: TensorTable = {}
+    for file, reader in readers.items():
+        if reader.byte_order == "S":
+            raise CheckpointError(f"{file} is a GGUF file of the other byte order; fetch the usual one")
+        size = file.stat().st_size
+        for tensor in reader.tensors:
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
+            if end > size:
+                raise CheckpointError(
+                    f"{file} is truncated: {tensor.name} would end at byte {end} of {size}; fetch it again"
+                )
+            name = str(tensor.name)
+            if name in table:
+                raise CheckpointError(f"{table[name].file} and {file} both hold {name}; fetch all parts again")
+            table[name] = _ref(file, stated(readers, _SHAPE_NOTE + name), tensor)
     return table
 
 
 def architecture_of(path: Path) -> str:
     """What a GGUF file says it holds, as "wan", "t5encoder", "flux" or "llama"."""
-    return str(_field(_reader(path), "general.architecture"))
+    return str(stated(open_parts(path), "general.architecture"))
 
 
-def _reader(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # a damaged header makes the reader raise nearly anything
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{path} is a damaged or truncated GGUF file ({reason}); fetch it again") from error
-
-
-def _ref(path: Path, reader: Any, tensor: Any) -> TensorRef:
+def _ref(path: Path, noted: Any, tensor: Any) -> TensorRef:
     from gguf import GGML_QUANT_SIZES
 
     name, quant = str(tensor.name), tensor.tensor_type
-    noted = _field(reader, _SHAPE_NOTE + name)
     shape = tuple(int(n) for n in (noted if noted is not None else reversed(tensor.shape.tolist())))
     values = math.prod(int(n) for n in tensor.shape.tolist())
     if math.prod(shape) != values:
@@ -116,8 +109,3 @@ def _check_readable(ref: GgufRef) -> None:
             f"{ref.file}: {ref.name} is of type {ref.quant}, which is not dequantized; fetch an edition in Q8_0, Q6_K, "
             "Q5_K_M, Q4_K_M or bf16"
         ) from error
-
-
-def _field(reader: Any, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize import gguf_file
+from lowvram_quantize.gguf_file import architecture_of, open_gguf
+from lowvram_quantize.gguf_parts import MAGIC
 from lowvram_quantize.pickled import open_pth
 from lowvram_quantize.recognise import FETCH, WANTED, Part, parts_of, said
 from lowvram_quantize.scaled import MARKERS, with_scales
@@ -29,16 +30,16 @@ def open_table(path: Path) -> TensorTable:
         return with_scales(path, open_index(path))
     refuse_strange(path)
     head = _head(path)
-    if head.startswith(gguf_file.MAGIC):
-        return gguf_file.open_gguf(path)
+    other = head.startswith(_ZIP) or head[8:] == b"{"
+    if head.startswith(MAGIC) or (path.suffix.lower() == ".gguf" and not other):
+        return open_gguf(path)
     # safetensors begin with the length of a JSON object; what is none of all this is judged by its name.
-    known = head.startswith(_ZIP) or head[8:] == b"{"
-    pickled = head.startswith(_ZIP) if known else path.suffix in (".pth", ".pt", ".bin", ".ckpt")
+    pickled = head.startswith(_ZIP) if other else path.suffix in (".pth", ".pt", ".bin", ".ckpt")
     return with_scales(path, open_pth(path) if pickled else open_safetensors(path))
 
 
 def is_gguf(path: Path) -> bool:
-    return _head(path).startswith(gguf_file.MAGIC)
+    return _head(path).startswith(MAGIC)
 
 
 def _head(path: Path) -> bytes:
@@ -56,7 +57,7 @@ def open_component(path: Path, kind: str) -> TensorTable:
     parts = parts_of(table)
     own = [part for part in parts if part.kind == kind]
     if not own:
-        gguf = f" (a GGUF of the architecture {gguf_file.architecture_of(path)!r})" if is_gguf(path) else ""
+        gguf = f" (a GGUF of the architecture {architecture_of(path)!r})" if is_gguf(path) else ""
         raise CheckpointError(f"{path}{gguf} holds {said(parts)}; expected {WANTED[kind]}: {FETCH[kind]}")
     if len(own) > 1:
         prefixes = " and ".join(repr(part.prefix) for part in own)
