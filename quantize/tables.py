@@ -9,6 +9,7 @@ from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.gguf_file import architecture_of, open_gguf
 from lowvram_quantize.gguf_parts import MAGIC
 from lowvram_quantize.pickled import open_pth
+from lowvram_quantize.pickled_legacy import BEGIN
 from lowvram_quantize.recognise import FETCH, WANTED, Part, parts_of, said
 from lowvram_quantize.scaled import MARKERS, with_scales
 from lowvram_quantize.source import TensorTable, open_index, open_safetensors
@@ -17,7 +18,7 @@ from lowvram_quantize.strange import refuse_strange
 log = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_ZIP = b"PK\x03\x04"
+_PICKLED = (b"PK\x03\x04", BEGIN[:9])
 
 
 def open_table(path: Path) -> TensorTable:
@@ -30,11 +31,11 @@ def open_table(path: Path) -> TensorTable:
         return with_scales(path, open_index(path))
     refuse_strange(path)
     head = _head(path)
-    other = head.startswith(_ZIP) or head[8:] == b"{"
+    other = head.startswith(_PICKLED) or head[8:] == b"{"
     if head.startswith(MAGIC) or (path.suffix.lower() == ".gguf" and not other):
         return open_gguf(path)
     # safetensors begin with the length of a JSON object; what is none of all this is judged by its name.
-    pickled = head.startswith(_ZIP) if other else path.suffix in (".pth", ".pt", ".bin", ".ckpt")
+    pickled = head.startswith(_PICKLED) if other else path.suffix in (".pth", ".pt", ".bin", ".ckpt")
     return with_scales(path, open_pth(path) if pickled else open_safetensors(path))
 
 
