@@ -15,7 +15,8 @@ from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, START, dit_slab, umt5_slab
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
-from lowvram_quantize.lora import Delta, Lora, LoraSource, merge_loras, open_lora
+from lowvram_quantize.lora import Lora, LoraSource, merge_loras, open_lora
+from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.presets import PUBLISHED
 from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme, with_rotation
 from lowvram_quantize.source import TensorRef, TensorTable, check_shapes, fitted, read_json
@@ -44,7 +45,7 @@ class Plan:
     config: dict[str, Any]
     items: list[Item]
     loras: tuple[Lora, ...] = ()
-    deltas: dict[str, Delta] = dataclasses.field(default_factory=dict)
+    deltas: dict[str, Update] = dataclasses.field(default_factory=dict)
 
     @property
     def rotated(self) -> bool:

@@ -96,7 +96,7 @@ def convert(
         precision: int8, fp8, bf16 or fp32, for every component not set apart by ``dit``, ``vae`` or
             ``text_encoder`` (which also takes nf4).
         lora: files or folders, as ``"path"`` or ``"path:weight"``, merged in float32 as
-            ``W += weight * alpha / r * B @ A`` before quantizing.
+            ``W += weight * alpha / r * B @ A`` before quantizing; also whole differences, LoHa and LoKr.
         lora_alpha: for LoRAs that state none; by default 64, LiveAvatar's, or the rank where factors are called
             lora_down and lora_up.
         rotate: turn groups of 16 input channels of the DiT's int8 Linears by a Hadamard matrix before quantizing, which
@@ -202,8 +202,9 @@ def _check_alpha(sources: list[LoraSource], plan: Plan) -> None:
     given = next((source.alpha for source in sources if source.alpha is not None), None)
     if given is not None and not any(lora.option_used for lora in plan.loras):
         stated = sorted({alpha for lora in plan.loras for alpha in lora.alphas.values()})
+        own = f"states its own ({', '.join(f'{a:g}' for a in stated[:3])})" if stated else "has nothing that it scales"
         raise ConfigError(
-            f"--lora-alpha is {given:g}, but the LoRA states its own ({', '.join(f'{a:g}' for a in stated[:3])}): "
+            f"--lora-alpha is {given:g}, but the LoRA {own}: "
             "leave --lora-alpha out, or scale the LoRA as --lora path:weight"
         )
 
@@ -265,7 +266,7 @@ def _fingerprint(plan: Plan) -> str:
         for item in plan.items
     ]
     loras = [
-        [lora.file.name, lora.weight, sorted((n, delta.factor) for n, delta in lora.deltas.items())]
+        [lora.file.name, lora.weight, sorted((n, update.factors) for n, update in lora.deltas.items())]
         for lora in plan.loras
     ]
     text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, versions()], sort_keys=True)

@@ -1,28 +1,29 @@
-"""LoRAs, to be merged into the weights: ``W += weight * alpha / r * B @ A`` in float32, of several their sum."""
+"""LoRAs and their kin, to be merged into the weights: ``W += weight * alpha / r * B @ A`` in float32, of several their
+sum; what else can be added is in ``lora_updates``."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_quantize.checkpoint import hugging_face_snapshot
 from lowvram_quantize.lora_alpha import ADAPTER_CONFIG, Adapter, read_adapter
 from lowvram_quantize.lora_names import Names, other_kind
+from lowvram_quantize.lora_shapes import USE, difference_of, rank_of, update_of
+from lowvram_quantize.lora_updates import Update, added
 from lowvram_quantize.source import TensorRef, TensorTable
 from lowvram_quantize.tables import open_table
 
-Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 DEFAULT_ALPHA = 64.0
 """Of LiveAvatar's LoRA, whose file states none."""
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-_USE = "use the LoRA that was made for this checkpoint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,24 +55,6 @@ class LoraSource:
         return cls(path=Path(path), weight=weight, alpha=alpha)
 
 
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """One layer's update: the sum of ``factor * B @ A`` with A [r, in] and B [out, r], of each LoRA."""
-
-    a: TensorRef
-    b: TensorRef
-    factor: float
-    more: tuple[Delta, ...] = ()
-
-    def load(self) -> tuple[Tensor, Tensor]:
-        """(factor * B, A), float32; of several [out, sum of r] and [sum of r, in]."""
-        b, a = self.b.read().float().mul_(self.factor), self.a.read().float()
-        if not self.more:
-            return b, a
-        loaded = [(b, a), *(delta.load() for delta in self.more)]
-        return torch.cat([b for b, _ in loaded], 1), torch.cat([a for _, a in loaded], 0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
     """What a LoRA changes, by the name of the base's tensor: updates, and tensors that it replaces whole."""
@@ -79,7 +62,7 @@ class Lora:
     file: Path
     weight: float
     alphas: dict[str, float]
-    deltas: dict[str, Delta]
+    deltas: dict[str, Update]
     replaced: dict[str, TensorRef]
     config: Path | None = None
     option_used: bool = False
@@ -96,19 +79,19 @@ class Lora:
             "weight": self.weight,
             "alpha": alphas[-1] if alphas else 0.0,
             "alphas": alphas,
-            "ranks": sorted({delta.a.rows for delta in self.deltas.values()}),
+            "ranks": sorted({rank for update in self.deltas.values() for rank in update.ranks}),
             "merged": len(self.deltas),
             "replaced": len(self.replaced),
         }
 
 
-def merge_loras(loras: Sequence[Lora]) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+def merge_loras(loras: Sequence[Lora]) -> tuple[dict[str, Update], dict[str, TensorRef]]:
     """All updates and replaced tensors together.
 
     Raises:
         CheckpointError: two of them replace the same tensor.
     """
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, Update] = {}
     replaced: dict[str, TensorRef] = {}
     for lora in loras:
         if twice := sorted(set(replaced) & set(lora.replaced)):
@@ -116,9 +99,8 @@ def merge_loras(loras: Sequence[Lora]) -> tuple[dict[str, Delta], dict[str, Tens
                 f"{replaced[twice[0]].file} and {lora.file} both replace {twice[0]}; expected one to: leave one out"
             )
         replaced |= lora.replaced
-        for target, delta in lora.deltas.items():
-            first = deltas.get(target)
-            deltas[target] = delta if first is None else dataclasses.replace(first, more=(*first.more, delta))
+        for target, update in lora.deltas.items():
+            deltas[target] = added(deltas.get(target), update)
     return deltas, replaced
 
 
@@ -133,32 +115,64 @@ def open_lora(source: LoraSource, base: TensorTable) -> Lora:
     table, names = open_table(path), Names(base)
     kind = other_kind(table)
     if kind is not None:
-        raise CheckpointError(f"{path} holds {kind}, not merged here; expected a LoRA of lora_A and lora_B: {_USE}")
-    pairs: dict[str, dict[str, TensorRef]] = {}
+        raise CheckpointError(f"{path} holds {kind}, not merged here; expected a LoRA of lora_A and lora_B: {USE}")
+    layers: dict[str, dict[str, TensorRef]] = {}
     replaced: dict[str, TensorRef] = {}
     down_up: set[str] = set()
     for name, ref in table.items():
         read = names.read(name)
         down_up |= {read.target} if read.down_up else set()
-        if not read.role:
-            replaced[read.target] = ref
-        elif read.role in pairs.setdefault(read.target, {}):
+        if read.role and read.role in layers.setdefault(read.target, {}):
+            role = f"lora_{read.role}" if read.role in "AB" else read.role
+            raise CheckpointError(f"{path} has two {role} for {read.target}; expected one adapter: save it alone")
+        if not read.role and read.target in replaced:
             raise CheckpointError(
-                f"{path} has two lora_{read.role} for {read.target}; expected one adapter: save it alone"
+                f"{path} has {read.target} twice, under other prefixes; expected it once: save it alone"
             )
+        if read.role:
+            layers[read.target][read.role] = ref
         else:
-            pairs[read.target][read.role] = ref
-    _check_targets(path, [*pairs, *replaced], base)
+            replaced[read.target] = ref
+    _check_targets(path, list(dict.fromkeys([*layers, *replaced])), base)
+    _check_codes(path, table)
     _check_replaced(source, path, replaced, base)
-    deltas, alphas = {}, {}
-    for target, pair in pairs.items():
-        a, b = _factors(path, target, pair, base[target])
-        alphas[target], factor = _scaling(source, path, adapter, target, pair.get("alpha"), a.rows, target in down_up)
-        deltas[target] = Delta(a, b, source.weight * factor)
-    stated = adapter is not None or all("alpha" in pair for pair in pairs.values())
+    return _matched(source, path, adapter, base, layers, replaced, down_up)
+
+
+def _matched(
+    source: LoraSource,
+    path: Path,
+    adapter: Adapter | None,
+    base: TensorTable,
+    layers: dict[str, dict[str, TensorRef]],
+    replaced: dict[str, TensorRef],
+    down_up: set[str],
+) -> Lora:
+    deltas: dict[str, Update] = {}
+    alphas: dict[str, float] = {}
+    option_used, unscaled = False, []
+    for target, roles in layers.items():
+        rank, factor = rank_of(path, target, roles), 1.0
+        if rank is not None:
+            # An alpha that is left out means the rank, except beside lora_A and lora_B.
+            implied = target in down_up or "A" not in roles
+            stored = roles.get("alpha")
+            alphas[target], factor = _scaling(source, path, adapter, target, stored, max(rank, 1), implied)
+            option_used |= stored is None and adapter is None and source.alpha is not None
+        elif "alpha" in roles:
+            unscaled.append(roles["alpha"].name)
+        update = update_of(path, target, roles, base[target], source.weight * factor)
+        if update is not None:
+            deltas[target] = update
+        if "diff" in roles:
+            deltas[target] = added(deltas.get(target), difference_of(path, roles["diff"], base[target], source.weight))
+    if unscaled:
+        log.warning(
+            "%s: %d alphas scale nothing, as %s: no product of factors is beside", path, len(unscaled), unscaled[0]
+        )
     return Lora(
         file=path, weight=source.weight, alphas=alphas, deltas=deltas, replaced=replaced,
-        config=adapter.file if adapter else None, option_used=source.alpha is not None and not stated,
+        config=adapter.file if adapter else None, option_used=option_used,
     )  # fmt: skip
 
 
@@ -205,7 +219,7 @@ def _check_replaced(source: LoraSource, path: Path, replaced: dict[str, TensorRe
     for target, ref in replaced.items():
         if ref.shape != base[target].shape:
             raise CheckpointError(
-                f"{path}: {ref.name} has shape {list(ref.shape)}, the base's is {list(base[target].shape)}; {_USE}"
+                f"{path}: {ref.name} has shape {list(ref.shape)}, the base's is {list(base[target].shape)}; {USE}"
             )
     if replaced and source.weight != 1:
         raise CheckpointError(
@@ -220,19 +234,11 @@ def _check_targets(path: Path, targets: list[str], base: TensorTable) -> None:
         example = next(iter(base), "")
         raise CheckpointError(
             f"{path}: {len(unknown)} of {len(targets)} names match nothing in the base, as {unknown[:2]}; expected "
-            f"names as {example!r} with lora_A and lora_B, or lora_down and lora_up: {_USE}"
+            f"names as {example!r} with lora_A and lora_B, or lora_down and lora_up: {USE}"
         )
 
 
-def _factors(path: Path, target: str, pair: dict[str, TensorRef], base: TensorRef) -> tuple[TensorRef, TensorRef]:
-    if not {"A", "B"} <= set(pair):
-        has = " and ".join(f"lora_{role}" if role in "AB" else role for role in sorted(pair))
-        raise CheckpointError(f"{path}: {target} has only {has}; expected lora_A and lora_B: fetch it again")
-    a, b = pair["A"], pair["B"]
-    fits = len(a.shape) == len(b.shape) == len(base.shape) == 2
-    if not fits or (b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1] or not a.rows:
-        raise CheckpointError(
-            f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {target} {list(base.shape)}; "
-            f"expected [r, in] and [out, r]: {_USE}"
-        )
-    return a, b
+def _check_codes(path: Path, table: TensorTable) -> None:
+    for name, ref in table.items():
+        if not ref.dtype.is_floating_point and not name.endswith(".alpha"):
+            raise CheckpointError(f"{path}: {name} is {ref.kind}, and no scale lies beside it; {USE}, in bf16 or fp8")

@@ -22,7 +22,10 @@ FETCH = {
 
 _DIT = "blocks.0.self_attn.q.weight"
 _WAV2VEC2 = "feature_extractor.conv_layers.0.conv.weight"
-_LORA_MARKS = ("lora_A", "lora_B", "lora_down", "lora_up", "hada_w1_a", "lokr_w1")
+_LORA_MARKS = frozenset(
+    ("lora_A", "lora_B", "lora_down", "lora_up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "oft_blocks",
+     "oft_R", "boft_R", "dora_scale")
+)  # fmt: skip
 # How the three spellings of T5 call the embedding of relative positions of the second block, which UMT5 alone has,
 # and what is in every T5: the published file's, transformers' (also ComfyUI's), and llama.cpp's in GGUF files.
 _T5 = {
@@ -72,7 +75,7 @@ class Part:
 
 def parts_of(table: TensorTable) -> list[Part]:
     """What a table holds; a file may hold several things, each behind a prefix of its own."""
-    if any(mark in name.split(".") for name in table for mark in _LORA_MARKS):
+    if any(_LORA_MARKS.intersection(name.split(".")) for name in table):
         return [Part("lora", "a LoRA")]
     parts = [_dit(table, prefix) for prefix in _before(table, _DIT)]
     for first, later in _T5.items():

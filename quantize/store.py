@@ -10,7 +10,7 @@ import torch
 from lowvram_kernels.rotation import rotated
 from lowvram_quantize.components import Item
 from lowvram_quantize.format import TensorSpec
-from lowvram_quantize.lora import Delta
+from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.schemes import CHUNK_VALUES, NF4_BLOCK, all_finite, not_finite, quantize_chunk
 
 Tensor = torch.Tensor
@@ -44,7 +44,7 @@ def stored_specs(item: Item) -> list[TensorSpec]:
     ]
 
 
-def write_item(item: Item, delta: Delta | None, write: Write) -> float | None:
+def write_item(item: Item, delta: Update | None, write: Write) -> float | None:
     """Convert and write one tensor; returns its relative error (norm) where it was quantized.
 
     Raises:
@@ -60,7 +60,7 @@ def write_item(item: Item, delta: Delta | None, write: Write) -> float | None:
     return _write_rows(item, delta, write, data, scale)
 
 
-def _write_kept(item: Item, delta: Delta | None, write: Write) -> None:
+def _write_kept(item: Item, delta: Update | None, write: Write) -> None:
     itemsize = item.scheme.dtype.itemsize
     done = 0
     for chunk in _chunks(item, delta):
@@ -70,7 +70,7 @@ def _write_kept(item: Item, delta: Delta | None, write: Write) -> None:
         done += chunk.numel()
 
 
-def _write_rows(item: Item, delta: Delta | None, write: Write, data: str, scale: str) -> float:
+def _write_rows(item: Item, delta: Update | None, write: Write, data: str, scale: str) -> float:
     scales = torch.empty(item.ref.rows)
     row = done = 0
     off = size = 0.0
@@ -99,7 +99,7 @@ def _write_nf4(item: Item, write: Write) -> float:
     return float(error.nan_to_num())
 
 
-def _chunks(item: Item, delta: Delta | None, *, float32: bool = False) -> Iterator[Tensor]:
+def _chunks(item: Item, delta: Update | None, *, float32: bool = False) -> Iterator[Tensor]:
     """Rows of the merged weight, about CHUNK_VALUES values at a time: [rows, width], float32 if merged or asked for."""
     ref = item.ref
     width = math.prod(ref.shape[1:])
@@ -109,7 +109,7 @@ def _chunks(item: Item, delta: Delta | None, *, float32: bool = False) -> Iterat
             chunk = ref.read_rows(start, min(step, ref.rows - start))
             yield chunk.float() if float32 else chunk
         return
-    b, a = delta.load()
+    add = delta.adder()
     for start in range(0, ref.rows, _MERGED_CHUNKS * step):
         rows = min(_MERGED_CHUNKS * step, ref.rows - start)
-        yield from ref.read_rows(start, rows).float().addmm_(b[start : start + rows], a).split(step)
+        yield from add(ref.read_rows(start, rows).float(), start).split(step)

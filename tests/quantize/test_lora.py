@@ -240,15 +240,25 @@ def test_an_alpha_that_is_not_above_zero(base, tmp_path, alpha):
 
 
 OTHERS = {
-    "LoHa": {f"{Q}.hada_w1_a": A}, "LoKr": {f"{Q}.lokr_w1": A}, "DoRA": named(Q, AB | {"dora_scale": B.clone()}),
-    "whole differences": {f"{Q}.diff": torch.ones(6, 4)}, "differences of biases": {f"{Q}.diff_b": torch.ones(6)},
+    "DoRA": named(Q, AB | {"dora_scale": B.clone()}),
+    "DoRA ": named(Q, AB | {"lora_magnitude_vector": torch.ones(6)}),
+    "OFT": {f"{Q}.oft_blocks": torch.ones(2, 3, 3)},
+    "BOFT": {f"{Q}.boft_R": torch.ones(2, 3, 3), f"{Q}.boft_S": torch.ones(6, 1)},
+    "OFT, not merged": {f"{Q}.oft_R.weight": torch.ones(2, 3)},
+    "LoHa of convolutions": {f"{Q}.hada_t1": A, f"{Q}.hada_w1_a": A.clone()},
+    "LoKr of convolutions": {f"{Q}.lokr_t2": A},
+    "GLoRA": {f"{Q}.a1.weight": A, f"{Q}.a2.weight": A.clone()},
+    "IA3": {f"{Q}.ia3_l": A},
+    "VeRA": {f"{Q}.vera_lambda_b": torch.ones(6)},
+    "a LoRA with biases of its own": named(Q, AB | {"lora_B.bias": torch.ones(6)}),
+    "whole weights": {f"{Q}.set_weight": torch.ones(6, 4)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_adapters_of_other_kinds_are_named(base, tmp_path, kind):
     save_file(OTHERS[kind], tmp_path / "a.safetensors")
-    with refusal(CheckpointError, f"holds {kind}", "expected a LoRA", "use the LoRA"):
+    with refusal(CheckpointError, f"holds {kind.strip()}", "expected a LoRA", "use the LoRA"):
         open_lora(LoraSource(path=tmp_path / "a.safetensors"), base)
 
 
