@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,7 @@ from lowvram.options import (
     request_options,
 )
 from lowvram.out_of_memory import is_out_of_memory
-from lowvram_kernels.errors import LowvramError
+from lowvram_kernels.errors import LowvramError, OutputError
 
 
 class ErrorsToExitCodes(click.Group):
@@ -150,7 +151,7 @@ def compare(
     if options["model"] is not None or options["baseline"] is not None:
         refuse_both_ways(a, b, options)
         with contextlib.ExitStack() as stack:
-            folder = out_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowvram-compare-")))
+            folder = out_dir or stack.enter_context(scratch("compare"))
             result = run(*run_both(folder, options))
     elif a is None or b is None:
         raise click.UsageError("give two files to compare, or --model and --baseline to run both")
@@ -186,8 +187,8 @@ def plan(
         raise click.UsageError(
             "--preset and --precision stand for a model that is not here: with --model leave them out"
         )
-    with tempfile.TemporaryDirectory(prefix="lowvram-plan-") as folder:
-        path = model or write_phantom(Path(folder) / "preset", preset=preset or "14b", precision=precision or "int8")
+    with scratch("plan") as folder:
+        path = model or write_phantom(folder / "preset", preset=preset or "14b", precision=precision or "int8")
         if not show_plan(path, asked, dry=dry, as_json=as_json):
             sys.exit(1)
 
@@ -195,13 +196,14 @@ def plan(
 @main.command(context_settings=SETTINGS)
 @click.option("--out-dir", type=FILE, default=Path("demo-out"), help="Folder for the tiny model and the videos.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-def demo(out_dir: Path, device: str) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace files in --out-dir that no demo has made.")
+def demo(out_dir: Path, device: str, overwrite: bool) -> None:
     """Run the whole job on a tiny random model: convert to int8 and bf16, infer both, compare."""
     from lowvram.compare import compare as compare_runs
     from lowvram.compare_table import print_comparison
     from lowvram.demo import run_demo
 
-    run_demo(out_dir, device=device)
+    run_demo(out_dir, device=device, overwrite=overwrite)
     result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
     print_comparison(result, Console())
     click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
@@ -240,16 +242,20 @@ def doctor(gpus: int | None, port: int, model: Path | None, no_measure: bool, as
 @main.command(context_settings=SETTINGS)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--report", type=FILE, help="Write a text to paste into a bug report.")
+@click.option("--overwrite", is_flag=True, help="Replace a report of that name.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def selftest(device: str, report: Path | None, as_json: bool) -> None:
+def selftest(device: str, report: Path | None, overwrite: bool, as_json: bool) -> None:
     """Run every kernel against its reference, stream a tiny model, copy, time: minutes; what is found is kept.
 
     Exits with 1 where something fails that no other kernel makes good.
     """
+    from lowvram.outputs import check_file
     from lowvram.selftest.command import selftest as run
     from lowvram.selftest.command import write_text
     from lowvram.selftest.report import bug_report, print_examined
 
+    if report:
+        check_file("--report", report, overwrite=overwrite)
     examined, note = run(device)
     if as_json:
         click.echo(json.dumps({"note": note, "devices": [each.to_json() for each in examined]}, indent=1))
@@ -270,8 +276,24 @@ def sizes_of(model: Path | None) -> Any:
     from lowvram_quantize.format import Artifact
     from lowvram_quantize.phantom import write_phantom
 
-    with tempfile.TemporaryDirectory(prefix="lowvram-doctor-") as folder:
-        return facts_of(Artifact.open(model or write_phantom(Path(folder) / "preset")))
+    with scratch("doctor") as folder:
+        return facts_of(Artifact.open(model or write_phantom(folder / "preset")))
+
+
+@contextlib.contextmanager
+def scratch(what: str) -> Iterator[Path]:
+    """A folder for as long as a command needs it.
+
+    Raises:
+        OutputError: there is none, or nothing can be written in it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"lowvram-{what}-"))
+        except OSError as error:
+            said = f"no temporary file can be made ({error.strerror or error})"
+            raise OutputError(f"{said}; set TMPDIR to a folder with room") from error
+        yield Path(folder)
 
 
 if __name__ == "__main__":

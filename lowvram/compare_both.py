@@ -8,8 +8,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lowvram.option_values import prompt_file
 from lowvram.options import make_request, open_pipeline
-from lowvram_kernels.errors import InputError
 
 
 def refuse_run_options() -> None:
@@ -32,19 +32,21 @@ def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) ->
 def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     """Run the model and the baseline into ``folder``; return their reports."""
     from lowvram.infer import infer as run
-    from lowvram.outputs import Outputs
+    from lowvram.outputs import Outputs, check_folder
 
-    if not folder.is_dir():
-        raise InputError(f"--out-dir is {folder}, which is no folder; make it first")
+    check_folder("--out-dir", folder, make=False)
     request = make_request(options)
+    inputs = {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline")}
+    if (file := prompt_file(options["prompt"])) is not None:
+        inputs["--prompt"] = file
+    places = {
+        name: Outputs.in_folder(folder, name, "--out-dir", overwrite=options["overwrite"])
+        for name in ("model", "baseline")
+    }
+    for outputs in places.values():  # of both, before the first of them runs
+        outputs.check(inputs)
     reports = []
-    for name in ("model", "baseline"):
-        outputs = Outputs(
-            video=folder / f"{name}.mp4",
-            dump_tensors=folder / f"{name}.safetensors",
-            report=folder / f"{name}.json",
-            overwrite=options["overwrite"],
-        )
+    for name, outputs in places.items():
         kv = options["baseline_kv"] if name == "baseline" and options["baseline_kv"] else options["kv"]
         run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)
         reports.append(folder / f"{name}.json")

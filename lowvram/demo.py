@@ -7,15 +7,19 @@ far the int8 model is from the bf16 one.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from lowvram.infer import infer
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
-from lowvram.outputs import Outputs
+from lowvram.outputs import Outputs, check_folder
 from lowvram.pipeline import FPS, AvatarPipeline, Request
+from lowvram_kernels.errors import InputError
+from lowvram_quantize.claims import writing
 from lowvram_quantize.convert import convert
-from lowvram_quantize.synthetic import write_checkpoint
+from lowvram_quantize.synthetic import MARKER, write_checkpoint
+from lowvram_quantize.writer import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +66,42 @@ def make_artifact(folder: Path, precision: str) -> Path:
     return artifact
 
 
-def run_demo(folder: Path, *, device: str = "auto") -> dict[str, dict[str, Any]]:
-    """Convert the tiny checkpoint to int8 and bf16, infer both; return each one's report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    request = prepare(folder)
-    reports = {}
-    for precision in PRECISIONS:
-        pipeline = AvatarPipeline.from_artifact(make_artifact(folder, precision), device=device)
-        outputs = Outputs(
-            video=folder / f"{precision}.mp4",
-            dump_tensors=folder / f"{precision}.safetensors",
-            report=folder / f"{precision}.json",
-            overwrite=True,
-        )
-        reports[precision] = infer(pipeline, request, outputs)
+def run_demo(folder: Path, *, device: str = "auto", overwrite: bool = False) -> dict[str, dict[str, Any]]:
+    """Convert the tiny checkpoint to int8 and bf16, infer both; return each one's report. What an earlier demo made in
+    ``folder`` is replaced, and what somebody else did only with ``overwrite``.
+
+    Raises:
+        InputError, OutputError: the folder cannot be used, or the disk is full.
+    """
+    places = check_places(folder, overwrite=overwrite)
+    with disk_errors(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / "demo", "lowvram demo"):
+        with disk_errors(folder / "demo", 0):
+            request = prepare(folder)
+        reports = {}
+        for precision, outputs in places.items():
+            pipeline = AvatarPipeline.from_artifact(make_artifact(folder, precision), device=device)
+            reports[precision] = infer(pipeline, request, outputs)
     return reports
+
+
+def check_places(folder: Path, *, overwrite: bool) -> dict[str, Outputs]:
+    """Where each precision's run writes, looked at before anything is made.
+
+    Raises:
+        InputError: no folder, or files of these names that no demo has made and that may not be replaced.
+        OutputError: nothing can be written there.
+    """
+    check_folder("--out-dir", folder, make=True)
+    own = overwrite or (folder / "ckpt" / MARKER).is_file()
+    places = {name: Outputs.in_folder(folder, name, "--out-dir", overwrite=True) for name in PRECISIONS}
+    made = [folder / "ckpt", folder / "portrait.png", folder / "voice.wav"]
+    made += [path for outputs in places.values() for path in outputs.named.values()]
+    there = [path.name for path in made if os.path.lexists(path)]
+    if there and not own:
+        raise InputError(
+            f"--out-dir is {folder}, which holds {', '.join(there[:3])} that no demo made; choose another folder, or "
+            "replace them: --overwrite"
+        )
+    return places

@@ -20,7 +20,7 @@ import torch
 from lowvram.fallback import smaller_request
 from lowvram.media.video import VideoWriter
 from lowvram.out_of_memory import is_out_of_memory
-from lowvram.outputs import Outputs, real
+from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
@@ -28,6 +28,7 @@ from lowvram_kernels import choices
 from lowvram_kernels.errors import OutOfMemoryError, OutputError
 from lowvram_quantize.claims import reading
 from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.places import real
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lowvram_kernels.errors import InputError, OutputError
 from lowvram_quantize.claims import writing
+from lowvram_quantize.places import nearest_folder, real, same, takes_files, takes_name, within
 
 log = logging.getLogger(__name__)
 
@@ -19,19 +19,39 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
     """Where a run writes: the video, and on demand all tensors and a report. ``overwrite``: what is there may go;
-    ``make_folder``: the folder of the video is made where it is not there."""
+    ``make_folder``: the folder of the video is made where it is not there; ``folder_option``: the option that named the
+    folder of all of them, where their own were not given."""
 
     video: Path
     dump_tensors: Path | None = None
     report: Path | None = None
     overwrite: bool = False
     make_folder: bool = False
+    folder_option: str = ""
+
+    @classmethod
+    def in_folder(cls, folder: Path, name: str, option: str, *, overwrite: bool) -> Outputs:
+        """All three, called ``name``, in the folder that ``option`` named."""
+        video, tensors, report = (folder / f"{name}.{ending}" for ending in ("mp4", "safetensors", "json"))
+        return cls(video=video, dump_tensors=tensors, report=report, overwrite=overwrite, folder_option=option)
 
     @property
     def named(self) -> dict[str, Path]:
         """What is to be written, by its option."""
         every = {"--out": self.video, "--dump-tensors": self.dump_tensors, "--report": self.report}
-        return {option: path for option, path in every.items() if path is not None}
+        given = {option: path for option, path in every.items() if path is not None}
+        if self.folder_option:
+            return {f"{self.folder_option} with its {path.name}": path for path in given.values()}
+        return given
+
+    @property
+    def unfinished(self) -> dict[str, Path]:
+        """What is written under another name first, by what it is."""
+        others = {option: path for option, path in self.named.items() if path != self.video}
+        kept = {
+            f"{option}, unfinished": real(path).with_name(f"{path.name}.partial") for option, path in others.items()
+        }
+        return kept | {"the unfinished video": self.partial}
 
     @property
     def partial(self) -> Path:
@@ -49,7 +69,7 @@ class Outputs:
         """
         if self.video.suffix.lower() != ".mp4":
             raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
-        _check_apart({**self.named, "the unfinished video": self.partial}, inputs or {})
+        _check_apart({**self.named, **self.unfinished}, inputs or {})
         for option, path in self.named.items():
             to_make = self.make_folder and path == self.video
             _check_place(option, real(path), overwrite=self.overwrite, make_folder=to_make)
@@ -71,19 +91,6 @@ class Outputs:
             yield
 
 
-def real(path: Path) -> Path:
-    """Where a symbolic link leads, so that its target is written and the link stays."""
-    return Path(os.path.realpath(path))
-
-
-def same(a: Path, b: Path) -> bool:
-    """Whether two names lead to one file, also through links and where only one of them is there yet."""
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return real(a) == real(b)
-
-
 def _check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
     there = list(outputs.items())
     for index, (option, path) in enumerate(there):
@@ -93,31 +100,48 @@ def _check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> Non
                     f"{option} and {other} are both {path}: one would destroy the other; name another file"
                 )
         for other, taken in inputs.items():
-            if taken.is_dir() and real(path).is_relative_to(real(taken)):
+            if within(path, taken):
                 raise InputError(f"{option} is {path}, inside {other}; name a file in another folder")
 
 
+def check_file(option: str, path: Path, *, overwrite: bool) -> None:
+    """Look before the work whether ``option`` names a file that can be written.
+
+    Raises:
+        InputError, OutputError: as of ``Outputs.check``.
+    """
+    _check_place(option, real(path), overwrite=overwrite, make_folder=False)
+
+
+def check_folder(option: str, folder: Path, *, make: bool) -> None:
+    """Look before the work whether files can be made in the folder that ``option`` names, or that is to be made.
+
+    Raises:
+        InputError: a file, or no such folder.
+        OutputError: nothing can be made there.
+    """
+    there = nearest_folder(real(folder)) if make else real(folder)
+    if not os.path.isdir(there):
+        where = f"{folder}" if there == real(folder) else f"{folder}, in {there}"
+        said = "is no folder; name another" if os.path.lexists(there) else "does not exist; make it first"
+        raise InputError(f"{option} is {where}, which {said}")
+    takes_files(there, f"{option} {folder}")
+    takes_name(real(folder), f"{option} {folder}")
+
+
 def _check_place(option: str, path: Path, *, overwrite: bool, make_folder: bool) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{option} is {path}, a folder; name a file to write")
-    folder = path.parent
-    while make_folder and not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        said = "is no folder; name another" if folder.exists() else "does not exist"
+    folder = nearest_folder(path.parent) if make_folder else path.parent
+    if not os.path.isdir(folder):
+        said = "is no folder; name another" if os.path.lexists(folder) else "does not exist"
         raise InputError(f"{path} cannot be written: the folder {folder} {said}")
-    if os.path.ismount(path) or (path.exists() and not path.is_file()):
+    if os.path.ismount(path) or (os.path.lexists(path) and not os.path.isfile(path)):
         raise InputError(f"{option} is {path}, which is mounted or no ordinary file; name a file in a folder instead")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise InputError(f"{option} is {path}, which is there already; choose another name, or replace it: --overwrite")
-    try:
-        # Asked of the system: rights alone do not tell of read-only disks.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: nothing can be made in {folder} ({error.strerror}); choose another folder"
-        ) from error
+    takes_files(folder, str(path))
+    takes_name(path, str(path))
 
 
 @contextlib.contextmanager

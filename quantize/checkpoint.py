@@ -41,6 +41,12 @@ class Named:
     audio_encoder: Path | None = None
     tokenizer: Path | None = None
 
+    @property
+    def by_option(self) -> dict[str, Path | None]:
+        """The same by the names of the command line."""
+        files = {option: getattr(self, kind) for kind, option in _OPTIONS.items()}
+        return {**files, "--audio-encoder-dir": self.audio_encoder, "--tokenizer-dir": self.tokenizer}
+
 
 class Checkpoint:
     """Finds each part when it is asked for: what was named, then the published name, then what a file holds.

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowvram_kernels.errors import InputError
+from lowvram_kernels.errors import InputError, OutputError
 
 log = logging.getLogger(__name__)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
@@ -33,6 +33,7 @@ def writing(target: Path, what: str) -> Iterator[None]:
 
     Raises:
         InputError: another process does so already; which one, since when.
+        OutputError: nothing can be written beside ``target``.
     """
     path = lock_file(target)
     descriptor = _opened_exclusively(path, target)
@@ -74,7 +75,12 @@ def replacing(file: Path) -> Iterator[None]:
 
 def _opened_exclusively(path: Path, target: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:  # never through a link: what it leads to is not ours
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise OutputError(
+                f"{target} cannot be written: {path} cannot be made beside it ({error.strerror}); choose another place"
+            ) from error
         try:
             if not _try(descriptor, fcntl.LOCK_EX, path):
                 raise InputError(

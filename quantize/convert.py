@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +33,9 @@ from lowvram_quantize.format import (
 )
 from lowvram_quantize.format import sha256_range as sha256_range
 from lowvram_quantize.lora import LoraSource
+from lowvram_quantize.places import real
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
-from lowvram_quantize.publish import check_target, publish
+from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
 from lowvram_quantize.store import stored_specs, write_item
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
@@ -108,7 +108,7 @@ def convert(
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
         ConfigError: an unknown precision or component, ``rotate`` with nothing to rotate, or ``out`` exists.
-        InputError: the folder of ``out`` does not exist.
+        InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
     named = Named(
@@ -121,17 +121,24 @@ def convert(
     checkpoint, out, wanted = Checkpoint(_path(ckpt_dir), named), Path(out), tuple(components)
     chosen = _precisions(precision, dit, vae, text_encoder)
     _check_components(wanted)
+    loras = lora_sources(lora, lora_alpha)
+    given = {"--ckpt-dir": _path(ckpt_dir), **named.by_option}
+    check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
-    out = Path(os.path.realpath(out))  # what is unfinished lies beside a link's target, on the same disk
-    with writing(out, "lowvram convert"):
-        check_target(out, overwrite=overwrite)  # another run may just have finished it
-        plans = _plans(checkpoint, wanted, chosen, lora_sources(lora, lora_alpha), rotate)
-        _check_folders(checkpoint, wanted)
-        partial = out.with_name(out.name + ".partial")
+    place = real(out)  # what is unfinished lies beside a link's target, on the same disk
+    with writing(place, "lowvram convert"):
+        check_target(place, overwrite=overwrite)  # another run may just have finished it
+        plans = _plans(checkpoint, wanted, chosen, loras, rotate)
+        folders = _check_folders(checkpoint, wanted)
+        # Where what was named holds links, it is what they lead to that must not go.
+        files = [file for plan in plans for file in plan.source_files]
+        files += [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        check_inputs(out, [("the checkpoint", real(file)) for file in files])
+        partial = partial_of(place)
         with disk_errors(partial, 0):
             partial.mkdir(exist_ok=True)
-        publish(partial, out, _write(plans, checkpoint, partial, wanted, progress))
-    return out
+        publish(partial, place, _write(plans, checkpoint, partial, wanted, progress))
+    return place
 
 
 def _write(
@@ -273,12 +280,16 @@ def _fingerprint(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_folders(checkpoint: Checkpoint, wanted: tuple[str, ...]) -> None:
-    """Look for what is copied last before the long work begins; raises as the copying would."""
+def _check_folders(checkpoint: Checkpoint, wanted: tuple[str, ...]) -> list[Path]:
+    """Look for what is copied last before the long work begins, and say where it is; raises as the copying would."""
+    folders = []
     if AUDIO_ENCODER in wanted:
-        check_audio_encoder(checkpoint.audio_encoder())
+        folders.append(checkpoint.audio_encoder())
+        check_audio_encoder(folders[-1])
     if TOKENIZER in wanted:
-        check_tokenizer(checkpoint.tokenizer())
+        folders.append(checkpoint.tokenizer())
+        check_tokenizer(folders[-1])
+    return folders
 
 
 def _copy_folders(checkpoint: Checkpoint, folder: Path, wanted: tuple[str, ...]) -> dict[str, dict[str, Any]]:

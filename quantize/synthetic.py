@@ -44,7 +44,7 @@ BASE_FOLDER = "Wan2.2-S2V-14B"
 LORA_FOLDER = "LiveAvatar"
 LORA_SUFFIXES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 """The LoRA is on every Linear whose name ends in one of these."""
-_MARKER = "synthetic.json"
+MARKER = "synthetic.json"
 _DIT_FILE = "diffusion_pytorch_model"
 # Tensors that are used as they are, not multiplied into a sum: a width to spread them by would mean nothing.
 _PLAIN_STD = {"modulation": 0.1, "padding_tokens": 0.1, "trainable_cond_mask.weight": 0.1, "masked_spec_embed": 0.3}
@@ -181,7 +181,7 @@ def _meta_dit(config: dict[str, Any]) -> CausalDiT:
 
 def _refuse_foreign(root: Path) -> None:
     there = [folder for folder in (BASE_FOLDER, LORA_FOLDER) if (root / folder).exists()]
-    if there and not (root / _MARKER).is_file():
+    if there and not (root / MARKER).is_file():
         raise InputError(
             f"{root} already holds {' and '.join(there)}, and it is no checkpoint that was made here; "
             "name another folder"
@@ -190,7 +190,7 @@ def _refuse_foreign(root: Path) -> None:
 
 def _publish(root: Path, folders: tuple[Path, ...], facts: dict[str, Any]) -> None:
     # First the marker: cut at any later point, what is there may be replaced.
-    _write_json(root / _MARKER, {"note": "random weights in the published layout; not a trained model", **facts})
+    _write_json(root / MARKER, {"note": "random weights in the published layout; not a trained model", **facts})
     for folder in folders:
         target = root / folder.name
         if target.exists():

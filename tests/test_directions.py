@@ -18,7 +18,12 @@ ALLOWED = {
     "kernels": {"lowvram_kernels"},
     "models": {"lowvram_models"},
     "quantize": {"lowvram_quantize", "lowvram_models", "lowvram_kernels"},
-    "lowvram": {"lowvram", "lowvram_quantize.format", "lowvram_quantize.claims", "lowvram_models", "lowvram_kernels"},
+    "lowvram": {
+        "lowvram",
+        *(f"lowvram_quantize.{name}" for name in ("format", "claims", "places")),
+        "lowvram_models",
+        "lowvram_kernels",
+    },
 }
 # The door: what offers the whole job to a person also calls the offline half.
 DOORS = {"lowvram/cli.py", "lowvram/__init__.py", "lowvram/demo.py"}

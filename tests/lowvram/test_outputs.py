@@ -82,7 +82,7 @@ def test_what_is_there_is_replaced_only_when_told(tmp_path, option):
 
 @pytest.mark.parametrize("option", ["video", "report", "dump_tensors"])
 def test_a_folder_that_takes_nothing_is_said_at_the_start(tmp_path, monkeypatch, option):
-    import lowvram.outputs as module
+    import lowvram_quantize.places as module
 
     def full(dir) -> None:
         raise OSError(30, "Read-only file system")
