@@ -152,9 +152,22 @@ def test_a_device_that_does_not_answer_any_more_is_said_and_not_tried_again(monk
     assert tried == [1]
 
 
-def test_what_runs_once_and_what_can_run_on_the_host():
-    with pytest.raises(OutOfMemoryError, match=r"ran out in denoise: Triton Error .*; why"):
-        relief().once("denoise", lambda: fail(TRITON), "why")
+@pytest.mark.parametrize("error", [TRITON, CUDA])
+def test_ranks_that_work_together_step_down_for_it_too(error):
+    told, left = [], [1]
+
+    def work() -> str:
+        return fail(error) if left and left.pop() else "done"
+
+    def any_ran_out(here: bool) -> bool:
+        told.append(here)
+        return here
+
+    found = relief().attempt_together("denoise", work, lambda _: 0, keep_up=lambda: None, any_ran_out=any_ran_out)
+    assert (found, told) == ("done", [True, False])
+
+
+def test_what_can_run_on_the_host():
     found = relief().on_host_instead(
         "encode_text", lambda device: fail(CUDA) if device.type == "meta" else device.type, torch.device("meta")
     )

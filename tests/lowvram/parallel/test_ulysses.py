@@ -143,7 +143,7 @@ def test_a_rank_that_fails_catches_up_with_the_others(tokens, groups, heads, siz
         ulysses.begins()
         own = ulysses.own(x, groups)
         memory = ulysses.around(PlainMemory(), rope, groups)
-        y = memory.attend(own, lambda _: own, own, own_rope(ulysses, rope, groups))
+        y = memory.attend(lambda _: own, lambda _: own, own, own_rope(ulysses, rope, groups))
         return ulysses.whole(y.flatten(1).float(), tokens * groups, groups)
 
     def part(ulysses: Ulysses) -> Tensor:
