@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 LIMIT_S = 30.0
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0
 # Behind what is on the disk: ten frames of look-ahead, one a thread of the encoder, half a second of an open fragment.
 HELD_BACK_FRAMES = 10 + 4 + 12
 LAYOUTS = {
