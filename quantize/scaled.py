@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 MARKERS = ("scaled_fp8",)
 """Tensors that only say how the others are stored."""
 _SCALES = {".scale_weight": ".weight", ".weight_scale": ".weight", ".weight_scale_inv": ".weight", "._scale": ""}
+_SCALES_OF_CODES = {".weight.scale": ".weight", ".scale": ".weight", "_scale": ""}
+_CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_LIKE_A_SCALE = re.compile(r"(?P<layer>.+)[._][^.]*(?:scale|zero|absmax|amax)[^.]*")
 # Scales of activations that were measured beforehand: here activations are quantized by what they are.
 _UNUSED = (".scale_input", ".input_scale", ".scale_output", ".output_scale")
 # Weights that are packed, so that neither shape nor dtype is that of the layer.
@@ -39,6 +43,7 @@ _PACKED = {
     ".weight.SCB": "bitsandbytes' 8 bit",
     ".weight_packed": "packed integers (compressed-tensors)",
     ".weight_codebook": "4 bit with a code book (w4a8)",
+    ".weight_zero_point": "integers with zero points",
     ".pre_quant_scale": "weights that were smoothed (AWQ)",
 }
 
@@ -67,14 +72,22 @@ class ScaledRef(TensorRef):
     def read_rows(self, start: int, count: int) -> Tensor:
         values = self.raw.read_rows(start, count).float()
         if math.prod(self.scale.shape) == 1:
-            return values.mul_(self.scale.read().float().reshape(()))
+            return values.mul_(self._checked(self.scale.read()).reshape(()))
         if self.scale.rows == self.rows:
-            return values.mul_(self.scale.read_rows(start, count).float())
+            return values.mul_(self._checked(self.scale.read_rows(start, count)))
         first, last = start // self.block, -(-(start + count) // self.block)
-        blocks = self.scale.read_rows(first, last - first).float().repeat_interleave(self.block, 0)
+        blocks = self._checked(self.scale.read_rows(first, last - first)).repeat_interleave(self.block, 0)
         skip = start - first * self.block
         wide = blocks[skip : skip + count].repeat_interleave(self.block, 1)
         return values.mul_(wide[:, : values.shape[1]])
+
+    def _checked(self, scale: Tensor) -> Tensor:
+        scale = scale.float()
+        if not bool(((scale >= 0) & (scale < math.inf)).all()):  # NaN is neither
+            raise CheckpointError(
+                f"{self.scale.file}: {self.scale.name} is negative, NaN or infinite; expected scales: fetch it again"
+            )
+        return scale
 
 
 def with_scales(path: Path, table: TensorTable) -> TensorTable:
@@ -88,7 +101,7 @@ def with_scales(path: Path, table: TensorTable) -> TensorTable:
     _refuse_packed(path, table)
     layers, found, unused = dict(table), {}, []
     for name, ref in table.items():
-        weight = _weight_of(name)
+        weight = _weight_of(name, table)
         if weight is not None:
             if weight in found:
                 raise CheckpointError(f"{path} has two scales for {weight}; expected one: {ADVICE}")
@@ -101,6 +114,7 @@ def with_scales(path: Path, table: TensorTable) -> TensorTable:
         if stored not in layers:
             raise CheckpointError(f"{path} has {scale.name}, but no {weight} that it belongs to; fetch it again")
         layers[weight] = _scaled(path, weight, _codes(path, layers.pop(stored), formats.get(weight)), scale, formats)
+    _refuse_unknown(path, layers)
     for weight in formats.keys() - found.keys():
         raise CheckpointError(f"{path} says {formats[weight].format!r} of {weight}, but has no scale of it; {ADVICE}")
     if unused:
@@ -130,11 +144,28 @@ def _codes(path: Path, raw: TensorRef, stored: Stored | None) -> TensorRef:
     return raw
 
 
-def _weight_of(name: str) -> str | None:
+def _weight_of(name: str, table: TensorTable) -> str | None:
+    """What a tensor is the scale of; names that are also other things are scales only beside codes."""
     for suffix, own in _SCALES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix) + own
+    for suffix, own in _SCALES_OF_CODES.items():
+        weight = name.removesuffix(suffix) + own
+        if name.endswith(suffix) and weight in table and table[weight].dtype in _CODES:
+            return weight
     return None
+
+
+def _refuse_unknown(path: Path, layers: TensorTable) -> None:
+    """A tensor beside codes that is called as if it belonged to them: guessed at, or left out, it would give noise."""
+    for name in layers:
+        match = _LIKE_A_SCALE.fullmatch(name)
+        for weight in (match["layer"], f"{match['layer']}.weight") if match else ():
+            if weight in layers and layers[weight].dtype in _CODES:
+                raise CheckpointError(
+                    f"{path} has {name} beside {weight} in {layers[weight].kind}, and how it scales it is not known; "
+                    f"{ADVICE}"
+                )
 
 
 def _scaled(path: Path, name: str, raw: TensorRef, scale: TensorRef, formats: dict[str, Stored]) -> ScaledRef:

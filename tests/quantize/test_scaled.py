@@ -62,6 +62,9 @@ SPELLINGS = {
     ),
     "int8 a row": ({"x.weight": INT8, "x.weight_scale": ROW}, INT8.float() * ROW),
     "blocks of 128": ({"x.weight": fp8(), "x.weight_scale_inv": BLOCK}, fp8().float() * blocks(BLOCK)),
+    "scale alone": ({"x.weight": fp8(), "x.scale": torch.tensor(0.3)}, fp8().float() * 0.3),
+    "weight.scale": ({"x.weight": fp8(), "x.weight.scale": ROW}, fp8().float() * ROW),
+    "in float64": ({"x.weight": fp8(), "x.weight_scale": torch.tensor(0.5).double()}, fp8().float() * 0.5),
     "quanto": (
         {"x.weight._data": INT8, "x.weight._scale": ROW, "x.input_scale": torch.ones(()),
          "x.output_scale": torch.ones(())},
@@ -119,6 +122,10 @@ def test_scales_in_a_pth_and_over_a_convolution(tmp_path):
         ({"x.qweight": INT8, "x.qzeros": INT8}, "GPTQ"),
         ({"x.weight": fp8(), "x.weight_scale": positive(1), "x.comfy_quant": note(format="mxfp8")}, "'mxfp8'"),
         ({"x.weight": fp8(), "x.weight_scale": positive(1), "x.comfy_quant": note()}, "no JSON with a format"),
+        ({"x.weight": INT8, "x.weight_scale": ROW, "x.weight_zero_point": ROW}, "integers with zero points"),
+        ({"x.weight": fp8(), "x.scale_inv": positive(1)}, "x.scale_inv beside x.weight in F8_E4M3, and how it scales"),
+        ({"x.weight": INT8, "x.scales": ROW}, "x.scales beside x.weight in I8"),
+        ({"x.weight": INT8, "x.weight_amax": positive(1)}, "x.weight_amax beside x.weight"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -126,3 +133,24 @@ def test_what_is_not_read_is_said(tmp_path, tensors, said):
     said = said.replace("blocks of 128 x 128", "each block of 128 x 128")
     with refusal(CheckpointError, "a.safetensors", said, "fetch"):
         open_table(save(tmp_path / "a.safetensors", {n: t.clone() for n, t in tensors.items()}))
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(), (OUT, 1), (3, 2)])
+def test_scales_that_are_none_are_said(tmp_path, value, shape):
+    scale = torch.ones(shape)
+    scale.view(-1)[-1] = value
+    ref = open_table(save(tmp_path / "a.safetensors", {"x.weight": fp8(), "x.weight_scale": scale}))["x.weight"]
+    with refusal(CheckpointError, "a.safetensors", "x.weight_scale is negative, NaN or infinite", "fetch"):
+        ref.read()
+
+
+def test_a_parameter_of_no_layer_and_names_that_are_no_scales(tmp_path):
+    """A modulation's scale is found; a norm's, or one beside bf16, is a tensor as others."""
+    tensors = {
+        "m": fp8(), "m_scale": torch.tensor(0.3), "norm.scale": positive(4), "y.weight": torch.ones(3, 2),
+        "y.scale": positive(1), "y.scaled.weight": torch.ones(2),
+    }  # fmt: skip
+    table = open_table(save(tmp_path / "a.safetensors", tensors))
+    assert set(table) == set(tensors) - {"m_scale"}
+    assert torch.equal(table["m"].read(), fp8().float() * 0.3)
