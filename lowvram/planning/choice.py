@@ -73,6 +73,15 @@ class Alternative:
         return (self.plan.seconds_per_block if self.plan else float("inf")), -self.layout.stages
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The plan that was chosen for several GPUs, or why there is none, and every layout that they can have."""
+
+    team: TeamPlan | None
+    refusal: DoesNotFit | None
+    alternatives: tuple[Alternative, ...]
+
+
 def alternatives(
     artifact: Artifact | ModelFacts, workload: Workload, there: Machines, wishes: Wishes | None = None
 ) -> tuple[Alternative, ...]:

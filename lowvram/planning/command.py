@@ -12,12 +12,11 @@ from lowvram.byte_sizes import gib, parse_bytes
 from lowvram.devices import choose_dtype, cuda_is_here
 from lowvram.planning.card_names import DEFAULT_CARD, card_named
 from lowvram.planning.cards import Card
-from lowvram.planning.choice import Alternative, Machines, Wishes, alternatives, choose_team
+from lowvram.planning.choice import Compared, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.costs import GIB
 from lowvram.planning.facts import facts_of
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.planner import DoesNotFit, Plan, plan
-from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
@@ -66,15 +65,6 @@ class PlanOptions:
     def workload(self) -> Workload:
         dtype = choose_dtype(self.dtype, torch.device("cuda"))
         return Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps, dtype=dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compared:
-    """The plan that was chosen for several GPUs, or why there is none, and every layout that they can have."""
-
-    team: TeamPlan | None
-    refusal: DoesNotFit | None
-    alternatives: tuple[Alternative, ...]
 
 
 def plan_for(model: Path, options: PlanOptions) -> Plan:

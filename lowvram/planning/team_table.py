@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib
-from lowvram.planning.choice import Alternative
-from lowvram.planning.command import Compared
+from lowvram.planning.choice import Alternative, Compared
 from lowvram.planning.planner import Plan
 from lowvram.planning.table import Simulated, empty_table, reserve_rows, to_json
 from lowvram.planning.team import TeamPlan

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
-from lowvram.planning.command import Compared
+from lowvram.planning.choice import Compared
 from lowvram.planning.costs import GIB, MIB
 from lowvram.planning.grouped import FLAT_BYTES as NCCL_FLAT_BYTES
 from lowvram.planning.grouped import group_bytes, measuring_group
