@@ -94,6 +94,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--infer-frames", type=int, default=48, help="Video frames a clip: a multiple of 4 from 12 on."),
         click.option("--sample-steps", type=int, default=4, help="Denoising steps a block."),
+        click.option("--audio-duration", help="How long the voice is: seconds or mm:ss; default: any length."),
         click.option(
             "--gpu",
             default="auto",

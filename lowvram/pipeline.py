@@ -106,7 +106,8 @@ class AvatarPipeline:
         inputs = read_inputs(request) if isinstance(request, Request) else request
         request, size = inputs.request, inputs.latent_size
         self.team.share("latent_size", size)
-        self._lay_out(request, size)
+        self.team.share("voice_on_host", inputs.voice_on_host)
+        self._lay_out(request, size, voice_on_host=inputs.voice_on_host)
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
             conditions = self._encode(inputs, recorder)
         with listening(conditions.audio):
@@ -132,7 +133,8 @@ class AvatarPipeline:
     def _serve(self, request: Request) -> Iterator[Block]:
         height, width = self.team.share("latent_size", None)[self.team.layout.media_rank]
         size = height, width
-        self._lay_out(request, size)
+        voice_on_host = bool(self.team.share("voice_on_host", None)[self.team.layout.media_rank])
+        self._lay_out(request, size, voice_on_host=voice_on_host)
         conditions = self.team.share_conditions(None)
         with listening(conditions.audio):
             denoiser = self._denoiser(request, size, conditions)
@@ -140,7 +142,7 @@ class AvatarPipeline:
                 del denoiser.seconds[block.index]
                 yield block
 
-    def _lay_out(self, request: Request, latent_size: LatentSize) -> None:
+    def _lay_out(self, request: Request, latent_size: LatentSize, *, voice_on_host: bool) -> None:
         """Decide where everything lies, before anything loads.
 
         Raises:
@@ -151,6 +153,7 @@ class AvatarPipeline:
             latent_size=latent_size,
             infer_frames=request.infer_frames,
             sample_steps=request.sample_steps,
+            voice_on_host=voice_on_host,
             dtype=runtime.dtype,
         )
         self.laid_out = found = lay_out(runtime.artifact, work, runtime.device, runtime.memory, team)

@@ -18,7 +18,7 @@ from lowvram.media.sound import Sound
 from lowvram.media.voice import SPEECH_RATE_HZ, load_voice
 from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S
+from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
@@ -73,6 +73,11 @@ class Request:
             raise ConfigError(f"--audio-duration is {duration:g} s; expected more than 0, or none for the rest")
 
     @property
+    def may_be_long(self) -> bool:
+        """Whether the voice may be one that is encoded window by window, as far as is known before it is read."""
+        return self.audio_duration is None or self.audio_duration > WHOLE_FILE_S
+
+    @property
     def voice_limit_s(self) -> float | None:
         """As much of the voice, in seconds, as is read: what ``num_clip`` clips need and what lies around it as
         context, but never less than what is encoded at once, so that a pause at the start is not taken for all of it;
@@ -99,6 +104,14 @@ class Inputs:
     def latent_size(self) -> tuple[int, int]:
         height, width = self.portrait.shape[1:]
         return height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+
+    @property
+    def voice_on_host(self) -> bool:
+        """Whether the audio encoder may stay on the host beside the video: the voice is encoded window by window, and
+        the clips may need more of it than the first window, which is never shorter than half of the longest."""
+        request, read_s = self.request, len(self.speech) / SPEECH_RATE_HZ
+        clips_s = read_s if request.num_clip is None else request.num_clip * request.infer_frames / FPS
+        return (self.speech_goes_on or read_s > WHOLE_FILE_S) and min(clips_s, read_s) > WINDOW_S / 2
 
     @property
     def voice_frames(self) -> int:

@@ -62,13 +62,15 @@ def wav2vec2_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def extract_features(model: Wav2Vec2Model, samples: Tensor | np.ndarray, *, do_normalize: bool = True) -> Tensor:
+def extract_features(
+    model: Wav2Vec2Model, samples: Tensor | np.ndarray, *, do_normalize: bool = True, whole_s: float = WHOLE_FILE_S
+) -> Tensor:
     """All hidden states of a voice at 50 Hz.
 
     ``samples`` [N] are mono at 16 kHz; ``do_normalize`` (of ``preprocessor_config.json``) makes them zero mean and unit
     variance over the whole file. Returns float32 [layers + 1, dim, N50] on the CPU.
 
-    Up to ``WHOLE_FILE_S`` this is the whole file at once, as the reference does it. Longer audio is encoded in windows
+    Up to ``whole_s`` seconds this is the whole file at once, as the reference does it. Longer audio goes in windows
     with ``CONTEXT_S`` of context on both sides, so memory beyond the output does not grow with the length. The frames
     are as many, and each still comes from the same samples, but it attends to its window's up to 40 s only and not to
     the whole file, so the values are near the reference's and not equal to them.
@@ -79,7 +81,7 @@ def extract_features(model: Wav2Vec2Model, samples: Tensor | np.ndarray, *, do_n
     stride, kernel = stride_and_kernel(model.config)
     if len(wave) < kernel:
         raise ValueError(f"audio has {len(wave)} samples; expected at least {kernel}")
-    if len(wave) <= WHOLE_FILE_S * SAMPLE_RATE_HZ:
+    if len(wave) <= whole_s * SAMPLE_RATE_HZ:
         return hidden_states(model, wave)
     window, context = (seconds * SAMPLE_RATE_HZ // stride for seconds in (WINDOW_S, CONTEXT_S))
     return _in_windows(model, wave, window=window, context=context)

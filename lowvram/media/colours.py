@@ -1,5 +1,6 @@
 """Pictures of any mode and colour space to what the model knows: 8-bit sRGB without transparency."""
 
+import dataclasses
 import io
 import logging
 from collections.abc import Sequence
@@ -24,12 +25,23 @@ PRIMARIES = {
 }
 
 
-def to_srgb(image: Image.Image, primaries: Sequence[float] = BT709) -> Image.Image:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Colours:
+    """Chromaticities x, y of red, green, blue and white; ``gamma`` of the curve, None for sRGB's."""
+
+    primaries: Sequence[float] = BT709
+    gamma: float | None = None
+
+
+SRGB = Colours()
+ADOBE_RGB = Colours(primaries=(0.640, 0.330, 0.210, 0.710, 0.150, 0.060, 0.3127, 0.3290), gamma=563 / 256)
+
+
+def to_srgb(image: Image.Image, colours: Colours = SRGB) -> Image.Image:
     """An image of any mode as RGB of 8 bits a channel in sRGB, transparent pixels composed on white.
 
-    Its ICC profile is followed; without one, ``primaries`` (x, y of red, green, blue, white) with sRGB's curve. 16-bit
-    grey keeps its upper 8 bits, floats are read as 0 to 1 where none is above 1. A profile that cannot be used is said
-    in the log and left out.
+    Its ICC profile is followed; without one, ``colours``. 16-bit grey keeps its upper 8 bits, floats are read as 0 to 1
+    where none is above 1. A profile that cannot be used is said in the log and left out.
     """
     image = _eight_bits(image)
     alpha = None
@@ -37,8 +49,8 @@ def to_srgb(image: Image.Image, primaries: Sequence[float] = BT709) -> Image.Ima
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     rgb = _with_profile(image) or image.convert("RGB")
-    if not image.info.get("icc_profile") and tuple(primaries) != BT709:
-        rgb = _from_primaries(rgb, primaries)
+    if not image.info.get("icc_profile") and colours != SRGB:
+        rgb = _from_primaries(rgb, colours)
     if alpha is None:
         return rgb
     rgb.putalpha(alpha)
@@ -110,10 +122,11 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     return int(np.abs(made.astype(int) - colours).max()) <= _SAME_LEVELS
 
 
-def _from_primaries(image: Image.Image, primaries: Sequence[float]) -> Image.Image:
-    """RGB of other primaries and sRGB's curve, in sRGB; a band of rows at a time."""
-    matrix = (np.linalg.inv(_to_xyz(BT709)) @ _to_xyz(primaries)).astype(np.float32)
-    linear = _decoded(np.arange(256) / 255).astype(np.float32)
+def _from_primaries(image: Image.Image, colours: Colours) -> Image.Image:
+    """RGB of other primaries, or of another curve, in sRGB; a band of rows at a time."""
+    matrix = (np.linalg.inv(_to_xyz(BT709)) @ _to_xyz(colours.primaries)).astype(np.float32)
+    levels = np.arange(256) / 255
+    linear = (_decoded(levels) if colours.gamma is None else levels**colours.gamma).astype(np.float32)
     pixels_HWC = np.array(image)
     for top in range(0, len(pixels_HWC), 256):
         band = pixels_HWC[top : top + 256]

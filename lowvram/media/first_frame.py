@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from lowvram.media.colours import BT709, PRIMARIES, to_srgb
+from lowvram.media.colours import BT709, PRIMARIES, Colours, to_srgb
 from lowvram.media.containers import WITH_PICTURES, open_media, reason
 from lowvram_kernels.errors import InputError
 
@@ -74,7 +74,8 @@ def _to_image(frame: VideoFrame) -> Image.Image:
     if curve is not None:
         logger.warning("the portrait is high dynamic range (%s): it may look pale, export it as SDR", curve)
     primaries = PRIMARIES.get(int(frame.color_primaries), BT709)
-    return to_srgb(Image.fromarray(np.ascontiguousarray(pixels)), BT709 if curve else primaries)
+    stated = Colours(primaries=BT709 if curve else primaries)
+    return to_srgb(Image.fromarray(np.ascontiguousarray(pixels)), stated)
 
 
 def _upright(image: Image.Image, rotation: int, pixel_shape: float) -> Image.Image:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lowvram.media.colours import BT709, PRIMARIES, to_srgb
+from lowvram.media.colours import to_srgb
 from lowvram.media.first_frame import first_frame
+from lowvram.media.stated_colours import stated_colours
 from lowvram_kernels.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,16 @@ _EXPECTED = "expected JPEG, PNG or WebP, HEIC, or another picture or video"
 # known by name only.
 _NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 _NO_PIXELS = {b"%PDF": "a PDF", b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"<svg": "an SVG"}
+# Pictures that none of the libraries here reads.
+_NOT_READ_HERE = {
+    b"\xff\x0a": "a JPEG XL",
+    b"\0\0\0\x0cJXL \r\n\x87\n": "a JPEG XL",
+    b"II\xbc": "a JPEG XR",
+    b"gimp xcf": "a GIMP file",
+    b"FLIF": "a FLIF",
+    b"BPG\xfb": "a BPG",
+    b"FUJIFILMCCD-RAW": "a camera's raw file",
+}
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"avif", b"avis")
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
 
@@ -89,9 +100,8 @@ def _read(file: Path, image: Image.Image) -> Portrait:
         image.seek(1)  # an APNG's picture for programs that show no animation is not part of it
     facts = {"format": image.format, "mode": image.mode, "width": image.width, "height": image.height}
     image.load()
-    nclx = image.info.get("nclx_profile") or {}  # of HEIC; what an ICC profile says goes before it
-    primaries = PRIMARIES.get(nclx.get("color_primaries", 1), BT709)
-    return Portrait(image=to_srgb(_upright(file, image), primaries), facts=facts)
+    colours = stated_colours(file, image)
+    return Portrait(image=to_srgb(_upright(file, image), colours), facts=facts)
 
 
 def _upright(file: Path, image: Image.Image) -> Image.Image:
@@ -114,6 +124,9 @@ def _of_video(file: Path) -> Portrait:
     for start, name in _NO_PIXELS.items():
         if head.startswith(start) or (start == b"<svg" and head.lstrip().startswith(b"<?xml") and start in head):
             raise InputError(f"portrait {file} is {name}: {_EXPECTED}; export it as a PNG")
+    for start, name in _NOT_READ_HERE.items():
+        if head.startswith(start):
+            raise InputError(f"portrait {file} is {name}, which is not read here: {_EXPECTED}; convert it to PNG")
     image = first_frame(file, _EXPECTED, functools.partial(_check_size, file))
     return Portrait(image=image, facts={"format": "video", "width": image.width, "height": image.height})
 

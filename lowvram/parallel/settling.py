@@ -51,6 +51,7 @@ class Settler:
         work = Workload.of_size(
             request.size, infer_frames=request.infer_frames, sample_steps=request.sample_steps, dtype=dtype
         )
+        work = dataclasses.replace(work, voice_on_host=request.may_be_long)
         wishes = Wishes.of(self.memory, num_gpus_dit=options.num_gpus_dit, vae_rank=options.enable_vae_parallel)
         return choose_team(self.artifact, work, there, wishes).layout
 

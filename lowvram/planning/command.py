@@ -10,6 +10,7 @@ import torch
 
 from lowvram.byte_sizes import gib, parse_bytes
 from lowvram.devices import choose_dtype, cuda_is_here
+from lowvram.option_values import seconds_of
 from lowvram.planning.card_names import DEFAULT_CARD, card_named
 from lowvram.planning.cards import Card
 from lowvram.planning.choice import Compared, Machines, Wishes, alternatives, choose_team
@@ -19,6 +20,7 @@ from lowvram.planning.measure import card_at_hand
 from lowvram.planning.planner import DoesNotFit, Plan, plan
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError
+from lowvram_models.voice_lengths import WHOLE_FILE_S
 from lowvram_quantize.format import Artifact
 
 # For a card that is not here, whose host is not here either.
@@ -30,7 +32,12 @@ class PlanOptions:
     """As they come from the command line. ``vram`` (of each card) and ``ram`` are texts as "22.15GiB", None for what
     the card, and the host, have; ``gpu`` is a card's name, ``custom:...``, or "auto". ``gpus`` None: a plan for one,
     without ranks; the last three say how several share the work, None leaves it to the choice. Validated at
-    construction."""
+    construction.
+
+    ``audio_duration`` is how long the voice is, as "90" or "1:30". None plans for a voice of any length, so that what
+    fits here fits when it is run: above 60 s the audio encoder stays on the host, beside everything else there. That
+    the plan of a short voice then names more of the host than it takes is said in a note.
+    """
 
     vram: str | None = None
     ram: str | None = None
@@ -44,6 +51,7 @@ class PlanOptions:
     offload_model: bool = False
     offload_kv_cache: bool = False
     t5_cpu: bool = False
+    audio_duration: str | None = None
     gpus: int | None = None
     num_gpus_dit: int | None = None
     ulysses_size: int | None = None
@@ -60,11 +68,26 @@ class PlanOptions:
                 parse_bytes(text, name)
         if self.gpu != "auto":
             card_named(self.gpu)
+        if self.audio_duration is not None and not seconds_of(self.audio_duration, "--audio-duration"):
+            raise ConfigError("--audio-duration is 0; expected how long the voice is, or none for any")
 
     @property
     def workload(self) -> Workload:
         dtype = choose_dtype(self.dtype, torch.device("cuda"))
-        return Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps, dtype=dtype)
+        found = Workload.of_size(self.size, infer_frames=self.infer_frames, sample_steps=self.sample_steps, dtype=dtype)
+        given = self.audio_duration
+        long = given is None or seconds_of(given, "--audio-duration") > WHOLE_FILE_S
+        return dataclasses.replace(found, voice_on_host=long)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was taken for granted."""
+        if self.audio_duration is not None:
+            return []
+        return [
+            f"the host's memory is that of a voice above {WHOLE_FILE_S} s, whose audio encoder stays there; "
+            "--audio-duration plans for a shorter one"
+        ]
 
 
 def plan_for(model: Path, options: PlanOptions) -> Plan:
@@ -90,7 +113,8 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         t5_cpu=options.t5_cpu,
     )
     said = [_not_here(card)] if options.gpu == "auto" and not at_hand else []
-    return dataclasses.replace(result, notes=(*said, *_beyond(card, result.vram_budget_bytes), *result.notes))
+    said += _beyond(card, result.vram_budget_bytes)
+    return dataclasses.replace(result, notes=(*said, *result.notes, *options.notes))
 
 
 def plan_team_for(model: Path, options: PlanOptions) -> Compared:
@@ -126,7 +150,8 @@ def plan_team_for(model: Path, options: PlanOptions) -> Compared:
         refusal = error
     if team is not None:
         said = [_not_here(cards[0])] if options.gpu == "auto" and not at_hand else []
-        team = dataclasses.replace(team, notes=(*said, *_beyond(cards[0], there.vram_bytes[0]), *team.notes))
+        said += _beyond(cards[0], there.vram_bytes[0])
+        team = dataclasses.replace(team, notes=(*said, *team.notes, *options.notes))
     return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, options.workload, there, wishes))
 
 

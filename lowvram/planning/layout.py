@@ -156,16 +156,18 @@ class HostParts:
     pinned_rings: int
     pinned_cache: int
     text_encoder: int
+    voice_encoder: int
 
     @property
     def peak(self) -> int:
-        """The text encoder is gone before anything is pinned."""
-        return self.base + max(self.pinned_weights + self.pinned_rings + self.pinned_cache, self.text_encoder)
+        """The text encoder is gone before anything is pinned, and before a long voice is gone on with."""
+        pinned = self.pinned_weights + self.pinned_rings + self.pinned_cache
+        return self.base + max(pinned + self.voice_encoder, self.text_encoder)
 
 
 def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
     """Of one rank's process; what it streams lies there once for all ranks of a machine. A text encoder computes in
-    float32 there."""
+    float32 there, and so does the audio encoder, which stays beside everything else for the windows of a long voice."""
     cell = ring_costs(facts.config, work, placement.kv, share).cell
     return HostParts(
         base=HOST_BASE_BYTES,
@@ -174,6 +176,10 @@ def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_dev
         pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0,
         text_encoder=sum(slab.bound(torch.float32) for slab in facts.text)
         if share.media and text_device == "cpu"
+        else 0,
+        voice_encoder=facts.audio.parameters * FLOAT32_BYTES
+        + workspace.audio_workspace(facts.audio, workspace.WINDOW_S)
+        if share.media and work.voice_on_host
         else 0,
     )
 
@@ -188,6 +194,7 @@ class MachineParts:
     pinned_rings: int
     pinned_cache: int
     text_encoder: int
+    voice_encoder: int
     beside_text: int
 
     @property
@@ -196,7 +203,7 @@ class MachineParts:
 
     @property
     def peak(self) -> int:
-        return self.base + max(self.pinned, self.text_encoder + self.beside_text)
+        return self.base + max(self.pinned + self.voice_encoder, self.text_encoder + self.beside_text)
 
 
 def machine_parts(facts: ModelFacts, ranks: Sequence[HostParts], streamed: Sequence[tuple[int, ...]]) -> MachineParts:
@@ -213,6 +220,7 @@ def machine_parts(facts: ModelFacts, ranks: Sequence[HostParts], streamed: Seque
         pinned_rings=sum(rank.pinned_rings for rank in ranks),
         pinned_cache=sum(rank.pinned_cache for rank in ranks),
         text_encoder=sum(rank.text_encoder for rank in ranks),
+        voice_encoder=sum(rank.voice_encoder for rank in ranks),
         beside_text=pinned_weights(facts, streamed_by_others) + kept if any(reading) else 0,
     )
 

@@ -149,6 +149,8 @@ def _stages(plan: Plan, simulated: Simulated | None) -> Table:
     peak, budget = gib(plan.peak_vram_bytes), gib(plan.vram_budget_bytes)
     reserved = gib(simulated.peak_reserved) if simulated else ""
     table.add_row("device, highest with reserve", peak, reserved, budget, style="bold")
+    if plan.host.voice_encoder:
+        table.add_row("host, for a long voice", gib(plan.host.voice_encoder), "", "")
     table.add_row("host", gib(plan.peak_host_bytes), "", gib(plan.ram_budget_bytes), style="bold")
     return table
 

@@ -22,6 +22,7 @@ _HOST_NAMES = {
     "pinned_rings": "KV rings",
     "pinned_cache": "copy of the VAE decoder's cache",
     "text_encoder": "text encoder, before anything else is there",
+    "voice_encoder": "audio encoder, for a long voice",
 }
 
 

@@ -12,7 +12,9 @@ from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, kv_bytes
 from lowvram.planning.facts import AudioFacts, ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
+from lowvram_models import voice_lengths
 from lowvram_models.config import DiTConfig
+from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S
 
 # Full-resolution planes of the VAE: multiples of base width x height x width of a frame in the dtype of the VAE, alive
 # at once. Counted over diffusers' AutoencoderKLWan as ``lowvram_models.vae`` runs it, at 256 x 384 to 720 x 1280.
@@ -20,8 +22,9 @@ DECODER_CACHE_PLANES = 24.63
 DECODER_PLANES = 24.01
 ENCODER_PLANES = 36.77
 
-# The longest stretch of a voice that goes through wav2vec2 at once, and its samples and features a second.
-AUDIO_S, SAMPLES_PER_S, FEATURES_PER_S = 60, 16_000, 50
+# The longest stretches of a voice that go through wav2vec2 at once, of a short and of a long one, and its samples and
+# features a second.
+AUDIO_S, WINDOW_S, SAMPLES_PER_S, FEATURES_PER_S = WHOLE_FILE_S, voice_lengths.WINDOW_S + 2 * CONTEXT_S, 16_000, 50
 _RGB = 3
 _FRAMES_PER_LATENT = 4
 
@@ -147,10 +150,10 @@ def text_workspace(facts: ModelFacts, value_bytes: int) -> int:
     return scores + hidden + 2 * facts.text_width * facts.text_ffn * value_bytes
 
 
-def audio_workspace(audio: AudioFacts) -> int:
-    """wav2vec2 in float32 over the longest stretch: its first convolution, or all hidden states with one layer's
-    scores before and after the softmax."""
-    features = AUDIO_S * FEATURES_PER_S
-    first = 2 * audio.conv_channels * AUDIO_S * SAMPLES_PER_S // audio.conv_stride
+def audio_workspace(audio: AudioFacts, seconds: int = AUDIO_S) -> int:
+    """wav2vec2 in float32 over a stretch, the longest by default: its first convolution, or all hidden states with one
+    layer's scores before and after the softmax."""
+    features = seconds * FEATURES_PER_S
+    first = 2 * audio.conv_channels * seconds * SAMPLES_PER_S // audio.conv_stride
     states = (audio.layers + 7) * features * audio.width + 2 * audio.heads * features**2
     return max(first, states) * FLOAT32_BYTES
