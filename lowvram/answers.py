@@ -13,6 +13,8 @@ from lowvram_kernels.errors import ConfigError
 
 # A hint is for a slip of the keys. A name that shares a word is another option, and no hint is better than that one.
 _ALIKE, _SHORT = 0.85, 5
+# So many options may be meant by a beginning.
+_BEGUN = 3
 # Of these, one is enough.
 _EITHER = {"infer": [("out", "save_dir")]}
 
@@ -66,6 +68,12 @@ class Answering(click.Command):
         if others := _commands_with(ctx, name):
             return f"for lowvram {_listed(others)}, not for {self.name}"
         names = _shown(self)
+        # Argparse, which the reference's scripts use, takes any beginning that is one option's alone.
+        every = names | {_bare(each) for each in self._foreign}
+        begun = sorted(known for known in every if word.startswith("--") and known.startswith(name))
+        if len(name) > 1 and 1 <= len(begun) <= _BEGUN:
+            whole = " and ".join(f"--{known.replace('-', '_')}" for known in begun)
+            return f"unknown, {whole} {'is' if len(begun) == 1 else 'are'} known"
         near = difflib.get_close_matches(name, names, n=2, cutoff=_ALIKE) if len(name) >= _SHORT else []
         if len(near) == 1:
             return f"unknown, --{near[0].replace('-', '_')} is known"

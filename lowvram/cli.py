@@ -51,6 +51,8 @@ class ErrorsToExitCodes(click.Group):
             return super().invoke(ctx)
         except LowvramError as error:
             fail(str(error), error.exit_code)
+        except click.UsageError as error:  # in one line, without the page of usage that click puts in front
+            fail(error.format_message(), 2)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 fail(f"the GPU's memory ran out: {error}; give a smaller --vram-budget, which plans for less", 1)
