@@ -194,7 +194,7 @@ def window_difference(folder: Path, seconds: int = WINDOWS_S) -> dict[str, Any]:
 def relative(mine: Any, whole: Any) -> dict[str, Any]:
     """Of features [1, layers, dim, frames]: norm of the difference to norm, of all, and of each frame the mean and the
     largest."""
-    each = (mine - whole).norm(dim=(0, 1, 2)) / whole.norm(dim=(0, 1, 2))
+    each = (mine - whole).flatten(0, 2).norm(dim=0) / whole.flatten(0, 2).norm(dim=0)
     return {
         "frames": len(each),
         "relative": float((mine - whole).norm() / whole.norm()),

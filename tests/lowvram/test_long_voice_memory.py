@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "long_voice.py"
 NOISE_S = 1.0
@@ -27,3 +29,24 @@ def test_an_hour_is_as_cheap_as_ten_seconds(benchmark, tmp_path):
     assert short["frames"] == hour["frames"] == 45
     assert hour["peak_rss_bytes"] < 1.05 * short["peak_rss_bytes"]
     assert hour["first_frames_s"] < 1.2 * short["first_frames_s"] + NOISE_S
+
+
+def test_differences_are_of_every_frame(benchmark):
+    whole = torch.ones(1, 2, 8, 3)
+    mine = whole.clone()
+    mine[..., 1] += 0.5
+    found = benchmark.relative(mine, whole)
+    assert found["frames"] == 3
+    assert found["relative_by_frame"] == {"mean": pytest.approx(0.5 / 3), "largest": pytest.approx(0.5), "frame": 1}
+    assert found["relative"] == pytest.approx(0.5 / 3**0.5)
+
+
+def test_multiples_are_of_the_first_length(benchmark):
+    runs = {"10 s": {"peak_rss_bytes": 4, "first_frames_s": 2.0}, "60 s": {"peak_rss_bytes": 5, "first_frames_s": 2.0}}
+    assert benchmark.times_the_first(runs)["60 s"] == {"peak_rss_bytes": 1.25, "first_frames_s": 1.0}
+
+
+@pytest.mark.parametrize("text", ["", "10,x", "2", "-5", "1.5"])
+def test_lengths_that_are_none(benchmark, text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        benchmark.lengths(text)
