@@ -136,7 +136,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                     f"{path} is no safetensors file, or is truncated: its header would have {length} bytes of {size}; "
                     "fetch or convert it again"
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
         ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
@@ -151,6 +151,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             f"{'truncated' if size < expected else 'not what it was'}; fetch or convert it again"
         )
     return header, 8 + length
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a name stands twice, of which a dict would keep the last without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 def _end(entry: dict[str, Any]) -> int:

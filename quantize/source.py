@@ -6,6 +6,7 @@ Nothing is mapped: mapped pages would count as resident, and a converter is to r
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -128,7 +129,15 @@ def open_safetensors(path: Path) -> TensorTable:
         if ref.nbytes != facts["data_offsets"][1] - facts["data_offsets"][0]:
             raise CheckpointError(f"{path}: {name} has {facts} in the header, which does not add up; fetch it again")
         table[name] = ref
+    _check_apart(path, table)
     return table
+
+
+def _check_apart(path: Path, table: TensorTable) -> None:
+    refs = sorted((ref for ref in table.values() if ref.nbytes), key=lambda ref: ref.offset)
+    for first, second in itertools.pairwise(refs):
+        if first.offset + first.nbytes > second.offset:
+            raise CheckpointError(f"{path}: {first.name} and {second.name} lie in the same bytes; fetch it again")
 
 
 def open_index(index: Path) -> TensorTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from lowvram_kernels.errors import CheckpointError
@@ -18,6 +19,7 @@ from lowvram_quantize.strange import refuse_strange
 log = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 _PICKLED = (b"PK\x03\x04", BEGIN[:9])
 
 
@@ -54,6 +56,7 @@ def open_component(path: Path, kind: str) -> TensorTable:
     Raises:
         CheckpointError: the file holds something else, which the error names; or ``open_table``'s.
     """
+    _refuse_shard(path)
     table = open_table(path)
     parts = parts_of(table)
     own = [part for part in parts if part.kind == kind]
@@ -64,6 +67,17 @@ def open_component(path: Path, kind: str) -> TensorTable:
         prefixes = " and ".join(repr(part.prefix) for part in own)
         raise CheckpointError(f"{path} holds {WANTED[kind]} twice, under {prefixes}; expected it once: save one alone")
     return _without_prefix(path, table, own[0], [part for part in parts if part is not own[0]])
+
+
+def _refuse_shard(path: Path) -> None:
+    match = _SHARD.fullmatch(path.name)
+    if match is None or int(match["count"]) < 2:
+        return
+    index = path.with_name(match["stem"] + INDEX_SUFFIX)
+    advice = f"name {index.name}" if index.is_file() else f"fetch {index.name} and all shards, and name that"
+    raise CheckpointError(
+        f"{path} is shard {int(match['number'])} of {int(match['count'])}, which its index puts together: {advice}"
+    )
 
 
 def _without_prefix(path: Path, table: TensorTable, part: Part, others: list[Part]) -> TensorTable:

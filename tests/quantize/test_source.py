@@ -22,6 +22,7 @@ from lowvram_quantize.source import (
     open_safetensors,
     read_json,
 )
+from lowvram_quantize.tables import open_component
 from tests.quantize.checkpoints import (
     INDEX,
     SHARDS,
@@ -251,3 +252,34 @@ def test_shapes_are_checked_by_name(tmp_path):
         check_shapes(table, {"a": (3, 2), "b": (1,)}, "the model")
     with refusal(CheckpointError, "lacks 1", "'c'", "1 unknown", "'b'"):
         check_shapes(table, {"a": (2, 3), "c": (1,)}, "the model")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ('"w": {W04}, "w": {W48}', "w is there twice"),
+        ('"w": {"dtype": "F32", "dtype": "F16", "shape": [1], "data_offsets": [0, 4]}', "dtype is there twice"),
+        ('"v": {W04}, "w": {W08}', "v and w lie in the same bytes"),
+        ('"v": {W04}, "w": {W04}, "x": {W48}', "v and w lie in the same bytes"),
+        ('"v": {W08}, "w": {W48}', "v and w lie in the same bytes"),
+    ],
+)
+def test_names_and_bytes_that_are_there_twice(tmp_path, entries, said):
+    for name, count, place in (("W04", 1, "[0, 4]"), ("W48", 1, "[4, 8]"), ("W08", 2, "[0, 8]")):
+        entries = entries.replace(f"{{{name}}}", f'{{"dtype": "F32", "shape": [{count}], "data_offsets": {place}}}')
+    header = f"{{{entries}}}".encode()
+    nbytes = 8 if "8]" in entries else 4
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    with refusal(CheckpointError, "a.safetensors", said, "fetch"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_shard_that_is_named_alone(tmp_path, index):
+    path = tmp_path / "m-00002-of-00003.safetensors"
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(2)}, path)
+    if index:
+        (tmp_path / "m.safetensors.index.json").write_text("{}")
+    advice = "name m.safetensors.index.json" if index else "fetch m.safetensors.index.json and all shards"
+    with refusal(CheckpointError, "is shard 2 of 3", advice):
+        open_component(path, "dit")
