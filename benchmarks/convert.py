@@ -161,9 +161,10 @@ def convert(folder: Path, facts: dict[str, Any], precision: str, *, lora: bool) 
     }
 
 
-# ru_maxrss is the high-water mark of the whole process, imports included; Linux counts it in KiB.
+# VmHWM is the high-water mark of this program, imports included; ru_maxrss would begin with that of the process that
+# started it.
 CHILD = """
-import json, os, resource, shutil, sys, time
+import json, os, shutil, sys, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 torch.set_num_threads(1)
@@ -175,7 +176,7 @@ out = convert(folder / "ckpt", folder / "artifact", precision=precision, lora=lo
 seconds = time.perf_counter() - begin
 size = (out / "dit.safetensors").stat().st_size
 shutil.rmtree(out)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) * 1024
 print(json.dumps({"seconds": seconds, "output_bytes": size, "peak_rss_bytes": peak}))
 """
 
