@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import pytest
 
@@ -95,7 +96,7 @@ def test_products_of_warp_groups_run_on_into_the_next_step(usages):
 
 
 # Most instructions of the inner loop, and those on matrices among them. About a twentieth above the larger count of
-# Triton 3.7.1 and 3.9; those of sm_90's few rows were set from another tile's count. Not checked under 3.6 and 3.7.0.
+# Triton 3.7.1 and 3.9; those of sm_90's few rows were set from another tile's count.
 CEILINGS = {
     "linear int8": {80: (234, 128), 86: (234, 128), 89: (234, 128), 90: (112, 8), 120: (222, 128)},
     "linear fp8": {89: (328, 128), 90: (100, 4), 120: (222, 128)},
@@ -107,14 +108,24 @@ CEILINGS = {
 }
 
 
+# Triton 3.6 makes a third more instructions of products on sm_120, and a few more of attention everywhere.
+CEILINGS_OF_3_6 = {
+    **{kind: {120: 322} for kind in ("linear int8", "linear fp8", "linears int8")},
+    **{f"{kind} few rows": {120: 188} for kind in ("linear int8", "linear fp8", "linears int8")},
+    "ring_attention": {80: 838, 86: 838, 89: 838, 120: 475},
+}
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_instructions_of_the_inner_loop(usages, generation):
+    older = CEILINGS_OF_3_6 if version("triton").startswith("3.6.") else {}
     checked = 0
     for name, usage in usages[generation].items():
         kind = max((kind for kind in CEILINGS if name.replace(" gelu", "").startswith(kind)), key=len, default=None)
         if kind is None or usage.loop is None:
             continue
         most, matrix = CEILINGS[kind][generation]
+        most = older.get(kind, {}).get(generation, most)
         assert usage.loop.matrix == matrix, name
         assert usage.loop.instructions <= most, name
         checked += 1
