@@ -45,7 +45,8 @@ LORA_FOLDER = "LiveAvatar"
 LORA_SUFFIXES = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 """The LoRA is on every Linear whose name ends in one of these."""
 MARKER = "synthetic.json"
-_DIT_FILE = "diffusion_pytorch_model"
+"""The file that says that a checkpoint beside it was made here."""
+DIT_FILE = "diffusion_pytorch_model"
 # Tensors that are used as they are, not multiplied into a sum: a width to spread them by would mean nothing.
 _PLAIN_STD = {"modulation": 0.1, "padding_tokens": 0.1, "trainable_cond_mask.weight": 0.1, "masked_spec_embed": 0.3}
 _EMBEDDING = "token_embedding.weight"
@@ -103,7 +104,7 @@ def write_checkpoint(
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if shards > len(shapes):
         raise ConfigError(f"shards is {shards}, but the DiT has {len(shapes)} tensors; ask for that many at most")
-    _refuse_foreign(root)
+    refuse_foreign(root)
     draw = Draw(seed)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,8 @@ def write_checkpoint(
             _write_text_encoder(base, draw, text_dim)
             _write_audio_encoder(base, draw, audio_dim)
             save_file(_lora(model, draw, lora_rank), lora / "liveavatar.safetensors", {"format": "pt"})
-            _publish(root, (base, lora), {"seed": seed, "lora_rank": lora_rank, **settings})
+            facts = {"note": "random weights in the published layout; not a trained model", "seed": seed}
+            publish(root, (base, lora), facts | {"lora_rank": lora_rank} | settings)
     except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
         raise OutputError(f"{root} cannot be written: {error}; choose another folder or free some space") from error
     log.info("wrote a random checkpoint of %d DiT tensors in %s", len(shapes), root)
@@ -179,7 +181,8 @@ def _meta_dit(config: dict[str, Any]) -> CausalDiT:
         raise ConfigError(f"these shapes make no DiT: {error}") from error
 
 
-def _refuse_foreign(root: Path) -> None:
+def refuse_foreign(root: Path) -> None:
+    """Raises: InputError where ``root`` holds a checkpoint that was not made here."""
     there = [folder for folder in (BASE_FOLDER, LORA_FOLDER) if (root / folder).exists()]
     if there and not (root / MARKER).is_file():
         raise InputError(
@@ -188,9 +191,10 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _publish(root: Path, folders: tuple[Path, ...], facts: dict[str, Any]) -> None:
+def publish(root: Path, folders: tuple[Path, ...], facts: dict[str, Any]) -> None:
+    """Move finished ``folders`` into ``root``; ``facts`` stand in the marker that says where they are from."""
     # First the marker: cut at any later point, what is there may be replaced.
-    _write_json(root / MARKER, {"note": "random weights in the published layout; not a trained model", **facts})
+    write_json(root / MARKER, facts)
     for folder in folders:
         target = root / folder.name
         if target.exists():
@@ -199,17 +203,17 @@ def _publish(root: Path, folders: tuple[Path, ...], facts: dict[str, Any]) -> No
 
 
 def _write_dit(base: Path, draw: Draw, config: dict[str, Any], shapes: Shapes, shards: int) -> None:
-    _write_json(base / "config.json", config)
+    write_json(base / "config.json", config)
     weight_map: dict[str, str] = {}
     groups = list(_shards(shapes, shards))
     for number, names in enumerate(groups, 1):
-        file = f"{_DIT_FILE}-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = f"{DIT_FILE}-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = draw.all({name: shapes[name] for name in names}, torch.bfloat16)
         save_file(tensors, base / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(math.prod(shape) for shape in shapes.values()) * torch.bfloat16.itemsize
-    _write_json(
-        base / f"{_DIT_FILE}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(
+        base / f"{DIT_FILE}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
 
 
@@ -243,7 +247,7 @@ def write_tokenizer(folder: Path) -> int:
     """Write the synthetic tokenizer's two files; returns the size of its vocabulary."""
     tokenizer, config = text_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     return tokenizer.get_vocab_size()
 
 
@@ -261,7 +265,7 @@ def write_wav2vec2_config(folder: Path, model: Wav2Vec2ForCTC) -> None:
     """Write the audio encoder's two JSON files."""
     model.config.architectures = [type(model).__name__]
     model.config.to_json_file(folder / "config.json", use_diff=False)
-    _write_json(folder / "preprocessor_config.json", wav2vec2_preprocessor())
+    write_json(folder / "preprocessor_config.json", wav2vec2_preprocessor())
 
 
 def _lora(model: CausalDiT, draw: Draw, rank: int) -> dict[str, Tensor]:
@@ -277,5 +281,6 @@ def _lora(model: CausalDiT, draw: Draw, rank: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """As people read it, with a newline at the end."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
