@@ -28,7 +28,7 @@ from lowvram.placement import Placement
 from lowvram.residency import Layers
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import Block, blocks_of
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit, check_complete, load_shared
 from lowvram_kernels import uploads
 from lowvram_models.config import DiTConfig

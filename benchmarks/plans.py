@@ -60,8 +60,8 @@ def main() -> None:
 
 
 def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> dict[str, Any]:
-    from lowvram.dry_run import dry_run
     from lowvram.planning import CARDS, Workload, plan
+    from lowvram.simulate.dry_run import dry_run
 
     artifact = published(folder, precision)
     found = plan(
@@ -91,8 +91,8 @@ def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> d
 
 def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
     """The layout that is taken by itself."""
-    from lowvram.dry_run import dry_run_team
     from lowvram.planning import CARDS, Machines, Workload, alternatives, choose_team
+    from lowvram.simulate.dry_run import dry_run_team
 
     artifact, work = published(folder, "int8"), Workload.of_size(size)
     there = Machines(

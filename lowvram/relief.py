@@ -16,7 +16,7 @@ import torch
 
 from lowvram.fallback import Layout, next_rung
 from lowvram.out_of_memory import allocator_refusals, is_out_of_memory
-from lowvram.simulate import simulated_device
+from lowvram.simulate.device import simulated_device
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 log = logging.getLogger(__name__)

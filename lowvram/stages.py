@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from lowvram.simulate import simulated_device
+from lowvram.simulate.device import simulated_device
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from lowvram.planning.outside import measure_parts
 from lowvram.planning.workload import Workload
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import blocks_of
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.modules import Attention, swap_linear
 from lowvram_models.attention import CrossAttention

@@ -10,13 +10,13 @@ import click
 from rich.console import Console
 
 from lowvram.byte_sizes import gib
-from lowvram.dry_run import dry_run, dry_run_team
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import GIGA, TERA
 from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
 from lowvram.planning.planner import DoesNotFit
 from lowvram.planning.table import print_plan, to_json
 from lowvram.planning.team_table import compared_to_json, print_team
+from lowvram.simulate.dry_run import dry_run, dry_run_team
 
 
 def show_plan(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> bool:

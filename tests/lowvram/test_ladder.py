@@ -8,13 +8,13 @@ import itertools
 import pytest
 import torch
 
-from lowvram.dry_run import DryRun, dry_run
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.costs import GIB
 from lowvram.planning.team import plan_team
 from lowvram.rollout import Rollout
-from lowvram.simulate import simulated_device
+from lowvram.simulate.device import simulated_device
+from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import OutOfMemoryError
 from tests.lowvram.few_layers import LAYERS, few_layers
 from tests.lowvram.streams.mutations import Mutation

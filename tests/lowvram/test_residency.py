@@ -7,7 +7,7 @@ import torch
 
 from lowvram.engine import Engine
 from lowvram.residency import Layers
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit
 from lowvram_quantize.format import Artifact, Component
 from lowvram_quantize.phantom import RandomFill, write_phantom

@@ -13,7 +13,7 @@ from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.placement import MemoryOptions, Placement
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from lowvram import pipeline as pipeline_module
 from lowvram.cli import main
-from lowvram.dry_run import DryRun, dry_run
 from lowvram.encoders import load_text_encoder
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.pipeline import AvatarPipeline
@@ -23,7 +22,8 @@ from lowvram.planning.facts import facts_of
 from lowvram.planning.layout import loading
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import plan_team
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
+from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize import phantom
 from lowvram_quantize.format import Artifact

@@ -17,7 +17,7 @@ from lowvram.planning.outside import (
     outside_allocator,
     outside_key,
 )
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels.errors import DeviceError
 from lowvram_kernels.trace import trace_kernels
 from lowvram_models.config import DiTConfig

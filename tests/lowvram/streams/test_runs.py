@@ -15,7 +15,7 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram.placement import MemoryOptions, Placement
 from lowvram.residency import Layers
 from lowvram.rollout import Rollout
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit
 from lowvram_models.dit import CausalDiT
 from lowvram_models.vae import StreamingDecoder

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowvram.simulate import CUBLAS_WORKSPACE_BYTES, SimulatedDevice, simulated_device
+from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice, simulated_device
 from lowvram.stages import StageLog
 from lowvram.text_linears import swap_text_linears
 from lowvram_kernels.modules import swap_linear

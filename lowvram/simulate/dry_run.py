@@ -14,12 +14,12 @@ import torch
 from lowvram.chain import LATENT_CHANNELS
 from lowvram.conditions import Conditions
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.parallel.pretend import PretendTeam
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
 from lowvram.placement import MemoryOptions
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan
-from lowvram.simulate import SimulatedDevice
+from lowvram.simulate.device import SimulatedDevice
+from lowvram.simulate.other_ranks import PretendTeam
 from lowvram.team import Solo
 from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig

@@ -7,7 +7,14 @@ wholly free is unmapped, wherever it lies. So a hole between two blocks costs le
 
 from __future__ import annotations
 
-from lowvram.allocator import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES, AllocatorModel, DeviceFull, MemoryBlock, merge
+from lowvram.simulate.allocator import (
+    LARGE_SEGMENT_BYTES,
+    SMALL_SEGMENT_BYTES,
+    AllocatorModel,
+    DeviceFull,
+    MemoryBlock,
+    merge,
+)
 
 _ENDLESS = 1 << 62
 

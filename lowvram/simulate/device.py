@@ -32,9 +32,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram.allocator import AllocatorModel, DeviceFull, MemoryBlock
-from lowvram.expandable import ExpandableAllocatorModel
-from lowvram.outcomes import Outcome, key_of, outcome_of
+from lowvram.simulate.allocator import AllocatorModel, DeviceFull, MemoryBlock
+from lowvram.simulate.expandable import ExpandableAllocatorModel
+from lowvram.simulate.op_cache import Outcome, key_of, outcome_of
 
 Tensor = torch.Tensor
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram import allocator
-from lowvram.allocator import AllocatorModel, DeviceFull, segment_bytes
+from lowvram.simulate import allocator
+from lowvram.simulate.allocator import AllocatorModel, DeviceFull, segment_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from lowvram.allocator import DeviceFull
-from lowvram.expandable import ExpandableAllocatorModel
+from lowvram.simulate.allocator import DeviceFull
+from lowvram.simulate.expandable import ExpandableAllocatorModel
 
 MIB = 1 << 20
 PAGE = 20 * MIB

@@ -1,0 +1,1 @@
+"""A simulated GPU, and dry runs on it: nothing that a run needs imports this room."""
