@@ -18,9 +18,9 @@ from full_size_artifacts import PRECISIONS, artifact_path, remove
 from lowvram.byte_sizes import gib, parse_bytes
 from lowvram.infer import infer, machine
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request
-from lowvram.placement import MemoryOptions
 from lowvram.planning.measure import CudaRunner
 from lowvram.recorder import Recorder
 from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.chain import LATENT_CHANNELS
+from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.facts import ModelFacts, facts_of

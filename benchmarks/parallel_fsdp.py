@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lowvram.denoiser import Denoiser
-from lowvram.residency import layer_slab
+from lowvram.offload.layers import layer_slab
 from lowvram.rollout import Rollout
 from lowvram.weights import bind, build_dit, load_shared
 
@@ -29,7 +29,7 @@ class Root(nn.Module):
 
 
 class Gathered:
-    """Stands for ``lowvram.residency.Layers``: FSDP's hooks make a block's weights present."""
+    """Stands for ``lowvram.offload.layers.Layers``: FSDP's hooks make a block's weights present."""
 
     def __init__(self, count: int):
         self.count = count

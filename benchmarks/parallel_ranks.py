@@ -18,15 +18,15 @@ from parallel_fsdp import FsdpDenoiser
 
 from lowvram.conditions import Conditions
 from lowvram.denoiser import Denoiser
-from lowvram.fallback import Layout
 from lowvram.laying_out import lay_out
+from lowvram.offload.oom import Relief
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.ranks import joined
 from lowvram.parallel.seat import Seat
 from lowvram.parallel.team import RankTeam
-from lowvram.placement import MemoryOptions
 from lowvram.planning import Workload
-from lowvram.relief import Relief
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 if TYPE_CHECKING:
+    from lowvram.offload.placement import MemoryOptions as MemoryOptions
     from lowvram.pipeline import AvatarPipeline as AvatarPipeline
     from lowvram.pipeline import Request as Request
-    from lowvram.placement import MemoryOptions as MemoryOptions
     from lowvram_quantize.convert import convert as convert
 
 __all__ = ["AvatarPipeline", "MemoryOptions", "Request", "convert"]
 
 _HOMES = {
     "AvatarPipeline": "lowvram.pipeline",
-    "MemoryOptions": "lowvram.placement",
+    "MemoryOptions": "lowvram.offload.placement",
     "Request": "lowvram.pipeline",
     "convert": "lowvram_quantize.convert",
 }

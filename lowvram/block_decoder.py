@@ -12,7 +12,7 @@ import torch
 
 from lowvram.decoder_backup import DecoderBackup
 from lowvram.encoders import load_vae
-from lowvram.fallback import Layout
+from lowvram.offload.oom_ladder import Layout
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block
 from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, StreamingDecoder

@@ -25,12 +25,12 @@ from rich.logging import RichHandler
 
 from lowvram.answers import Answering, before_a_command
 from lowvram.command_options import convert_options, infer_options, plan_options
+from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.options import (
     FILE,
     SETTINGS,
     request_options,
 )
-from lowvram.out_of_memory import is_out_of_memory
 from lowvram_kernels.errors import LowvramError, OutputError
 
 

@@ -7,8 +7,8 @@ import weakref
 
 import torch
 
-from lowvram.engine import Engine
-from lowvram.moments import DONE, Moment
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.events import DONE, Moment
 from lowvram_models.vae import DecoderState, StreamingDecoder
 
 Tensor = torch.Tensor

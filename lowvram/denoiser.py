@@ -12,10 +12,10 @@ import torch
 
 from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
-from lowvram.fallback import Layout
 from lowvram.graphs import LayerGraphs, layer_graphs
+from lowvram.offload.layers import Layers
+from lowvram.offload.oom_ladder import Layout
 from lowvram.request import Request
-from lowvram.residency import Layers
 from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.runtime import Runtime
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Tick, clip_noise, latent_frames_per_clip, ticks

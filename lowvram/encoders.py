@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
 
-from lowvram.out_of_memory import is_out_of_memory
+from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.text_linears import swap_text_linears
 from lowvram.weights import bind, load_slabs, swap_quantized
 from lowvram_kernels.errors import CheckpointError

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lowvram.engine import Engine
-from lowvram.out_of_memory import is_out_of_memory
-from lowvram.placement import Placement
-from lowvram.relief import first_sentences, free_cached
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.oom import first_sentences, free_cached
+from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.offload.placement import Placement
 from lowvram.rings import Cell
 from lowvram.sequence import Sequence, Whole
 from lowvram_kernels.errors import DeviceError

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import torch
 
-from lowvram.fallback import smaller_request
 from lowvram.media.video import VideoWriter
-from lowvram.out_of_memory import is_out_of_memory
+from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.offload.oom_ladder import smaller_request
 from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress

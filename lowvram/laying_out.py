@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
+from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.planning.choice import Wishes, plan_layout
 from lowvram.planning.costs import GIB
 from lowvram.planning.measure import card_at_hand, free_bytes

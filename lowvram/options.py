@@ -16,9 +16,9 @@ from lowvram.byte_sizes import parse_bytes
 from lowvram.option_values import read_prompt, seconds_of, settled_seed
 
 if TYPE_CHECKING:
+    from lowvram.offload.placement import MemoryOptions
     from lowvram.parallel.options import RankOptions
     from lowvram.pipeline import AvatarPipeline
-    from lowvram.placement import MemoryOptions
     from lowvram.request import Request
 
 FILE = click.Path(path_type=Path)
@@ -126,7 +126,7 @@ def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
 
 def memory_options(options: dict[str, Any]) -> MemoryOptions:
     """What is said of memory."""
-    from lowvram.placement import MemoryOptions
+    from lowvram.offload.placement import MemoryOptions
 
     names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs", "t5_cpu")
     vram, ram = (

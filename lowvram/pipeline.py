@@ -22,12 +22,12 @@ from lowvram.conditions import Conditions, encode_audio, encode_image, encode_te
 from lowvram.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encoders import load_vae
-from lowvram.fallback import Layout
 from lowvram.laying_out import LaidOut, lay_out
-from lowvram.placement import MemoryOptions
+from lowvram.offload.oom import Relief, free_cached
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
-from lowvram.relief import Relief, free_cached
 from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, Extent, frames_to_denoise

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from lowvram.conveyor import Conveyor, Fill, Moments
-from lowvram.engine import Engine
 from lowvram.kv_format import Bytes, KVFormat, Own
-from lowvram.moments import DONE, Moment
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.events import DONE, Moment
+from lowvram.offload.prefetch import Conveyor, Fill, Moments
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_models.attention import Heads

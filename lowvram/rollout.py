@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lowvram.engine import Engine
 from lowvram.graphs import Lane, LayerGraphs
 from lowvram.kv_format import kv_format
-from lowvram.placement import Placement
-from lowvram.residency import Layers
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.layers import Layers
+from lowvram.offload.placement import Placement
 from lowvram.rings import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram.sequence import Sequence, Whole, own_rope

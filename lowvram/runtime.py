@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from lowvram.devices import choose_dtype, current
-from lowvram.engine import Engine, engine_for
-from lowvram.fallback import Layout
-from lowvram.placement import MemoryOptions
-from lowvram.relief import Relief
+from lowvram.offload.copy_engine import Engine, engine_for
+from lowvram.offload.oom import Relief
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions
 from lowvram.stages import StageLog
 from lowvram_kernels.trace import trace_kernels
 from lowvram_quantize.format import Artifact

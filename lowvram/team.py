@@ -13,7 +13,7 @@ import torch
 
 from lowvram.chain import Alone, Chain
 from lowvram.conditions import Conditions
-from lowvram.host_copies import Shared
+from lowvram.offload.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout, Role
 from lowvram.planning.choice import Machines
 from lowvram.schedule import Block

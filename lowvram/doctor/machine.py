@@ -21,7 +21,7 @@ import torch
 
 from lowvram.doctor.probes import Driver, Gpu, Names, Pinned, Probes, Torch
 from lowvram.doctor.smi import card_states
-from lowvram.pinning import driver_library, mapped, registry
+from lowvram.offload.pinning import driver_library, mapped, registry
 from lowvram.planning.measure import COPY_BYTES, REPEATS, CudaRunner, Runner
 from lowvram_kernels import chips
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lowvram.infer import infer
+from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.parallel.launch import launch
 from lowvram.parallel.layout import ParallelLayout
@@ -17,7 +18,6 @@ from lowvram.parallel.ranks import facts_to_agree_on, joined, share_weights
 from lowvram.parallel.seat import Seat, rank_device
 from lowvram.parallel.settling import Settler
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions
 from lowvram.request import Request, read_inputs
 from lowvram.selftest.first_run import get_ready
 from lowvram_kernels.errors import LowvramError

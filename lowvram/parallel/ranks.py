@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from lowvram.offload.layers import layer_slab
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.seat import Seat, rank_device
 from lowvram.parallel.team import EndedFromOutside, RankTeam
-from lowvram.placement import MemoryOptions
 from lowvram.request import Request
-from lowvram.residency import layer_slab
 from lowvram.runtime import Runtime
 from lowvram_quantize.format import Artifact
 

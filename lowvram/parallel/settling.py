@@ -9,10 +9,10 @@ import psutil
 import torch
 
 from lowvram.devices import choose_dtype
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.team import RankTeam
-from lowvram.placement import MemoryOptions
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.choice import Machines, Wishes, choose_team
 from lowvram.planning.contended import contended_rates

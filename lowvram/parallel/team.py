@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from lowvram.chain import Chain
 from lowvram.conditions import Conditions
-from lowvram.host_copies import Shared
-from lowvram.out_of_memory import is_out_of_memory
+from lowvram.offload.host_copies import Shared
+from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.parallel.chain import StageChain, arriving
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.meeting import MEETING_S, Meeting

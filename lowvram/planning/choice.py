@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout, chosen_layout, layouts
-from lowvram.placement import MemoryOptions
 from lowvram.planning.cards import Card
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.planner import DoesNotFit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.costs import KIB, MIB
 from lowvram.planning.facts import ModelFacts

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.facts import ModelFacts, SlabFacts

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 
 from lowvram.devices import computing_on
-from lowvram.pinning import mapped, registry
+from lowvram.offload.oom import free_cached
+from lowvram.offload.pinning import mapped, registry
 from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.grouped import group_bytes
 from lowvram.planning.outside import outside_allocator
-from lowvram.relief import free_cached
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
 from lowvram.planning.layout import MachineParts, host_parts, machine_parts
 from lowvram.planning.planner import Budgets

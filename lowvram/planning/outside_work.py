@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowvram.engine import engine_for
 from lowvram.fused_block import fuse
-from lowvram.placement import Placement
+from lowvram.offload.copy_engine import engine_for
+from lowvram.offload.placement import Placement
 from lowvram.planning.outside import measure_parts
 from lowvram.planning.workload import Workload
 from lowvram.rollout import Rollout, RolloutSettings

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lowvram.byte_sizes import gib
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
 from lowvram.planning.costs import Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.facts import ModelFacts, facts_of

@@ -7,8 +7,8 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.costs import allocated, ring_costs
 from lowvram.planning.facts import ModelFacts

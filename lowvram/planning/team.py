@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from lowvram.byte_sizes import gib
+from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.placement import Placement
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.layout import MachineParts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.costs import decode_operations, ring_costs, step_exchange, step_operations
 from lowvram.planning.facts import ModelFacts

@@ -14,9 +14,9 @@ import torch
 from lowvram.chain import LATENT_CHANNELS, Alone, Chain
 from lowvram.conditions import Conditions
 from lowvram.demo import TINY_LAYERS, tiny_model
-from lowvram.engine import engine_for
+from lowvram.offload.copy_engine import engine_for
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
 from lowvram.request import Request
 from lowvram.schedule import Block
 from lowvram.selftest.checks import Check

@@ -13,9 +13,9 @@ import torch
 
 from lowvram.chain import LATENT_CHANNELS
 from lowvram.conditions import Conditions
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
-from lowvram.placement import MemoryOptions
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan
 from lowvram.simulate.device import SimulatedDevice

@@ -14,7 +14,7 @@ import torch
 
 from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
-from lowvram.host_copies import Shared
+from lowvram.offload.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning.choice import Machines

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram import engine as engine_module
-from lowvram import pinning
-from lowvram.engine import CudaEngine, CudaWay
-from lowvram.pinning import ALREADY_REGISTERED, Registry
+from lowvram.offload import copy_engine as engine_module
+from lowvram.offload import pinning
+from lowvram.offload.copy_engine import CudaEngine, CudaWay
+from lowvram.offload.pinning import ALREADY_REGISTERED, Registry
 
 Tensor = torch.Tensor
 OUT_OF_MEMORY = 2
 
 
 class LimitedDriver:
-    """A ``lowvram.pinning.Driver``; notes what is registered, and everything that was asked."""
+    """A ``lowvram.offload.pinning.Driver``; notes what is registered, and everything that was asked."""
 
     def __init__(self, limit: int = 1 << 40):
         self.limit, self.live, self.most = limit, dict[int, int](), 0

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import fused_block
-from lowvram.engine import Engine
 from lowvram.fused_block import FusedBlock, fuse
 from lowvram.kv_format import kv_format
+from lowvram.offload.copy_engine import Engine
 from lowvram.pipeline import AvatarPipeline
 from lowvram.rings import RingMemory, Rings, RingShape, Sink
 from lowvram_kernels import choices

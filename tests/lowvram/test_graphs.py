@@ -17,12 +17,12 @@ from lowvram import denoiser as denoiser_module
 from lowvram.chain import Alone
 from lowvram.conditions import Conditions
 from lowvram.denoiser import Denoiser
-from lowvram.engine import Engine
-from lowvram.fallback import Layout
 from lowvram.graphs import CudaCapture, LayerGraphs, layer_graphs
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.oom import Relief
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.options import SETTINGS, memory_options, request_options
-from lowvram.placement import MemoryOptions, Placement
-from lowvram.relief import Relief
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram.sequence import Whole

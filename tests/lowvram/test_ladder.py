@@ -24,13 +24,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 APART = ParallelLayout(vae_rank=True)  # the DiT's rank alone is soon run
 SHARED = ParallelLayout(num_gpus_dit=2, ulysses_size=2, vae_rank=True)
 LETS_GO = Mutation(
-    "lowvram/residency.py",
+    "lowvram/offload/layers.py",
     "            unbind(self._dit, [spec.name for spec in self._component.slab_specs(layer_slab(index))])\n",
     "            pass\n",
     "parameters keep the slots of before",
 )
 DROPS = Mutation(
-    "lowvram/residency.py",
+    "lowvram/offload/layers.py",
     "        self._conveyor = Conveyor(self._engine, [])\n        # Streamed",
     "        # Streamed",
     "slots of before stay until the new ones are there",

@@ -10,8 +10,8 @@ import torch
 
 from lowvram import laying_out
 from lowvram.laying_out import LaidOut, lay_out
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.placement import MemoryOptions, Placement
 from lowvram.planning import CARDS, Workload, measure
 from lowvram.planning.cards import Rates
 from lowvram.planning.choice import Machines

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline, Request, to_pixels
-from lowvram.placement import MemoryOptions
 from lowvram.recorder import TensorRecorder
 from lowvram_kernels.choices import choose
 from lowvram_kernels.errors import ConfigError, HardwareError, InputError

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lowvram.engine import Engine
 from lowvram.kv_format import PlainFormat
+from lowvram.offload.copy_engine import Engine
 from lowvram.rings import Rings, RingShape, Window
 
 HEADS, WIDTH, STEPS, LAYERS = 2, 4, 2, 3

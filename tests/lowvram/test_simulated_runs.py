@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram.placement import MemoryOptions, Placement
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
 from lowvram.simulate.device import SimulatedDevice

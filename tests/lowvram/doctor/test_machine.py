@@ -10,11 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lowvram import pinning
 from lowvram.cli import main
 from lowvram.doctor import machine
 from lowvram.doctor.machine import bind, free_port, pcie_rates, this_machine
 from lowvram.doctor.probes import Pinned
+from lowvram.offload import pinning
 from lowvram.planning.measure import COPY_BYTES
 from tests.lowvram.fake_pinning import LimitedDriver
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel import settling
 from lowvram.parallel.layout import ParallelLayout, chosen_layout
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.settling import Settler
 from lowvram.parallel.watch import Person
-from lowvram.placement import MemoryOptions
 from lowvram.planning import CARDS, Card
 from lowvram.planning.outside import OutsideAllocator
 from lowvram.request import Request

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.engine import Engine
-from lowvram.host_copies import HostCopies
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.host_copies import HostCopies
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram_kernels.errors import OutOfMemoryError
 

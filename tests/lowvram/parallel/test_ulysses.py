@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.engine import engine_for
 from lowvram.kv_format import kv_format
+from lowvram.offload.copy_engine import engine_for
 from lowvram.parallel.layout import shares
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.rings import RingMemory, Rings, RingShape, Sink, Window

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from lowvram.cli import main
 from lowvram.doctor.wants import _card_like
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.card_names import card_named, cards_called
 from lowvram.planning.share import whole

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.placement import Placement
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.graphs import GRAPH_BYTES, graph_bytes
 from lowvram.planning.planner import plan

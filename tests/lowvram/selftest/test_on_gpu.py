@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
 from lowvram.recorder import TensorRecorder
 from lowvram.selftest.command import selftest
 from lowvram_kernels import choices

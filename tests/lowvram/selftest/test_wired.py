@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner
 
 from lowvram.cli import main
+from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel import command as ranks
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.seat import Seat
-from lowvram.placement import MemoryOptions
 from lowvram.selftest import first_run
 from lowvram_kernels.errors import HardwareError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowvram.engine import Engine
+from lowvram.offload.copy_engine import Engine
 from tests.lowvram.streams.clocks import Clocks
 from tests.lowvram.streams.fake_cuda import FakeCuda
 from tests.lowvram.streams.late import Late

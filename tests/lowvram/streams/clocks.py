@@ -192,7 +192,7 @@ def _line() -> Where:
 
 @functools.cache
 def _of_product(name: str) -> bool:
-    return name.startswith(PRODUCT) and not name.endswith("lowvram/engine.py")
+    return name.startswith(PRODUCT) and not name.endswith("lowvram/offload/copy_engine.py")
 
 
 def _words(where: Where) -> str:

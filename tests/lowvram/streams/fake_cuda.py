@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram.engine import CudaEngine
-from lowvram.pinning import Registry
+from lowvram.offload.copy_engine import CudaEngine
+from lowvram.offload.pinning import Registry
 
 Tensor = torch.Tensor
 COMPUTE, INWARDS, OUTWARDS, HOST = "compute", "copies in", "copies out", "host"
@@ -78,7 +78,7 @@ class FakeCuda(TorchDispatchMode):
     def installed(self, monkeypatch: Any) -> Iterator[CudaEngine]:
         """The engine whose streams these are."""
         with monkeypatch.context() as patch, self:
-            patch.setattr("lowvram.engine.registry", lambda: Registry(Driver(self.model)))
+            patch.setattr("lowvram.offload.copy_engine.registry", lambda: Registry(Driver(self.model)))
             for name, value in {
                 "Stream": lambda device=None: Stream(self, "unnamed"),
                 "Event": lambda **_: Event(self),
@@ -123,7 +123,7 @@ class Event:
 
 
 class Driver:
-    """A ``lowvram.pinning.Driver``: registering always succeeds."""
+    """A ``lowvram.offload.pinning.Driver``: registering always succeeds."""
 
     def __init__(self, model: Model):
         self._model = model

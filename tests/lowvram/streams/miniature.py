@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lowvram.decoder_backup import DecoderBackup
-from lowvram.engine import Engine
 from lowvram.kv_format import kv_format
-from lowvram.placement import Placement
-from lowvram.residency import Layers
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.layers import Layers
+from lowvram.offload.placement import Placement
 from lowvram.rings import Rings, RingShape
 from lowvram.schedule import Block, blocks_of, ticks
 from lowvram_models.vae import DecoderState

@@ -18,12 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[3]
 FILES = (
-    "lowvram/engine.py",
-    "lowvram/pinning.py",
-    "lowvram/conveyor.py",
-    "lowvram/residency.py",
+    "lowvram/offload/copy_engine.py",
+    "lowvram/offload/pinning.py",
+    "lowvram/offload/prefetch.py",
+    "lowvram/offload/layers.py",
     "lowvram/rings.py",
-    "lowvram/host_copies.py",
+    "lowvram/offload/host_copies.py",
     "lowvram/decoder_backup.py",
     "lowvram/graphs.py",
 )
@@ -151,7 +151,7 @@ def _list(file: str, *mutations: tuple[str, str, str]) -> list[Mutation]:
 
 MUTATIONS = [
     *_list(
-        "lowvram/engine.py",
+        "lowvram/offload/copy_engine.py",
         ("        self.event.record(stream)\n", "        pass\n", "no event is ever recorded"),
         ("            self.stream.wait_event(moment.event)\n", "            pass\n", "streams wait for nothing"),
         ("            way.wait(moment)\n", "            pass\n", "copies wait for nothing"),
@@ -169,11 +169,11 @@ MUTATIONS = [
         ("        torch.cuda.synchronize(self.device)\n", "        pass\n", "the host waits for nothing"),
     ),
     *_list(
-        "lowvram/pinning.py",
+        "lowvram/offload/pinning.py",
         ("                self._driver.settle()\n", "                pass\n", "pinned memory goes while copies use it"),
     ),
     *_list(
-        "lowvram/conveyor.py",
+        "lowvram/offload/prefetch.py",
         ("deque((i, (engine.now(),)) for", "deque((i, ()) for", "a first fill overtakes who read the memory before"),
         (
             "        weakref.finalize(self, _wait_for_copies, engine, self._free, self._coming).atexit = False\n",
@@ -196,7 +196,7 @@ MUTATIONS = [
         ),
     ),
     *_list(
-        "lowvram/residency.py",
+        "lowvram/offload/layers.py",
         (
             "copy_in(slot[: source.numel()], source, *after)",
             "copy_in(slot[: source.numel()], source)",
@@ -287,15 +287,15 @@ MUTATIONS = [
 
 EXCEPTIONS = {
     ("lowvram/graphs.py", "LayerGraphs._replay", "record(operation, kernel, calls)"): "counts kernels",
-    ("lowvram/pinning.py", "Registry.pin", "weakref.finalize("): "without it memory stays pinned: nothing is early",
+    ("lowvram/offload/pinning.py", "Registry.pin", "weakref.finalize("): "memory stays pinned: nothing is early",
     (
-        "lowvram/pinning.py",
+        "lowvram/offload/pinning.py",
         "CudaDriver.settle",
         "torch.cuda.synchronize(",
     ): "the driver's own, which the fake stands for",
-    ("lowvram/pinning.py", "CudaDriver._enter", "torch.cuda.synchronize("): "makes a context, orders nothing",
-    ("lowvram/engine.py", "CudaMoment.pass_on_host", "self.event.synchronize("): "of staged copies: see test_staging",
-    ("lowvram/engine.py", "CudaEngine.settle", "self._staging.settle("): "of staged copies: see test_staging",
-    ("lowvram/engine.py", "CudaEngine._copy_in", "self._staging.copy_in("): "of staged copies: see test_staging",
-    ("lowvram/engine.py", "CudaEngine._copy_out", "self._staging.copy_out("): "of staged copies: see test_staging",
+    ("lowvram/offload/pinning.py", "CudaDriver._enter", "torch.cuda.synchronize("): "makes a context, orders nothing",
+    ("lowvram/offload/copy_engine.py", "CudaMoment.pass_on_host", "self.event.synchronize("): "see test_staged_copies",
+    ("lowvram/offload/copy_engine.py", "CudaEngine.settle", "self._staging.settle("): "see test_staged_copies",
+    ("lowvram/offload/copy_engine.py", "CudaEngine._copy_in", "self._staging.copy_in("): "see test_staged_copies",
+    ("lowvram/offload/copy_engine.py", "CudaEngine._copy_out", "self._staging.copy_out("): "see test_staged_copies",
 }

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.conveyor import Conveyor
-from lowvram.engine import CudaEngine, Engine
 from lowvram.graphs import LayerGraphs
-from lowvram.placement import Placement
+from lowvram.offload.copy_engine import CudaEngine, Engine
+from lowvram.offload.placement import Placement
+from lowvram.offload.prefetch import Conveyor
 from lowvram_models.dit import LayerInputs
 from lowvram_models.rope import Rope
 from tests.lowvram.streams.checks import assert_ordered, faults

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from lowvram.engine import Engine
-from lowvram.placement import Placement
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.placement import Placement
 from tests.lowvram.streams.checks import assert_ordered, checked
 from tests.lowvram.streams.miniature import CELLS, Course, Miniature
 

@@ -13,10 +13,10 @@ from lowvram import runtime as runtime_module
 from lowvram.chain import Alone
 from lowvram.conditions import Conditions
 from lowvram.denoiser import Denoiser
-from lowvram.engine import Engine
-from lowvram.fallback import Layout
-from lowvram.placement import MemoryOptions, Placement
-from lowvram.relief import Relief
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.oom import Relief
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
@@ -28,8 +28,8 @@ from lowvram_quantize import phantom
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import RandomFill, write_phantom
 from lowvram_quantize.presets import TINY
+from tests.lowvram.offload.test_oom import full
 from tests.lowvram.streams.checks import checked_against
-from tests.lowvram.test_relief import full
 
 Tensor = torch.Tensor
 # Four blocks fill the rings, so that all four of them share a pass in a wave of 4; the fifth sees whole rings.

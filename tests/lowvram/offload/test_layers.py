@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.engine import Engine
-from lowvram.residency import Layers
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.layers import Layers
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit
 from lowvram_quantize.format import Artifact, Component

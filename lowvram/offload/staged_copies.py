@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from lowvram.moments import Mark, Moment
+from lowvram.offload.events import Mark, Moment
 
 Tensor = torch.Tensor
 Job = Callable[[], None]

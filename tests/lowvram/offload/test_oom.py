@@ -10,12 +10,12 @@ import torch
 
 from lowvram import denoiser as denoiser_module
 from lowvram import pipeline as pipeline_module
-from lowvram import relief as relief_module
 from lowvram import rollout as rollout_module
-from lowvram.fallback import MOST_TILES, Layout, next_rung, smaller_request
+from lowvram.offload import oom as relief_module
+from lowvram.offload.oom import Relief
+from lowvram.offload.oom_ladder import MOST_TILES, Layout, next_rung, smaller_request
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
-from lowvram.relief import Relief
 from lowvram_kernels.errors import OutOfMemoryError
 from lowvram_models.dit import CausalDiT
 from lowvram_models.vae import StreamingDecoder

@@ -18,10 +18,10 @@ import torch
 
 from lowvram.byte_sizes import gib
 from lowvram.devices import current
-from lowvram.moments import DONE, Mark, Moment
-from lowvram.out_of_memory import is_out_of_memory
-from lowvram.pinning import Pins, mapped, registry
-from lowvram.staging import PIECE_BYTES, PIECES, StagedMoment, Staging
+from lowvram.offload.events import DONE, Mark, Moment
+from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.offload.pinning import Pins, mapped, registry
+from lowvram.offload.staged_copies import PIECE_BYTES, PIECES, StagedMoment, Staging
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 Tensor = torch.Tensor

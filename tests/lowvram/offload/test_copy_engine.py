@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram import engine as engine_module
 from lowvram.infer import infer
+from lowvram.offload import copy_engine as engine_module
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 from lowvram_models.dit import CausalDiT
 

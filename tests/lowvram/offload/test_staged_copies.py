@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram import engine as engine_module
 from lowvram import runtime
-from lowvram.engine import CudaEngine, CudaWay, Engine
-from lowvram.moments import Moment
+from lowvram.offload import copy_engine as engine_module
+from lowvram.offload.copy_engine import CudaEngine, CudaWay, Engine
+from lowvram.offload.events import Moment
+from lowvram.offload.placement import MemoryOptions, Placement
+from lowvram.offload.staged_copies import StagedMoment
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
 from lowvram.recorder import TensorRecorder
-from lowvram.staging import StagedMoment
 from lowvram_kernels.errors import DeviceError
 from tests.lowvram.fake_pinning import Cuda, LimitedDriver, cuda_engine, staging_threads
 from tests.lowvram.streams.mutations import Mutation
@@ -201,7 +201,7 @@ def test_the_same_bytes(monkeypatch, work, memory):
     assert right(monkeypatch, work, memory)
 
 
-def of(text: str, instead: str, breaks: str, file: str = "lowvram/staging.py") -> Mutation:
+def of(text: str, instead: str, breaks: str, file: str = "lowvram/offload/staged_copies.py") -> Mutation:
     return Mutation(file, text, instead, breaks)
 
 
@@ -238,15 +238,20 @@ MUTATIONS = [
         "            self._staging.settle()\n",
         "            pass\n",
         "settling leaves the threads out",
-        "lowvram/engine.py",
+        "lowvram/offload/copy_engine.py",
     ),
     of(
         "            moment = self._staging.asked(moment)\n",
         "            pass\n",
         "computations do not wait for staged copies",
-        "lowvram/engine.py",
+        "lowvram/offload/copy_engine.py",
     ),
-    of("        self.event.synchronize()\n", "        pass\n", "the host passes every mark", "lowvram/engine.py"),
+    of(
+        "        self.event.synchronize()\n",
+        "        pass\n",
+        "the host passes every mark",
+        "lowvram/offload/copy_engine.py",
+    ),
 ]
 
 

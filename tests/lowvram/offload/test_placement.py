@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.recorder import TensorRecorder
 from lowvram_kernels.errors import ConfigError
 

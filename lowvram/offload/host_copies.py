@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from lowvram.engine import Engine
+from lowvram.offload.copy_engine import Engine
 
 Tensor = torch.Tensor
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from lowvram.fallback import Layout, next_rung
-from lowvram.out_of_memory import allocator_refusals, is_out_of_memory
+from lowvram.offload.oom_errors import allocator_refusals, is_out_of_memory
+from lowvram.offload.oom_ladder import Layout, next_rung
 from lowvram.simulate.device import simulated_device
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 

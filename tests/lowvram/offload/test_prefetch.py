@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.conveyor import Conveyor
-from lowvram.engine import DONE, Engine, Moment
+from lowvram.offload.copy_engine import DONE, Engine, Moment
+from lowvram.offload.prefetch import Conveyor
 
 
 class WatchedEngine(Engine):

@@ -10,21 +10,21 @@ from torch.distributed import DistBackendError
 
 from lowvram import encoders
 from lowvram import infer as infer_module
-from lowvram import relief as relief_module
 from lowvram.cli import main
-from lowvram.engine import Engine
-from lowvram.fallback import Layout
 from lowvram.graphs import LayerGraphs
 from lowvram.infer import infer
-from lowvram.out_of_memory import allocator_refusals, is_out_of_memory
+from lowvram.offload import oom as relief_module
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.oom import Relief, attempted, first_sentences
+from lowvram.offload.oom_errors import allocator_refusals, is_out_of_memory
+from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
-from lowvram.placement import MemoryOptions, Placement
-from lowvram.relief import Relief, attempted, first_sentences
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Artifact
-from tests.lowvram.test_relief import frames_of
+from tests.lowvram.offload.test_oom import frames_of
 
 HINTS = (
     "\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/ for more information.\nCUDA kernel "

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
-from lowvram.engine import Engine
-from lowvram.moments import Moment
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.events import Moment
 
 Tensor = torch.Tensor
 Moments = tuple[Moment, ...]

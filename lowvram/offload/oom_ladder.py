@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from lowvram.media.sizes import parse_size
-from lowvram.placement import Placement
+from lowvram.offload.placement import Placement
 
 # Of all layers, and of all rings, that one rung moves.
 _SHARE = 4

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowvram import pinning
-from lowvram.engine import Engine
-from lowvram.host_copies import HostCopies
+from lowvram.offload import pinning
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.host_copies import HostCopies
+from lowvram.offload.pinning import ALREADY_REGISTERED, NO_DRIVER, CudaDriver, Pins, Registry, mapped
 from lowvram.parallel.shared_weights import SharedSlabs
-from lowvram.pinning import ALREADY_REGISTERED, NO_DRIVER, CudaDriver, Pins, Registry, mapped
 from lowvram_kernels.errors import OutOfMemoryError
 from tests.lowvram.fake_pinning import OUT_OF_MEMORY, LimitedDriver, cuda_engine
 
