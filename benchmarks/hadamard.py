@@ -146,7 +146,7 @@ def latents(artifact: Path, request: Request, group: int = 0, strength: float = 
                 module.__class__ = type("Outliers", (OutlierLinear,), {"group": group, "strength": strength})
         return dit
 
-    with mock.patch("lowvram.denoiser.build_dit", with_outliers if group else build):
+    with mock.patch("lowvram.denoise.denoiser.build_dit", with_outliers if group else build):
         for _ in AvatarPipeline.from_artifact(artifact, device="cpu").stream(request, recorder=recorder):
             pass
     return recorder.tensors()["latents"]

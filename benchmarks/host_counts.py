@@ -23,10 +23,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowvram_kernels
+from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
-from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import Block, blocks_of
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit, check_complete, load_shared

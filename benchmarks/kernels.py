@@ -29,7 +29,7 @@ from kernel_rivals import linear_rivals
 from kernel_tiles import tuned
 from torch.nn import functional as F
 
-from lowvram.graphs import CudaCapture
+from lowvram.denoise.cuda_graphs import CudaCapture
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from lowvram.denoiser import Denoiser
+from lowvram.denoise.denoiser import Denoiser
+from lowvram.denoise.rollout import Rollout
 from lowvram.offload.layers import layer_slab
-from lowvram.rollout import Rollout
 from lowvram.weights import bind, build_dit, load_shared
 
 

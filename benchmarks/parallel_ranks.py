@@ -17,7 +17,7 @@ from parallel_book import Book
 from parallel_fsdp import FsdpDenoiser
 
 from lowvram.conditions import Conditions
-from lowvram.denoiser import Denoiser
+from lowvram.denoise.denoiser import Denoiser
 from lowvram.laying_out import lay_out
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout

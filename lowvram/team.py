@@ -13,11 +13,11 @@ import torch
 
 from lowvram.chain import Alone, Chain
 from lowvram.conditions import Conditions
+from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.offload.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout, Role
 from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
-from lowvram.sequence import Sequence, Whole
 
 Tensor = torch.Tensor
 LatentSize = tuple[int, int]

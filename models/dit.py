@@ -1,7 +1,7 @@
 """The causal S2V DiT: embeddings, layers and head under the published tensor names.
 
-The loop over layers belongs to the caller (``lowvram.rollout``), so that weights may come and go between two layers
-and several blocks may share one pass. Source: model-spec section 4 (LiveAvatar, ``causal_model_s2v``).
+The loop over layers belongs to the caller (``lowvram.denoise.rollout``), so that weights may come and go between two
+layers and several blocks may share one pass. Source: model-spec section 4 (LiveAvatar, ``causal_model_s2v``).
 Shapes: L tokens, D width, F latent frames, T tokens a latent frame, C latent channels, h x w latent size.
 """
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lowvram.chain import Chain
 from lowvram.conditions import Conditions
+from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.offload.host_copies import Shared
 from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.parallel.chain import StageChain, arriving
@@ -29,7 +30,6 @@ from lowvram.planning.choice import Machines
 from lowvram.planning.grouped import CudaTaken, measuring_group
 from lowvram.planning.measure import CudaRunner
 from lowvram.schedule import Block
-from lowvram.sequence import Sequence, Whole
 from lowvram.team import LatentSize
 from lowvram.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError

@@ -2,8 +2,8 @@
 
 Every rank computes norms, Linears and cross-attention for its tokens with whole weights; in self-attention it has all
 tokens of its heads, and so its part of rings and sink. Nothing is padded: shares of tokens and heads may be uneven.
-Source: DeepSpeed-Ulysses (arXiv 2309.14509). Shapes as in ``lowvram.sequence``: L tokens of a call, l this rank's;
-N heads, n this rank's; H head_dim; p a rank's place in its group.
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Shapes as in ``lowvram.denoise.sequence``: L tokens of a call, l this
+rank's; N heads, n this rank's; H head_dim; p a rank's place in its group.
 
 A rank has a share of *each* group of tokens (latent frame): so audio, which speaks to latent frames, still finds them
 as equal groups. Behind the exchange tokens stand rank by rank, each rank's in its order. Attention does not mind: to

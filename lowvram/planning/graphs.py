@@ -1,4 +1,4 @@
-"""Bytes that CUDA graphs of resident layers take on the device; see ``lowvram.graphs``."""
+"""Bytes that CUDA graphs of resident layers take on the device; see ``lowvram.denoise.cuda_graphs``."""
 
 from __future__ import annotations
 

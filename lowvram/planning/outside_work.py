@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.fused_block import fuse
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import Placement
 from lowvram.planning.outside import measure_parts
 from lowvram.planning.workload import Workload
-from lowvram.rollout import Rollout, RolloutSettings
 from lowvram.schedule import blocks_of
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels.chips import has_fp8_units

@@ -14,12 +14,12 @@ import torch
 
 from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
+from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.offload.host_copies import Shared
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
-from lowvram.sequence import Sequence, Whole
 from lowvram.team import LatentSize
 
 Tensor = torch.Tensor

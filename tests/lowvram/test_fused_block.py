@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import fused_block
+from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink
+from lowvram.denoise.kv_format import kv_format
 from lowvram.fused_block import FusedBlock, fuse
-from lowvram.kv_format import kv_format
 from lowvram.offload.copy_engine import Engine
 from lowvram.pipeline import AvatarPipeline
-from lowvram.rings import RingMemory, Rings, RingShape, Sink
 from lowvram_kernels import choices
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, NormRope, QuantizedLinear, swap_linear

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram import denoiser as denoiser_module
 from lowvram import pipeline as pipeline_module
-from lowvram import rollout as rollout_module
+from lowvram.denoise import denoiser as denoiser_module
+from lowvram.denoise import rollout as rollout_module
 from lowvram.offload import oom as relief_module
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import MOST_TILES, Layout, next_rung, smaller_request

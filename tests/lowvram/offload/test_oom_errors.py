@@ -11,7 +11,7 @@ from torch.distributed import DistBackendError
 from lowvram import encoders
 from lowvram import infer as infer_module
 from lowvram.cli import main
-from lowvram.graphs import LayerGraphs
+from lowvram.denoise.cuda_graphs import LayerGraphs
 from lowvram.infer import infer
 from lowvram.offload import oom as relief_module
 from lowvram.offload.copy_engine import Engine

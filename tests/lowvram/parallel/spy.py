@@ -81,7 +81,7 @@ def sent_bytes(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -
 @contextlib.contextmanager
 def spying() -> Iterator[dict[str, Any]]:
     """Gives what was seen, once the run is over."""
-    import lowvram.denoiser as denoiser
+    import lowvram.denoise.denoiser as denoiser
 
     spy, seen = Spy(), {}
     build = denoiser.build_dit

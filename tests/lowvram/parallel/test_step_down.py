@@ -24,8 +24,8 @@ FILL, LAYERS = 4, 4
 @contextlib.contextmanager
 def running_out(where: dict[int, list[tuple[str, int]]]) -> Iterator[None]:
     """On the ranks given, in calls of these functions, counted from 0."""
+    from lowvram.denoise.rollout import Rollout
     from lowvram.parallel.ulysses import Ulysses
-    from lowvram.rollout import Rollout
     from lowvram_models.dit import CausalDiT, Head
 
     owners = {"layer": CausalDiT, "forward": Head, "to_tokens": Ulysses, "start": Rollout, "prefill": Rollout}

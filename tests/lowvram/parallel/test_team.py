@@ -109,7 +109,7 @@ def test_a_device_that_one_rank_lacks_ends_all_ranks(maker, ranks, tmp_path):
 def rank_1_runs_out_of_memory() -> Iterator[None]:
     """While it denoises, with nothing left to give up."""
     if os.environ["RANK"] == "1":
-        from lowvram.rollout import Rollout
+        from lowvram.denoise.rollout import Rollout
 
         def advance(self: Rollout, items: object) -> None:
             raise OutOfMemoryError("1 byte is needed, 0 are there")

@@ -100,12 +100,12 @@ def test_even_shares_are_four_times_own_tokens_and_width():
 def test_the_spy_knows_a_parameter_by_its_memory(monkeypatch):
     moved = []
     monkeypatch.setattr(dist, "isend", lambda tensor, *rest, **options: moved.append(tensor))
-    monkeypatch.setattr("lowvram.denoiser.build_dit", lambda component: component)
+    monkeypatch.setattr("lowvram.denoise.denoiser.build_dit", lambda component: component)
     model = nn.Linear(4, 4)
     with spying() as seen:
-        import lowvram.denoiser
+        import lowvram.denoise.denoiser
 
-        assert lowvram.denoiser.build_dit(model) is model
+        assert lowvram.denoise.denoiser.build_dit(model) is model
         dist.isend(torch.zeros(3), 1, tag=0)
         dist.isend(model.weight.detach()[1:, 2], 1, tag=0)
     assert seen["offences"] == ["isend of [3]"]

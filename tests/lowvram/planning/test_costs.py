@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.kv_format import kv_format
+from lowvram.denoise.kv_cache import RingShape
+from lowvram.denoise.kv_format import kv_format
 from lowvram.planning import Workload
 from lowvram.planning.costs import GIB, allocated, kv_bytes, ring_costs, sink_bytes, step_operations
 from lowvram.planning.share import whole
-from lowvram.rings import RingShape
 
 # Size; GiB of the rings of 4 steps in bf16 and int8; GiB of the sink in bf16; TFLOP a step, linear and attention.
 BY_HAND = [

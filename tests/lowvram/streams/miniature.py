@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from lowvram.decoder_backup import DecoderBackup
-from lowvram.kv_format import kv_format
+from lowvram.denoise.kv_cache import Rings, RingShape
+from lowvram.denoise.kv_format import kv_format
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
-from lowvram.rings import Rings, RingShape
 from lowvram.schedule import Block, blocks_of, ticks
 from lowvram_models.vae import DecoderState
 

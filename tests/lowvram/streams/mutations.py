@@ -22,10 +22,10 @@ FILES = (
     "lowvram/offload/pinning.py",
     "lowvram/offload/prefetch.py",
     "lowvram/offload/layers.py",
-    "lowvram/rings.py",
+    "lowvram/denoise/kv_cache.py",
     "lowvram/offload/host_copies.py",
     "lowvram/decoder_backup.py",
-    "lowvram/graphs.py",
+    "lowvram/denoise/cuda_graphs.py",
 )
 ORDERING = {
     "wait", "settle", "now", "wait_event", "synchronize", "record", "copy_in", "copy_out", "release", "finalize",
@@ -215,7 +215,7 @@ MUTATIONS = [
         ),
     ),
     *_list(
-        "lowvram/rings.py",
+        "lowvram/denoise/kv_cache.py",
         (
             "copy_out(self._host[cell], held, self._engine.now())",
             "copy_out(self._host[cell], held)",
@@ -280,13 +280,13 @@ MUTATIONS = [
         ("        engine.wait(moment)\n", "        pass\n", "nothing waits for the cache's copies"),
     ),
     *_list(
-        "lowvram/graphs.py",
+        "lowvram/denoise/cuda_graphs.py",
         ("        self._engine.settle()\n", "        pass\n", "graphs go while the device runs them"),
     ),
 ]
 
 EXCEPTIONS = {
-    ("lowvram/graphs.py", "LayerGraphs._replay", "record(operation, kernel, calls)"): "counts kernels",
+    ("lowvram/denoise/cuda_graphs.py", "LayerGraphs._replay", "record(operation, kernel, calls)"): "counts kernels",
     ("lowvram/offload/pinning.py", "Registry.pin", "weakref.finalize("): "memory stays pinned: nothing is early",
     (
         "lowvram/offload/pinning.py",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.graphs import LayerGraphs
+from lowvram.denoise.cuda_graphs import LayerGraphs
 from lowvram.offload.copy_engine import CudaEngine, Engine
 from lowvram.offload.placement import Placement
 from lowvram.offload.prefetch import Conveyor

@@ -12,7 +12,7 @@ import torch
 from lowvram import runtime as runtime_module
 from lowvram.chain import Alone
 from lowvram.conditions import Conditions
-from lowvram.denoiser import Denoiser
+from lowvram.denoise.denoiser import Denoiser
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout

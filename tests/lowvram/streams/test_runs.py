@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram import denoiser as denoiser_module
 from lowvram import runtime as runtime_module
+from lowvram.denoise import denoiser as denoiser_module
+from lowvram.denoise.rollout import Rollout
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
-from lowvram.rollout import Rollout
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.weights import build_dit
 from lowvram_models.dit import CausalDiT
 from lowvram_models.vae import StreamingDecoder
 from lowvram_quantize.format import Artifact
+from tests.lowvram.denoise.test_cuda_graphs import CELLS, LAYERS, Pools, faked, run
 from tests.lowvram.offload.test_oom import full
 from tests.lowvram.streams.checks import assert_ordered
-from tests.lowvram.test_graphs import CELLS, LAYERS, Pools, faked, run
 
 Tensor = torch.Tensor
 ALL_LAYERS = tuple(range(LAYERS))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowvram.kv_format import Int8Format, PlainFormat, kv_format
+from lowvram.denoise.kv_format import Int8Format, PlainFormat, kv_format
 
 SHAPES = [(1, 1, 2), (7, 3, 16), (48, 4, 32)]
 

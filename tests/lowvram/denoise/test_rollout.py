@@ -1,4 +1,4 @@
-from lowvram.rollout import cond_rope_distance
+from lowvram.denoise.rollout import cond_rope_distance
 
 
 def test_random_distance_is_seeded_and_in_range():

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from lowvram.kv_format import Bytes, KVFormat, Own
+from lowvram.denoise.kv_format import Bytes, KVFormat, Own
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.events import DONE, Moment
 from lowvram.offload.prefetch import Conveyor, Fill, Moments

@@ -13,11 +13,12 @@ import click
 import pytest
 import torch
 
-from lowvram import denoiser as denoiser_module
 from lowvram.chain import Alone
 from lowvram.conditions import Conditions
-from lowvram.denoiser import Denoiser
-from lowvram.graphs import CudaCapture, LayerGraphs, layer_graphs
+from lowvram.denoise import denoiser as denoiser_module
+from lowvram.denoise.cuda_graphs import CudaCapture, LayerGraphs, layer_graphs
+from lowvram.denoise.denoiser import Denoiser
+from lowvram.denoise.sequence import Whole
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
@@ -25,7 +26,6 @@ from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.options import SETTINGS, memory_options, request_options
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
-from lowvram.sequence import Whole
 from lowvram.team import Solo
 from lowvram.voice import WholeVoice
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lowvram.kv_format import PlainFormat
+from lowvram.denoise.kv_cache import Rings, RingShape, Window
+from lowvram.denoise.kv_format import PlainFormat
 from lowvram.offload.copy_engine import Engine
-from lowvram.rings import Rings, RingShape, Window
 
 HEADS, WIDTH, STEPS, LAYERS = 2, 4, 2, 3
 SHAPE = RingShape.of(5, 2, 3)

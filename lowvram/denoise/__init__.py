@@ -1,0 +1,1 @@
+"""Denoising of blocks without an end: the rollout over layers, what self-attention remembers, CUDA graphs."""
