@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lowvram import weights
 from lowvram.infer import machine
+from lowvram.loading import weights
 from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.recorder import TensorRecorder
 from lowvram_kernels.linear import linear_w8a8

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowvram_kernels
 from lowvram.denoise.rollout import Rollout, RolloutSettings
+from lowvram.loading.weights import build_dit, check_complete, load_shared
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
 from lowvram.schedule import Block, blocks_of
 from lowvram.simulate.device import SimulatedDevice
-from lowvram.weights import build_dit, check_complete, load_shared
 from lowvram_kernels import uploads
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact

@@ -15,7 +15,7 @@ from torch import nn
 
 from lowvram.denoise.cuda_graphs import Capture
 from lowvram.denoise.kv_format import Bytes, Own, kv_format
-from lowvram.fused_block import fuse
+from lowvram.loading.fused_block import fuse
 from lowvram_kernels.holding import holding
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
 from lowvram_kernels.rotation import GROUP

@@ -174,7 +174,7 @@ def window_difference(folder: Path, seconds: int = WINDOWS_S) -> dict[str, Any]:
     import torch
 
     from lowvram.conditions import encode_audio
-    from lowvram.encoders import load_audio_encoder
+    from lowvram.loading.encoders import load_audio_encoder
     from lowvram.media.voice import load_voice
     from lowvram_models.audio_encoder import audio_embedding, extract_features
     from lowvram_quantize.format import Artifact

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.chain import LATENT_CHANNELS
+from lowvram.loading.weights import build_dit
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.facts import ModelFacts, facts_of
 from lowvram.planning.share import share_of
-from lowvram.weights import build_dit
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.denoise.rollout import Rollout
+from lowvram.loading.weights import bind, build_dit, load_shared
 from lowvram.offload.layers import layer_slab
-from lowvram.weights import bind, build_dit, load_shared
 
 
 class Root(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lowvram.decoder_backup import DecoderBackup
-from lowvram.encoders import load_vae
+from lowvram.loading.encoders import load_vae
 from lowvram.offload.oom_ladder import Layout
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block

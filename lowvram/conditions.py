@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lowvram.encoders import load_audio_encoder, load_text_encoder
+from lowvram.loading.encoders import load_audio_encoder, load_text_encoder
 from lowvram.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram.voice_encoding import BackgroundPieces
 from lowvram_models.audio_encoder import audio_embedding, extract_features, num_clips

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from lowvram.cli import main
 from lowvram.denoise.rollout import Rollout, RolloutSettings
+from lowvram.loading.weights import build_dit, load_shared
 from lowvram.media.sizes import output_size
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
 from lowvram.schedule import blocks_of
-from lowvram.weights import build_dit, load_shared
 from lowvram_models.audio_encoder import audio_embedding
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from lowvram.fused_block import ProjectedHeads
+from lowvram.loading.fused_block import ProjectedHeads
 from lowvram_kernels.attention import attention
 from lowvram_kernels.projected import Projected, TurnedSink, attend_projected
 from lowvram_kernels.ring_attention import ring_and_sink_attention

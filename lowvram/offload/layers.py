@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
+from lowvram.loading.weights import bind, converted, unbind
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.host_copies import HostCopies, Shared
 from lowvram.offload.prefetch import Conveyor, Fill, Moments
-from lowvram.weights import bind, converted, unbind
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 

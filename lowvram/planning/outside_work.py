@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lowvram.denoise.rollout import Rollout, RolloutSettings
-from lowvram.fused_block import fuse
+from lowvram.loading.fused_block import fuse
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import Placement
 from lowvram.planning.outside import measure_parts

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.loading.weights import build_dit
 from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import TensorRecorder
-from lowvram.weights import build_dit
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import QuantizedLinear
 from lowvram_quantize.convert import convert

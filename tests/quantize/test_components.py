@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowvram.encoders import load_text_encoder, load_vae
-from lowvram.weights import build_dit, load_slabs
+from lowvram.loading.encoders import load_text_encoder, load_vae
+from lowvram.loading.weights import build_dit, load_slabs
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.names import umt5_name, vae_names
 from lowvram_models.text_encoder import build_umt5, encode_prompt

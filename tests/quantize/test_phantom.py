@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.loading.weights import build_dit, check_complete
 from lowvram.pipeline import AvatarPipeline
-from lowvram.weights import build_dit, check_complete
 from lowvram_kernels.errors import CheckpointError, ConfigError, InputError
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_quantize.convert import convert

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram.loading.weights import build_dit
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.simulate.device import SimulatedDevice
-from lowvram.weights import build_dit
 from lowvram_quantize.format import Artifact, Component
 from lowvram_quantize.phantom import RandomFill, write_phantom
 

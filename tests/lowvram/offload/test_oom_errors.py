@@ -8,11 +8,11 @@ import torch
 from click.testing import CliRunner
 from torch.distributed import DistBackendError
 
-from lowvram import encoders
 from lowvram import infer as infer_module
 from lowvram.cli import main
 from lowvram.denoise.cuda_graphs import LayerGraphs
 from lowvram.infer import infer
+from lowvram.loading import encoders
 from lowvram.offload import oom as relief_module
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief, attempted, first_sentences

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lowvram import pipeline as pipeline_module
 from lowvram.cli import main
-from lowvram.encoders import load_text_encoder
+from lowvram.loading.encoders import load_text_encoder
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning import CARDS, DoesNotFit, Workload, plan

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowvram.fused_block import fuse
+from lowvram.loading.fused_block import fuse
 from lowvram.parallel.layout import ParallelLayout, shares
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace

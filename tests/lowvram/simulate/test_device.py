@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowvram.loading.text_linears import swap_text_linears
 from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice, simulated_device
 from lowvram.stages import StageLog
-from lowvram.text_linears import swap_text_linears
 from lowvram_kernels.modules import swap_linear
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

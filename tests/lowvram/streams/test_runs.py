@@ -11,12 +11,12 @@ import torch
 from lowvram import runtime as runtime_module
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise.rollout import Rollout
+from lowvram.loading.weights import build_dit
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
 from lowvram.simulate.device import SimulatedDevice
-from lowvram.weights import build_dit
 from lowvram_models.dit import CausalDiT
 from lowvram_models.vae import StreamingDecoder
 from lowvram_quantize.format import Artifact

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowvram.fused_rows import linear, linears, rows_for, wanted
+from lowvram.loading.fused_rows import linear, linears, rows_for, wanted
 from lowvram_kernels.norm import add_gated, norm_rows
 from lowvram_models.audio_adapter import ADAIN_EPS, AudioInjector, AudioTokens
 

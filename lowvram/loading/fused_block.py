@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from lowvram.fused_audio import FusedInjector
-from lowvram.fused_rows import Rows, linear, linears, projection, rows_for, wanted
+from lowvram.loading.fused_audio import FusedInjector
+from lowvram.loading.fused_rows import Rows, linear, linears, projection, rows_for, wanted
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows

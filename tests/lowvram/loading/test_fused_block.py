@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram import fused_block
 from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink
 from lowvram.denoise.kv_format import kv_format
-from lowvram.fused_block import FusedBlock, fuse
+from lowvram.loading import fused_block
+from lowvram.loading.fused_block import FusedBlock, fuse
 from lowvram.offload.copy_engine import Engine
 from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels import choices

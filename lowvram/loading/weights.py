@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowvram.fused_block import fuse
+from lowvram.loading.fused_block import fuse
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import Attention, swap_conv, swap_linear
 from lowvram_models.attention import CrossAttention
