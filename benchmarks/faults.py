@@ -180,7 +180,7 @@ def started(fault: Fault, arguments: list[str], folder: Path) -> Iterator[tuple[
     from torch.distributed import PrefixStore, TCPStore
 
     from lowvram.parallel.launch import ADDRESS
-    from lowvram.parallel.meeting import prefix
+    from lowvram.parallel.rendezvous import prefix
 
     port = free_port()
     command = [sys.executable, "-m", "lowvram", "infer", *arguments, *LAYOUTS[fault.layout], f"--port={port}"]

@@ -23,13 +23,13 @@ from full_size_parts import INFER_FRAMES, SIZES, STEPS, Skipped, opened
 from torch import nn
 
 from lowvram.byte_sizes import gib
-from lowvram.chain import LATENT_CHANNELS
 from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.devices import choose_dtype
 from lowvram.loading.weights import bind, build_dit, load_shared
 from lowvram.offload.copy_engine import Engine, engine_for
 from lowvram.offload.layers import Layers, layer_slab
 from lowvram.offload.placement import Placement
+from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.planning.measure import rates_of
 from lowvram.request import PIXELS_PER_LATENT
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, blocks_of, latent_frames_per_clip

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram.parallel.team import RankTeam
+from lowvram.parallel.rank_team import RankTeam
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowvram.chain import LATENT_CHANNELS
 from lowvram.loading.weights import build_dit
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
+from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange

@@ -23,9 +23,9 @@ from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.parallel.ranks import joined
-from lowvram.parallel.seat import Seat
-from lowvram.parallel.team import RankTeam
+from lowvram.parallel.rank import joined
+from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning import Workload
 from lowvram.request import Request
 from lowvram.runtime import Runtime

@@ -15,7 +15,7 @@ from lowvram.outputs import Outputs
 from lowvram.parallel.command import RankRun
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.seat import Seat
+from lowvram.parallel.rank_env import Seat
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
 

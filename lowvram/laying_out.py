@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
+from lowvram.parallel.team import Team
 from lowvram.planning.choice import Wishes, plan_layout
 from lowvram.planning.costs import GIB
 from lowvram.planning.measure import card_at_hand, free_bytes
@@ -17,7 +18,6 @@ from lowvram.planning.planner import Plan, plan
 from lowvram.planning.table import to_json
 from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
-from lowvram.team import Team
 from lowvram_quantize.format import Artifact
 
 

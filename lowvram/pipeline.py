@@ -26,12 +26,12 @@ from lowvram.loading.encoders import load_vae
 from lowvram.offload.oom import Relief, free_cached
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions
+from lowvram.parallel.team import LatentSize, Solo, Team
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, Extent, frames_to_denoise
-from lowvram.team import LatentSize, Solo, Team
 from lowvram.voice import Voice, listening
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact

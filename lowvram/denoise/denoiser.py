@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
 from lowvram.denoise.cuda_graphs import LayerGraphs, layer_graphs
 from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram.offload.layers import Layers
 from lowvram.offload.oom_ladder import Layout
+from lowvram.parallel.chain import LATENT_CHANNELS, Chain
+from lowvram.parallel.team import Team
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Tick, clip_noise, latent_frames_per_clip, ticks
-from lowvram.team import Team
 
 Tensor = torch.Tensor
 

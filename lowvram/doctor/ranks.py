@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from lowvram.byte_sizes import gib
 from lowvram.doctor.findings import Finding, ok, problem, warning
 from lowvram.doctor.probes import Gpu, Names, Probes
-from lowvram.parallel.seat import for_one, said_of, told_by
+from lowvram.parallel.rank_env import for_one, said_of, told_by
 
 # NCCL's buffers in shared memory between two ranks that cannot reach each other's card: some segments of 9 MiB each
 # way. Containers start with 64 MiB of /dev/shm, which two ranks just fit in.

@@ -18,7 +18,7 @@ import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
-from lowvram.parallel.meeting import GONE, prefix
+from lowvram.parallel.rendezvous import GONE, prefix
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 
 log = logging.getLogger(__name__)

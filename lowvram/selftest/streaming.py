@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from lowvram.chain import LATENT_CHANNELS, Alone, Chain
 from lowvram.conditions import Conditions
 from lowvram.demo import TINY_LAYERS, tiny_model
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import MemoryOptions, Placement
+from lowvram.parallel.chain import LATENT_CHANNELS, Alone, Chain
+from lowvram.parallel.team import LatentSize, Solo
 from lowvram.pipeline import AvatarPipeline
 from lowvram.request import Request
 from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result, Subject
-from lowvram.team import LatentSize, Solo
 from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact

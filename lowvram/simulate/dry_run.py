@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowvram.chain import LATENT_CHANNELS
 from lowvram.conditions import Conditions
 from lowvram.offload.placement import MemoryOptions
+from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.team import Solo
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
-from lowvram.team import Solo
 from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact

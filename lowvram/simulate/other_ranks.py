@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from lowvram.chain import LATENT_CHANNELS, Chain
 from lowvram.conditions import Conditions
 from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.offload.host_copies import Shared
+from lowvram.parallel.chain import LATENT_CHANNELS, Chain
 from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.team import LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning.choice import Machines
 from lowvram.schedule import Block
-from lowvram.team import LatentSize
 
 Tensor = torch.Tensor
 

@@ -13,7 +13,6 @@ import click
 import pytest
 import torch
 
-from lowvram.chain import Alone
 from lowvram.conditions import Conditions
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise.cuda_graphs import CudaCapture, LayerGraphs, layer_graphs
@@ -24,9 +23,10 @@ from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.options import SETTINGS, memory_options, request_options
+from lowvram.parallel.chain import Alone
+from lowvram.parallel.team import Solo
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
-from lowvram.team import Solo
 from lowvram.voice import WholeVoice
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError
 from lowvram_models.config import DiTConfig

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 import lowvram.parallel.launch as launching
 from lowvram.cli import main
 from lowvram.parallel.launch import RanksFailed, launch
-from lowvram.parallel.meeting import GONE, prefix
+from lowvram.parallel.rendezvous import GONE, prefix
 from lowvram_kernels.errors import ConfigError
 
 

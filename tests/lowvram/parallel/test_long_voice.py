@@ -10,7 +10,7 @@ import torch
 
 from lowvram.media.samples import synth_voice, write_wav
 from tests.lowvram.parallel.conftest import Made, Maker, layout_options
-from tests.lowvram.parallel.test_team import unwrapped
+from tests.lowvram.parallel.test_rank_team import unwrapped
 
 SECONDS, CLIPS = 2, 3
 

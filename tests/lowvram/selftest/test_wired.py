@@ -12,7 +12,7 @@ from lowvram.cli import main
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel import command as ranks
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.seat import Seat
+from lowvram.parallel.rank_env import Seat
 from lowvram.selftest import first_run
 from lowvram_kernels.errors import HardwareError
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from lowvram import runtime as runtime_module
-from lowvram.chain import Alone
 from lowvram.conditions import Conditions
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions, Placement
+from lowvram.parallel.chain import Alone
+from lowvram.parallel.team import Solo
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
-from lowvram.team import Solo
 from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT

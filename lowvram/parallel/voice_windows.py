@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lowvram.parallel.wire import Mail
+from lowvram.parallel.comm import Mail
 from lowvram.voice import VoiceInWindows, WholeVoice
 from lowvram.voice_encoding import BackgroundPieces
 

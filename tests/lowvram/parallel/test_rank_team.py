@@ -130,7 +130,7 @@ def test_a_rank_that_fails_ends_all_and_is_named(maker, ranks, tmp_path):
 
 @contextlib.contextmanager
 def rank_1_receives_other_bytes() -> Iterator[None]:
-    import lowvram.parallel.team as team
+    import lowvram.parallel.rank_team as team
 
     team._CAUSE_S = 2.0
     if os.environ["RANK"] == "1":
@@ -187,7 +187,7 @@ def one_is_gone() -> Iterator[None]:
     """The starter's part of it."""
     from torch.distributed import PrefixStore, TCPStore
 
-    from lowvram.parallel.meeting import GONE, prefix
+    from lowvram.parallel.rendezvous import GONE, prefix
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
     PrefixStore(prefix("0"), store).set(GONE, "rank 1 of 2 on this machine was killed by SIGKILL")
@@ -205,7 +205,7 @@ def test_ranks_that_do_not_come(maker, ranks, tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    import lowvram.parallel.team as team
+    import lowvram.parallel.rank_team as team
 
     team.MEETING_S = 1
     yield
@@ -224,7 +224,7 @@ def test_nobody_keeps_the_store(maker, ranks, tmp_path):
 
 @contextlib.contextmanager
 def no_patience() -> Iterator[None]:
-    import lowvram.parallel.meeting as meeting
+    import lowvram.parallel.rendezvous as meeting
 
     meeting.MEETING_S = 1
     yield

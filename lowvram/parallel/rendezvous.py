@@ -12,7 +12,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
-from lowvram.parallel.seat import Seat
+from lowvram.parallel.rank_env import Seat
 from lowvram_kernels.errors import DistributedError
 
 MEETING_S = 60

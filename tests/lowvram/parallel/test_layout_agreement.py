@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel import settling
+from lowvram.parallel import layout_agreement as settling
+from lowvram.parallel.heartbeat import Person
 from lowvram.parallel.layout import ParallelLayout, chosen_layout
+from lowvram.parallel.layout_agreement import Settler
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.settling import Settler
-from lowvram.parallel.watch import Person
 from lowvram.planning import CARDS, Card
 from lowvram.planning.outside import OutsideAllocator
 from lowvram.request import Request

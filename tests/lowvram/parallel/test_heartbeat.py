@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import lowvram.parallel.watch as watching
-from lowvram.parallel.watch import HANG_S, SILENCE_S, Person, Watch, machine_id
+import lowvram.parallel.heartbeat as watching
+from lowvram.parallel.heartbeat import HANG_S, SILENCE_S, Person, Watch, machine_id
 
 BEAT_S = 0.01
 PATIENCE_S = 20.0

@@ -12,7 +12,7 @@ from lowvram.devices import choose_dtype
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.team import RankTeam
+from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.choice import Machines, Wishes, choose_team
 from lowvram.planning.contended import contended_rates

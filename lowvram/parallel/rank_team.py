@@ -1,0 +1,277 @@
+"""One of several ranks among the others: how they meet, agree, share what they know, and part."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lowvram.conditions import Conditions
+from lowvram.denoise.sequence import Sequence, Whole
+from lowvram.offload.host_copies import Shared
+from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.parallel.chain import Chain
+from lowvram.parallel.comm import Mail, Sent, StageExchange
+from lowvram.parallel.heartbeat import Person, Watch
+from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rendezvous import MEETING_S, Meeting
+from lowvram.parallel.shared_weights import SharedSlabs
+from lowvram.parallel.stage_pipeline import StageChain, arriving
+from lowvram.parallel.team import LatentSize
+from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
+from lowvram.planning.choice import Machines
+from lowvram.planning.grouped import CudaTaken, measuring_group
+from lowvram.planning.measure import CudaRunner
+from lowvram.schedule import Block
+from lowvram.voice import Voice, VoiceInWindows, WholeVoice
+from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
+
+Tensor = torch.Tensor
+log = logging.getLogger(__name__)
+
+# Exchanges wait for as long as the slowest rank takes; the watch ends what waits in vain.
+_PATIENCE = datetime.timedelta(days=7)
+_HANDSHAKE_S = 25.0
+_CAUSE_S = 14.0
+# A starter that ends this rank because another one failed does so about when the watch finds it.
+_TOLD_S = 1.0
+
+
+class EndedFromOutside(DistributedError):
+    """Whoever started this rank has ended it."""
+
+
+class RankTeam:
+    """This process among the ranks of ``layout``, met and watched: a ``Team`` once it is connected."""
+
+    def __init__(self, seat: Seat, layout: ParallelLayout):
+        self.seat, self.layout, self.role = seat, layout, layout.role(seat.rank)
+        self.sent = Sent()
+        self._meeting = Meeting(seat)
+        me = dataclasses.asdict(Person.me(self.role.name))
+        people = self._meeting.tell("people", me, cause=self._meeting.gone, within_s=MEETING_S)
+        self.people = [Person(**person) for person in people]
+        self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
+        self._watch.begin()
+        self._told = False  # that this rank fails
+        self.host_weights: Shared | None = None
+        self.there: Machines | None = None
+
+    def settle(self, layout: ParallelLayout) -> None:
+        """Take another layout than the one that was met with; before ``connect``."""
+        self.layout, self.role = layout, layout.role(self.seat.rank)
+        # In place: the watch has the same list.
+        self.people[:] = [
+            dataclasses.replace(person, name=layout.role(rank).name) for rank, person in enumerate(self.people)
+        ]
+
+    def connect(self, device: torch.device) -> None:
+        """Make the ways that tensors go, and try them.
+
+        Raises:
+            DistributedError: what arrives is not what was sent.
+        """
+        self._mail, self._stage_group, self.sequence = self._groups(device)
+
+    def _groups(self, device: torch.device) -> tuple[Mail, Any, Sequence]:
+        """Make the groups, which every rank does for all of them in the same order; and try them."""
+        seat, layout = self.seat, self.layout
+        with self._watch.doing("meeting the other ranks", "meet", limit_s=MEETING_S):
+            store = dist.distributed_c10d.PrefixStore("groups", self._meeting.store)
+            dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.world_size, timeout=_PATIENCE)
+        mail = Mail(_group(range(seat.world_size), "gloo"), self.sent)
+        mine: Any = None
+        meeting: Any = None
+        if layout.ulysses_size > 1:
+            for stage in range(layout.stages):
+                members = layout.members(stage)
+                exchange = _group(members, "nccl" if device.type == "cuda" else "gloo")
+                control = _group(members, "gloo")
+                if stage == self.role.stage:
+                    mine, meeting = exchange, control
+        if mine is None or self.role.index is None:
+            return mail, None, Whole()
+        sequence = Ulysses(self.role.index, layout.ulysses_size, StageExchange(mine, self.role.index, self.sent))
+        card = CudaTaken(device, CudaRunner(device).key) if device.type == "cuda" else None
+        with (
+            self._watch.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S),
+            measuring_group(card, layout.ulysses_size),
+        ):
+            _try_exchange(sequence, device)
+        return mail, meeting, sequence
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        """Every rank tells ``value``; all ranks' values.
+
+        Raises:
+            DistributedError: a rank is gone.
+        """
+        with self._watch.waiting(f"the others' {what.replace('_', ' ')}"):
+            return self._meeting.tell(what, value, cause=lambda: self._watch.cause)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Let no rank go on with another artifact, other settings or another version than the rest.
+
+        Raises:
+            ConfigError: what differs, where, and its values.
+        """
+        told = self.share("settings", dict(facts))
+        for rank, other in enumerate(told):
+            if differing := [name for name in facts if other.get(name) != told[0].get(name)]:
+                name = differing[0]
+                raise ConfigError(
+                    f"{self.people[rank].words} has {name} {other.get(name)!r}, rank 0 has {told[0].get(name)!r}; "
+                    "expected the same on all ranks: start them with one command, and with copies of one artifact"
+                )
+
+    def keep_weights_once(self, sizes: list[int]) -> None:
+        """Let the ranks of each machine share one host copy of the layers, of so many bytes each, that they stream."""
+        machines = [person.machine for person in self.people]
+        mine = machines[self.seat.rank]
+        first = machines.index(mine)
+        own = _shared_slabs(sizes) if first == self.seat.rank else None
+        paths = self.share("weights", own.path if own else None)
+        if own is None and paths[first] is not None and machines.count(mine) > 1:
+            try:
+                own = SharedSlabs.open(paths[first], sizes)
+            except OSError as error:
+                log.warning("rank %d keeps its own host copy of the weights: %s", self.seat.rank, error)
+        self.host_weights = own
+
+    def share_conditions(self, conditions: Conditions | None) -> Conditions:
+        own: dict[str, Tensor] | None = None
+        if conditions is not None:
+            own = {name: getattr(conditions, name).cpu() for name in ("context", "reference", "motion")}
+            if isinstance(conditions.audio, WholeVoice):
+                own["audio"] = conditions.audio.features.cpu()
+        facts = None
+        if own is not None and conditions is not None:
+            shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
+            facts = {"tensors": shapes, "voice": dataclasses.asdict(VoiceFacts.of(conditions.audio))}
+        told = self.share("conditions", facts)[self.layout.media_rank]
+        with self._watch.waiting("the conditions"):
+            tensors = own or {
+                name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in told["tensors"].items()
+            }
+            for name in tensors:
+                tensors[name] = tensors[name].contiguous()
+                self._mail.broadcast(tensors[name], self.layout.media_rank)
+        audio = tensors.pop("audio", None)
+        here = conditions.audio if conditions is not None else None
+        voice = self._share_windows(VoiceFacts(**told["voice"]), here) if audio is None else WholeVoice(audio)
+        return conditions or Conditions(**tensors, audio=voice)
+
+    def _share_windows(self, facts: VoiceFacts, here: Voice | None) -> Voice:
+        """A long voice, which the media rank has ``here``; the others take from it what they need, when they do."""
+        # A group of its own: windows are sent in a thread of their own.
+        with self._watch.waiting("the others' way for the voice"):
+            group = _group(range(self.seat.world_size), "gloo")
+        mail, media = Mail(group, self.sent, "voice"), self.layout.media_rank
+        if isinstance(here, VoiceInWindows):
+            others = [rank for rank in range(self.seat.world_size) if rank != media]
+            send_windows(here, mail, others, self._failing, taken_here=self.role.denoises)
+            return here
+        return VoiceInWindows(facts.ends, SentPieces(facts, mail, media, self._watch.waiting))
+
+    def _failing(self, error: BaseException) -> None:
+        """Tell the others, from another thread than the one that waits for them and will fail too."""
+        self._told = True
+        self._watch.failed(_words(error))
+
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        return StageChain(
+            self._mail, self.layout, self.role, blocks, latent_size, clips=clips, waiting=self._watch.waiting
+        )
+
+    def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
+        return arriving(self._mail, self.layout, blocks, latent_size, self._watch.waiting)
+
+    def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
+        """Say what this rank does, for the others and for those who look for what went wrong."""
+        return self._watch.doing(what, kind)
+
+    def sent_bytes(self) -> dict[str, int]:
+        return dataclasses.asdict(self.sent)
+
+    def meet(self) -> None:
+        """Wait for the ranks of this stage: work they do together is not held up by what one did before it."""
+        if self._stage_group is not None:
+            with self._watch.waiting("the other ranks of its stage"):
+                dist.barrier(group=self._stage_group)
+
+    def any_ran_out(self, here: bool) -> bool:
+        if self._stage_group is None:
+            return here
+        told = torch.tensor([int(here)])
+        with self._watch.waiting("the other ranks of its stage"):
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._stage_group)
+        return bool(told.item())
+
+    def leave(self) -> None:
+        """Wait until all that was sent is received and all ranks are done; no rank is missed from here on."""
+        with self._watch.waiting("the others to finish"):
+            self._mail.settle()
+            self._meeting.tell("leave", True, cause=lambda: self._watch.cause)
+        self._watch.done()
+        dist.destroy_process_group()
+
+    def explain(self, error: BaseException) -> LowvramError | None:
+        """Which rank is at fault: another one, whose failure comes back, or this one, and all are told."""
+        if self._told:
+            return None
+        if isinstance(error, EndedFromOutside):
+            self._watch.wait_for_cause(_TOLD_S)
+        elif isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
+            self._watch.wait_for_cause(_CAUSE_S)
+        # What has to change before a run can succeed is no other rank's doing, whoever found it first.
+        to_change = isinstance(error, LowvramError) and error.exit_code == 2
+        if (cause := self._watch.cause) is not None and not to_change:
+            return DistributedError(f"the run ended: {cause}")
+        self._watch.failed(_words(error))
+        return None
+
+
+def _shared_slabs(sizes: list[int]) -> SharedSlabs | None:
+    try:
+        return SharedSlabs.create(sizes)
+    except OSError as error:
+        log.warning("every rank keeps its own host copy of the weights: %s", error)
+        return None
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _own(error: RuntimeError) -> bool:
+    """Whether an error cannot come from an exchange that broke off."""
+    return is_out_of_memory(error)
+
+
+def _group(ranks: Iterable[int], backend: str) -> Any:
+    return dist.new_group(list(ranks), backend=backend, timeout=_PATIENCE)
+
+
+def _try_exchange(sequence: Ulysses, device: torch.device) -> None:
+    """Cards without peer access that claim it hang here, where somebody watches, or deliver wrong bytes.
+
+    Raises:
+        DistributedError: what arrived is not what was sent.
+    """
+    size, width = sequence.size, 1 << 16
+    x = torch.arange(size * size * width, dtype=torch.float32, device=device).remainder(8191).view(size, size, width)
+    mine = x[sequence.index].view(1, size, width)
+    seen = sequence.begin_to_heads(mine, [1] * size).wait()
+    if not torch.equal(seen[:, 0], x[:, sequence.index]):
+        raise DistributedError(
+            "ranks received other bytes than were sent; export NCCL_P2P_DISABLE=1 and try again (`lowvram doctor` "
+            "says more)"
+        )
