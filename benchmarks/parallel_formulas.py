@@ -13,8 +13,8 @@ from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
-from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
-from lowvram.planning.facts import ModelFacts, facts_of
+from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
+from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram.planning.share import share_of
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

@@ -18,7 +18,6 @@ from parallel_fsdp import FsdpDenoiser
 
 from lowvram.conditions import Conditions
 from lowvram.denoise.denoiser import Denoiser
-from lowvram.laying_out import lay_out
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions
@@ -27,6 +26,7 @@ from lowvram.parallel.rank import joined
 from lowvram.parallel.rank_env import Seat
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning import Workload
+from lowvram.planning.decide import lay_out
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of

@@ -274,7 +274,7 @@ def selftest(device: str, report: Path | None, overwrite: bool, as_json: bool) -
 
 def sizes_of(model: Path | None) -> Any:
     """Sizes of an artifact's parts, or those of the published shapes in int8."""
-    from lowvram.planning.facts import facts_of
+    from lowvram.planning.model_sizes import facts_of
     from lowvram_quantize.format import Artifact
     from lowvram_quantize.phantom import write_phantom
 

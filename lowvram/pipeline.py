@@ -21,12 +21,12 @@ from lowvram.block_decoder import BlockDecoder, to_pixels
 from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
-from lowvram.laying_out import LaidOut, lay_out
 from lowvram.loading.encoders import load_vae
 from lowvram.offload.oom import Relief, free_cached
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LatentSize, Solo, Team
+from lowvram.planning.decide import LaidOut, lay_out
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import FPS, Inputs, Request, read_inputs

@@ -12,7 +12,7 @@ from lowvram.doctor import cards, memory, ranks, software
 from lowvram.doctor.findings import Finding, ok, problem
 from lowvram.doctor.probes import CardState, Gpu, Probes
 from lowvram.doctor.wants import Room, Wants, wants_of
-from lowvram.planning.facts import ModelFacts
+from lowvram.planning.model_sizes import ModelFacts
 from lowvram_kernels.errors import ConfigError
 
 T = TypeVar("T")

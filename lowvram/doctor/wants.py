@@ -11,8 +11,8 @@ from lowvram.devices import choose_dtype
 from lowvram.planning.card_names import DEFAULT_CARD, cards_called
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import Card
-from lowvram.planning.choice import Machines, choose_team
-from lowvram.planning.facts import ModelFacts
+from lowvram.planning.layout_choice import Machines, choose_team
+from lowvram.planning.model_sizes import ModelFacts
 from lowvram.planning.planner import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
 

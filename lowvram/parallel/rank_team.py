@@ -27,9 +27,9 @@ from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
-from lowvram.planning.choice import Machines
-from lowvram.planning.grouped import CudaTaken, measuring_group
+from lowvram.planning.layout_choice import Machines
 from lowvram.planning.measure import CudaRunner
+from lowvram.planning.nccl_memory import CudaTaken, measuring_group
 from lowvram.schedule import Block
 from lowvram.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError

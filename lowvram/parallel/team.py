@@ -16,7 +16,7 @@ from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.offload.host_copies import Shared
 from lowvram.parallel.chain import Alone, Chain
 from lowvram.parallel.layout import ParallelLayout, Role
-from lowvram.planning.choice import Machines
+from lowvram.planning.layout_choice import Machines
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

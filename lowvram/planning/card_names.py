@@ -9,7 +9,7 @@ import re
 from lowvram.byte_sizes import parse_bytes
 from lowvram.planning.card_table import CARDS, link_rate
 from lowvram.planning.cards import GIGA, TERA, Card
-from lowvram.planning.costs import GIB
+from lowvram.planning.memory_costs import GIB
 from lowvram_kernels.errors import ConfigError
 
 CUSTOM = "custom:"

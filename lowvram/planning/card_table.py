@@ -14,7 +14,7 @@ that; int8 is eight times on both.
 from __future__ import annotations
 
 from lowvram.planning.cards import GIGA, TERA, Card, Rates
-from lowvram.planning.costs import GIB, MIB
+from lowvram.planning.memory_costs import GIB, MIB
 
 # GB/s each way that pinned copies of tens of MiB reach over 16 lanes, by generation of PCIe: 25 of 32, 50 of 64.
 _LINKS = {3: 12.5, 4: 25.0, 5: 50.0}

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from lowvram.planning.outside import OutsideAllocator
+from lowvram.planning.library_memory import OutsideAllocator
 from lowvram_kernels.chips import GENERATIONS
 
 TERA, GIGA = 1e12, 1e9

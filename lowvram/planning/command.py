@@ -13,10 +13,10 @@ from lowvram.devices import choose_dtype, cuda_is_here
 from lowvram.option_values import seconds_of
 from lowvram.planning.card_names import DEFAULT_CARD, card_named
 from lowvram.planning.cards import Card
-from lowvram.planning.choice import Compared, Machines, Wishes, alternatives, choose_team
-from lowvram.planning.costs import GIB
-from lowvram.planning.facts import facts_of
+from lowvram.planning.layout_choice import Compared, Machines, Wishes, alternatives, choose_team
 from lowvram.planning.measure import card_at_hand
+from lowvram.planning.memory_costs import GIB
+from lowvram.planning.model_sizes import facts_of
 from lowvram.planning.planner import DoesNotFit, Plan, plan
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError

@@ -13,10 +13,10 @@ import torch
 from lowvram.devices import computing_on
 from lowvram.offload.oom import free_cached
 from lowvram.offload.pinning import mapped, registry
-from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Card, Rates
-from lowvram.planning.grouped import group_bytes
-from lowvram.planning.outside import outside_allocator
+from lowvram.planning.library_memory import outside_allocator
+from lowvram.planning.measured import cache_folder, read_cache, write_cache
+from lowvram.planning.nccl_memory import group_bytes
 
 log = logging.getLogger(__name__)
 

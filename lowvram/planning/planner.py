@@ -10,9 +10,7 @@ import torch
 from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
-from lowvram.planning.costs import Operations, ring_costs, sink_bytes, step_operations
-from lowvram.planning.facts import ModelFacts, facts_of
-from lowvram.planning.layout import (
+from lowvram.planning.memory import (
     DeviceParts,
     HostParts,
     MachineParts,
@@ -21,6 +19,8 @@ from lowvram.planning.layout import (
     reference_parts,
     stage_peaks,
 )
+from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
+from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram.planning.reserve import Reserve, reserve_of
 from lowvram.planning.search import Job, candidates, fastest, least_placement
 from lowvram.planning.share import Share

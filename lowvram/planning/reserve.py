@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning import grouped as groups
+from lowvram.planning import nccl_memory as groups
 from lowvram.planning.cards import Card
-from lowvram.planning.outside import FLAT_BYTES, SLACK_BYTES
+from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 

@@ -14,8 +14,8 @@ from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import GIGA, TERA
 from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
 from lowvram.planning.planner import DoesNotFit
-from lowvram.planning.table import print_plan, to_json
-from lowvram.planning.team_table import compared_to_json, print_team
+from lowvram.planning.report import print_plan, to_json
+from lowvram.planning.team_report import compared_to_json, print_team
 from lowvram.simulate.dry_run import dry_run, dry_run_team
 
 

@@ -9,9 +9,9 @@ from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
-from lowvram.planning.facts import ModelFacts, facts_of
-from lowvram.planning.layout import MachineParts
 from lowvram.planning.members import Member, Shortfall, host_of, settle
+from lowvram.planning.memory import MachineParts
+from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram.planning.planner import (
     Budgets,
     DoesNotFit,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning.costs import BFLOAT16_BYTES, FLOAT32_BYTES, kv_bytes
-from lowvram.planning.facts import AudioFacts, ModelFacts
+from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, kv_bytes
+from lowvram.planning.model_sizes import AudioFacts, ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 from lowvram_models import voice_lengths

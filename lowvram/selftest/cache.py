@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowvram.planning.cache import cache_folder, read_cache, write_cache
+from lowvram.planning.measured import cache_folder, read_cache, write_cache
 from lowvram.selftest.results import Result
 
 _WHAT = "results of checks"

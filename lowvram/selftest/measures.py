@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lowvram.planning.library_memory import OutsideAllocator, measure_outside_allocator
 from lowvram.planning.measure import CudaRunner
-from lowvram.planning.outside import OutsideAllocator, measure_outside_allocator
 from lowvram.selftest.results import Result, Subject
 from lowvram_kernels.errors import DeviceError
 

@@ -19,7 +19,7 @@ from lowvram.parallel.chain import LATENT_CHANNELS, Chain
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.team import LatentSize
 from lowvram.parallel.ulysses import Ulysses
-from lowvram.planning.choice import Machines
+from lowvram.planning.layout_choice import Machines
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

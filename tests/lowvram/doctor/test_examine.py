@@ -10,7 +10,7 @@ import pytest
 
 from lowvram.doctor.examine import Options, examine
 from lowvram.doctor.findings import to_json
-from lowvram.planning.facts import facts_of
+from lowvram.planning.model_sizes import facts_of
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

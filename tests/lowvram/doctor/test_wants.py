@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lowvram.doctor.wants import Room, wants_of
-from lowvram.planning.facts import facts_of
-from lowvram.planning.layout import HOST_BASE_BYTES
+from lowvram.planning.memory import HOST_BASE_BYTES
+from lowvram.planning.model_sizes import facts_of
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 from tests.lowvram.doctor.invented import GIB

@@ -16,7 +16,7 @@ from lowvram.parallel.layout import ParallelLayout, chosen_layout
 from lowvram.parallel.layout_agreement import Settler
 from lowvram.parallel.options import RankOptions
 from lowvram.planning import CARDS, Card
-from lowvram.planning.outside import OutsideAllocator
+from lowvram.planning.library_memory import OutsideAllocator
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.planning.facts import ModelFacts, facts_of
+from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
 

@@ -17,9 +17,9 @@ from lowvram.loading.encoders import load_text_encoder
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning import CARDS, DoesNotFit, Workload, plan
-from lowvram.planning.costs import GIB, MIB
-from lowvram.planning.facts import facts_of
-from lowvram.planning.layout import loading
+from lowvram.planning.memory import loading
+from lowvram.planning.memory_costs import GIB, MIB
+from lowvram.planning.model_sizes import facts_of
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import plan_team
 from lowvram.simulate.device import SimulatedDevice

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from lowvram.planning import CARDS, DoesNotFit, Workload
-from lowvram.planning.costs import GIB
-from lowvram.planning.outside import SLACK_BYTES
+from lowvram.planning.library_memory import SLACK_BYTES
+from lowvram.planning.memory_costs import GIB
 from lowvram.planning.planner import plan
 from lowvram.planning.reserve import Reserve
 from lowvram.planning.workspace import decoder_cache

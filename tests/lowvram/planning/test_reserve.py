@@ -11,15 +11,15 @@ from rich.console import Console
 
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
-from lowvram.planning.choice import Compared
-from lowvram.planning.costs import GIB, MIB
-from lowvram.planning.grouped import FLAT_BYTES as NCCL_FLAT_BYTES
-from lowvram.planning.grouped import group_bytes, measuring_group
+from lowvram.planning.layout_choice import Compared
+from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.planning.measure import card_at_hand
-from lowvram.planning.outside import FLAT_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.memory_costs import GIB, MIB
+from lowvram.planning.nccl_memory import FLAT_BYTES as NCCL_FLAT_BYTES
+from lowvram.planning.nccl_memory import group_bytes, measuring_group
 from lowvram.planning.reserve import reserve_of
 from lowvram.planning.share import share_of, whole
-from lowvram.planning.team_table import print_team, team_to_json
+from lowvram.planning.team_report import print_team, team_to_json
 from tests.lowvram.planning.test_measure import FakeRunner
 
 WORK = Workload.of_size("704*384")

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from lowvram.cli import main
 from lowvram.planning import workspace
 from lowvram.planning.card_table import CARDS
-from lowvram.planning.facts import AudioFacts
-from lowvram.planning.layout import host_parts, machine_parts
+from lowvram.planning.memory import host_parts, machine_parts
+from lowvram.planning.model_sizes import AudioFacts
 from lowvram.planning.planner import DoesNotFit, Plan, plan
 from lowvram.planning.search import Job
 from lowvram.planning.workload import Workload

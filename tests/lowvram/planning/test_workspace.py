@@ -12,8 +12,8 @@ from lowvram.loading.fused_block import fuse
 from lowvram.parallel.layout import ParallelLayout, shares
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
-from lowvram.planning.costs import decode_operations
-from lowvram.planning.facts import AudioFacts
+from lowvram.planning.memory_costs import decode_operations
+from lowvram.planning.model_sizes import AudioFacts
 from lowvram.planning.share import share_of
 from lowvram_kernels.modules import swap_linear
 from lowvram_models.attention import CrossAttention, Heads

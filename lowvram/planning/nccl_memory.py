@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from lowvram.planning.cache import cache_folder, read_cache, write_cache
-from lowvram.planning.costs import MIB
+from lowvram.planning.measured import cache_folder, read_cache, write_cache
+from lowvram.planning.memory_costs import MIB
 
 log = logging.getLogger(__name__)
 

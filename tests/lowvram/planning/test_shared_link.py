@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lowvram.planning import CARDS
-from lowvram.planning.contended import contended_rates
 from lowvram.planning.measure import COPY_BYTES, cache_file, rates_of
+from lowvram.planning.shared_link import contended_rates
 from tests.lowvram.planning.test_measure import FakeRunner
 
 RATES = CARDS["rtx4090"].rates

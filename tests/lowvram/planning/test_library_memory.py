@@ -9,8 +9,9 @@ import logging
 import pytest
 import torch
 
-from lowvram.planning import outside, outside_work
-from lowvram.planning.outside import (
+from lowvram.planning import library_memory as outside
+from lowvram.planning import library_memory_probe as outside_work
+from lowvram.planning.library_memory import (
     OutsideAllocator,
     measure_outside_allocator,
     measure_parts,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
-from lowvram.planning.costs import KIB, MIB
-from lowvram.planning.facts import ModelFacts
+from lowvram.planning.memory_costs import KIB, MIB
+from lowvram.planning.model_sizes import ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 

@@ -10,12 +10,12 @@ import torch
 
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.parallel.team import Team
-from lowvram.planning.choice import Wishes, plan_layout
-from lowvram.planning.costs import GIB
+from lowvram.planning.layout_choice import Wishes, plan_layout
+from lowvram.planning.library_memory import MODULES_BYTES
 from lowvram.planning.measure import card_at_hand, free_bytes
-from lowvram.planning.outside import MODULES_BYTES
+from lowvram.planning.memory_costs import GIB
 from lowvram.planning.planner import Plan, plan
-from lowvram.planning.table import to_json
+from lowvram.planning.report import to_json
 from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram_quantize.format import Artifact

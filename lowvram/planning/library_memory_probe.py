@@ -1,7 +1,7 @@
 """A process that does once whatever takes memory of a card beside tensors, and prints the bytes by part as JSON.
 
-Started by ``lowvram.planning.outside`` as ``python -m lowvram.planning.outside_work INDEX FREE``: the card, and the
-bytes that were free on it before. Values do not matter here, only shapes: weights and latents are zeros.
+Started by ``library_memory`` as ``python -m lowvram.planning.library_memory_probe INDEX FREE``: the card, and the bytes
+that were free on it before. Values do not matter here, only shapes: weights and latents are zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.loading.fused_block import fuse
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import Placement
-from lowvram.planning.outside import measure_parts
+from lowvram.planning.library_memory import measure_parts
 from lowvram.planning.workload import Workload
 from lowvram.schedule import blocks_of
 from lowvram.simulate.device import SimulatedDevice

@@ -9,7 +9,7 @@ import pytest
 from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload
-from lowvram.planning.graphs import GRAPH_BYTES, graph_bytes
+from lowvram.planning.graph_memory import GRAPH_BYTES, graph_bytes
 from lowvram.planning.planner import plan
 from lowvram.planning.search import Job
 from lowvram.planning.share import share_of, whole

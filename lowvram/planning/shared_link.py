@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowvram.planning.cache import cache_folder, read_cache, write_cache
 from lowvram.planning.cards import Rates
 from lowvram.planning.measure import COPY_BYTES, Runner
+from lowvram.planning.measured import cache_folder, read_cache, write_cache
 
 # Some tenths of a second each way: ranks do not begin at one moment, and the middle one of so many is contended.
 _COPIES = 25

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lowvram.planning.cache import cache_folder, read_cache, write_cache
-from lowvram.planning.costs import MIB
+from lowvram.planning.measured import cache_folder, read_cache, write_cache
+from lowvram.planning.memory_costs import MIB
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import DeviceError
 
@@ -173,7 +173,7 @@ def _pairs(values: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
 def _start(device: torch.device) -> dict[str, Any]:
     index = device.index or 0
     free, _ = torch.cuda.mem_get_info(index)  # before the other process has a context
-    command = [sys.executable, "-m", "lowvram.planning.outside_work", str(index), str(free)]
+    command = [sys.executable, "-m", "lowvram.planning.library_memory_probe", str(index), str(free)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

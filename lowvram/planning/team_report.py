@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib
-from lowvram.planning.choice import Alternative, Compared
+from lowvram.planning.layout_choice import Alternative, Compared
 from lowvram.planning.planner import Plan
-from lowvram.planning.table import Simulated, empty_table, reserve_rows, to_json
+from lowvram.planning.report import Simulated, empty_table, reserve_rows, to_json
 from lowvram.planning.team import TeamPlan
 
 _STAGES = ("encode_text", "encode_audio", "encode_image", "load_dit", "prefill_sink", "denoise", "decode")

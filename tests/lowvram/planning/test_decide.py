@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowvram import laying_out
-from lowvram.laying_out import LaidOut, lay_out
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.team import Solo
 from lowvram.planning import CARDS, Workload, measure
+from lowvram.planning import decide as laying_out
 from lowvram.planning.cards import Rates
-from lowvram.planning.choice import Machines
-from lowvram.planning.outside import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.decide import LaidOut, lay_out
+from lowvram.planning.layout_choice import Machines
+from lowvram.planning.library_memory import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom
