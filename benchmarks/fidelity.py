@@ -78,7 +78,7 @@ def measure(case: Path, folder: Path) -> dict[str, Any]:
 
 
 def score(case: Path, folder: Path, name: str, variant: Variant, baseline: Path) -> dict[str, Any]:
-    from lowvram.compare import compare
+    from lowvram.compare.comparison import compare
 
     result = compare(run(case, folder, name, variant), baseline)
     return {

@@ -144,10 +144,10 @@ def compare(
 
     With --model and --baseline both are run first, on the same portrait, voice, prompt and settings.
     """
-    from lowvram.compare import compare as run
-    from lowvram.compare import parse_fail_under
+    from lowvram.compare.comparison import compare as run
+    from lowvram.compare.comparison import parse_fail_under
+    from lowvram.compare.tables import print_comparison
     from lowvram.compare_both import refuse_both_ways, refuse_run_options, run_both
-    from lowvram.compare_table import print_comparison
 
     bounds = parse_fail_under(fail_under)
     if options["model"] is not None or options["baseline"] is not None:
@@ -201,8 +201,8 @@ def plan(
 @click.option("--overwrite", is_flag=True, help="Replace files in --out-dir that no demo has made.")
 def demo(out_dir: Path, device: str, overwrite: bool) -> None:
     """Run the whole job on a tiny random model: convert to int8 and bf16, infer both, compare."""
-    from lowvram.compare import compare as compare_runs
-    from lowvram.compare_table import print_comparison
+    from lowvram.compare.comparison import compare as compare_runs
+    from lowvram.compare.tables import print_comparison
     from lowvram.demo import run_demo
 
     run_demo(out_dir, device=device, overwrite=overwrite)

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.metrics import FrameScore, TensorScore, mean_psnr
+from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
 
 if TYPE_CHECKING:
-    from lowvram.compare import Comparison, StagePair
-    from lowvram.sources import Stage
+    from lowvram.compare.comparison import Comparison, StagePair
+    from lowvram.compare.sources import Stage
 
 # Up to this many frames each has a row; more are shown a second at a time, at 25 frames a second.
 _ROWS = 30

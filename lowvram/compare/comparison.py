@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowvram.metrics import FrameScore, TensorScore, TensorSums, mean_psnr, score_frame
-from lowvram.sources import Dump, Frames, Source, Stage, Video, open_source
+from lowvram.compare.metrics import FrameScore, TensorScore, TensorSums, mean_psnr, score_frame
+from lowvram.compare.sources import Dump, Frames, Source, Stage, Video, open_source
 from lowvram_kernels.errors import ConfigError, InputError
 
 LOWER_BOUNDS = ("psnr", "psnr_min", "ssim", "ssim_min", "cosine")

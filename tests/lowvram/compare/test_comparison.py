@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from lowvram.compare import Comparison, compare, parse_fail_under
-from lowvram.compare_table import print_comparison
+from lowvram.compare.comparison import Comparison, compare, parse_fail_under
+from lowvram.compare.tables import print_comparison
 from lowvram.media.video import VideoWriter
 from lowvram_kernels.errors import ConfigError, InputError
 
@@ -164,7 +164,7 @@ def test_the_golden_outputs_compare_with_themselves():
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowvram.sources._PIECE", 100)
+    monkeypatch.setattr("lowvram.compare.sources._PIECE", 100)
     base = random(7, 5, 19)
     a, b = dump(tmp_path / "a.safetensors", x=base * 1.25), dump(tmp_path / "b.safetensors", x=base)
     result = compare(a, b)

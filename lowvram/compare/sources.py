@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lowvram.compare.metrics import Frame
 from lowvram.media.video import probe, read_frames
-from lowvram.metrics import Frame
 from lowvram_kernels.errors import InputError
 from lowvram_quantize.format import MANIFEST
 

@@ -1,0 +1,1 @@
+"""How far one run is from another: latents, frames, stages."""
