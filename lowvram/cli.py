@@ -23,14 +23,14 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lowvram.answers import Answering, before_a_command
-from lowvram.command_options import convert_options, infer_options, plan_options
-from lowvram.offload.oom_errors import is_out_of_memory
-from lowvram.options import (
+from lowvram.commands.answers import Answering, before_a_command
+from lowvram.commands.options import convert_options, infer_options, plan_options
+from lowvram.commands.shared_options import (
     FILE,
     SETTINGS,
     request_options,
 )
+from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram_kernels.errors import LowvramError, OutputError
 
 
@@ -117,7 +117,7 @@ def infer(**options: Any) -> None:
 
     Several GPUs of this machine share the work with --gpus; torchrun starts ranks too, also on several machines.
     """
-    from lowvram.infer_command import infer_as_asked
+    from lowvram.commands.infer import infer_as_asked
 
     if (video := infer_as_asked(options, click.get_current_context().meta["arguments"])) is not None:
         click.echo(video)
@@ -144,10 +144,10 @@ def compare(
 
     With --model and --baseline both are run first, on the same portrait, voice, prompt and settings.
     """
+    from lowvram.commands.compare import refuse_both_ways, refuse_run_options, run_both
     from lowvram.compare.comparison import compare as run
     from lowvram.compare.comparison import parse_fail_under
     from lowvram.compare.tables import print_comparison
-    from lowvram.compare_both import refuse_both_ways, refuse_run_options, run_both
 
     bounds = parse_fail_under(fail_under)
     if options["model"] is not None or options["baseline"] is not None:
@@ -177,8 +177,8 @@ def plan(
 
     Exits with 1 where it does not fit.
     """
-    from lowvram.planning.command import PlanOptions
-    from lowvram.planning.shown import show_cards, show_plan
+    from lowvram.commands.plan import PlanOptions
+    from lowvram.commands.plan_output import show_cards, show_plan
     from lowvram_quantize.phantom import write_phantom
 
     if options["gpu"] == "list":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lowvram.test_foreign_options import ANSWERED, USED, line, nearly, run
+from tests.lowvram.commands.test_foreign_options import ANSWERED, USED, line, nearly, run
 
 __all__ = ["nearly"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import lowvram.compare_both as compare_both
+import lowvram.commands.compare as compare_both
 import lowvram.demo as demo
 import lowvram.selftest.command as selftest
 from lowvram.cli import main

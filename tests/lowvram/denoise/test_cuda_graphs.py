@@ -13,6 +13,7 @@ import click
 import pytest
 import torch
 
+from lowvram.commands.shared_options import SETTINGS, memory_options, request_options
 from lowvram.conditions import Conditions
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise.cuda_graphs import CudaCapture, LayerGraphs, layer_graphs
@@ -22,7 +23,6 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.options import SETTINGS, memory_options, request_options
 from lowvram.parallel.chain import Alone
 from lowvram.parallel.team import Solo
 from lowvram.runtime import Runtime

@@ -214,7 +214,7 @@ def test_what_nothing_could_relieve_still_makes_a_smaller_video_where_that_is_al
 
 @pytest.mark.parametrize(("error", "words"), [(CUDA, "memory ran out"), (OTHERS[0], "the GPU failed")])
 def test_the_command_line_says_which_it_was(monkeypatch, error, words):
-    from lowvram.planning import shown
+    from lowvram.commands import plan_output as shown
 
     monkeypatch.setattr(shown, "plan_for", lambda *_: fail(error))
     result = CliRunner().invoke(main, ["plan", "--preset", "tiny"])

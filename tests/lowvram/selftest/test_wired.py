@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from lowvram.cli import main
+from lowvram.commands import infer_ranks as ranks
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel import command as ranks
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.rank_env import Seat
 from lowvram.selftest import first_run

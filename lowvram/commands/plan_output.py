@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 
 from lowvram.byte_sizes import gib
+from lowvram.commands.plan import PlanOptions, plan_for, plan_team_for
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import GIGA, TERA
-from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
 from lowvram.planning.planner import DoesNotFit
 from lowvram.planning.report import print_plan, to_json
 from lowvram.planning.team_report import compared_to_json, print_team

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lowvram.byte_sizes import parse_bytes
-from lowvram.option_values import read_prompt, seconds_of, settled_seed
+from lowvram.commands.option_values import read_prompt, seconds_of, settled_seed
 
 if TYPE_CHECKING:
     from lowvram.offload.placement import MemoryOptions

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lowvram.cli import main
-from lowvram.planning.command import PlanOptions, plan_for, plan_team_for
+from lowvram.commands.plan import PlanOptions, plan_for, plan_team_for
 from lowvram_kernels.errors import ConfigError
 
 PLAN = ["plan", "--vram", "22.15GiB", "--ram", "64GiB", "--size", "704*384", "--infer_frames", "48", "--gpu", "rtx4090"]
@@ -107,7 +107,8 @@ def test_without_a_card_it_is_said_whose_speeds_are_shown(published, monkeypatch
 
 
 def test_a_card_at_hand_is_measured(published, monkeypatch):
-    from lowvram.planning import CARDS, command
+    from lowvram.commands import plan as command
+    from lowvram.planning import CARDS
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(command, "card_at_hand", lambda device: CARDS["rtx5090"])
@@ -195,7 +196,8 @@ def test_layouts_that_cannot_be_are_refused(options, message):
 
 
 def test_cards_at_hand_are_measured_each(published, monkeypatch):
-    from lowvram.planning import CARDS, command
+    from lowvram.commands import plan as command
+    from lowvram.planning import CARDS
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

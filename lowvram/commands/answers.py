@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lowvram.foreign_options import BY_COMMAND, Foreign
+from lowvram.commands.foreign_options import BY_COMMAND, Foreign
 from lowvram_kernels.errors import ConfigError
 
 # A hint is for a slip of the keys. A name that shares a word is another option, and no hint is better than that one.

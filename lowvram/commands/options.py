@@ -1,4 +1,4 @@
-"""Options of single commands; those that several share are in ``lowvram.options``."""
+"""Options of single commands; those that several share are in ``lowvram.commands.shared_options``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowvram.options import FILE, declared, rank_options, request_options, switch
+from lowvram.commands.shared_options import FILE, declared, rank_options, request_options, switch
 
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 

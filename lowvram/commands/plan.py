@@ -9,8 +9,8 @@ import psutil
 import torch
 
 from lowvram.byte_sizes import gib, parse_bytes
+from lowvram.commands.option_values import seconds_of
 from lowvram.devices import choose_dtype, cuda_is_here
-from lowvram.option_values import seconds_of
 from lowvram.planning.card_names import DEFAULT_CARD, card_named
 from lowvram.planning.cards import Card
 from lowvram.planning.layout_choice import Compared, Machines, Wishes, alternatives, choose_team
