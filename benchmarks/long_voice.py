@@ -150,7 +150,7 @@ def cut_difference(folder: Path, seconds: int = CUT_S) -> dict[str, Any]:
     """Of the first clip's features: read as ``--num_clip 1`` reads them, and with the whole voice known."""
     import torch
 
-    from lowvram.conditions import encode_audio
+    from lowvram.encode.conditions import encode_audio
     from lowvram.media.voice import load_voice
     from lowvram.request import Request
     from lowvram_quantize.format import Artifact
@@ -173,7 +173,7 @@ def window_difference(folder: Path, seconds: int = WINDOWS_S) -> dict[str, Any]:
     """Of all features of a voice: encoded window by window as a run does it, and from the whole file at once."""
     import torch
 
-    from lowvram.conditions import encode_audio
+    from lowvram.encode.conditions import encode_audio
     from lowvram.loading.encoders import load_audio_encoder
     from lowvram.media.voice import load_voice
     from lowvram_models.audio_encoder import audio_embedding, extract_features

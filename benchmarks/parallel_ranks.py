@@ -16,8 +16,9 @@ import torch
 from parallel_book import Book
 from parallel_fsdp import FsdpDenoiser
 
-from lowvram.conditions import Conditions
 from lowvram.denoise.denoiser import Denoiser
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import WholeVoice
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions
@@ -30,7 +31,6 @@ from lowvram.planning.decide import lay_out
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of
-from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact, Component
 

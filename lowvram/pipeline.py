@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from lowvram.block_decoder import BlockDecoder, to_pixels
-from lowvram.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
+from lowvram.encode.conditions import Conditions, encode_audio, encode_image, encode_text
+from lowvram.encode.voice import Voice, listening
 from lowvram.loading.encoders import load_vae
 from lowvram.offload.oom import Relief, free_cached
 from lowvram.offload.oom_ladder import Layout
@@ -32,7 +33,6 @@ from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, Extent, frames_to_denoise
-from lowvram.voice import Voice, listening
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
 

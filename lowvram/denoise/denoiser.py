@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from lowvram.conditions import Conditions
 from lowvram.denoise.cuda_graphs import LayerGraphs, layer_graphs
 from lowvram.denoise.rollout import Rollout, RolloutSettings
+from lowvram.encode.conditions import Conditions
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram.offload.layers import Layers
 from lowvram.offload.oom_ladder import Layout

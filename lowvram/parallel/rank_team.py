@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowvram.conditions import Conditions
 from lowvram.denoise.sequence import Sequence, Whole
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram.offload.host_copies import Shared
 from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.parallel.chain import Chain
@@ -31,7 +32,6 @@ from lowvram.planning.layout_choice import Machines
 from lowvram.planning.measure import CudaRunner
 from lowvram.planning.nccl_memory import CudaTaken, measuring_group
 from lowvram.schedule import Block
-from lowvram.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 
 Tensor = torch.Tensor

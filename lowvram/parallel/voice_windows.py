@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lowvram.encode.voice import VoiceInWindows, WholeVoice
+from lowvram.encode.voice_windows import BackgroundPieces
 from lowvram.parallel.comm import Mail
-from lowvram.voice import VoiceInWindows, WholeVoice
-from lowvram.voice_encoding import BackgroundPieces
 
 Tensor = torch.Tensor
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from lowvram.conditions import Conditions
 from lowvram.demo import TINY_LAYERS, tiny_model
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.chain import LATENT_CHANNELS, Alone, Chain
@@ -22,7 +23,6 @@ from lowvram.request import Request
 from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result, Subject
-from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowvram.conditions import Conditions
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
@@ -21,7 +22,6 @@ from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
-from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact
 

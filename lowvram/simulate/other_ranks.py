@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lowvram.conditions import Conditions
 from lowvram.denoise.sequence import Sequence, Whole
+from lowvram.encode.conditions import Conditions
 from lowvram.offload.host_copies import Shared
 from lowvram.parallel.chain import LATENT_CHANNELS, Chain
 from lowvram.parallel.layout import ParallelLayout

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram import conditions as conditions_module
+from lowvram.encode import conditions as conditions_module
+from lowvram.encode.voice import VoiceInWindows, WholeVoice, listening
+from lowvram.encode.voice_windows import BackgroundPieces
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import TensorRecorder
-from lowvram.voice import VoiceInWindows, WholeVoice, listening
-from lowvram.voice_encoding import BackgroundPieces
 from lowvram_models.long_voice import LongVoice, Windowing
 from tests.models.test_audio_encoder import noise, small_model
 from tests.models.test_long_voice import SHORT, pieces

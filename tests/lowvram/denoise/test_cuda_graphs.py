@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from lowvram.commands.shared_options import SETTINGS, memory_options, request_options
-from lowvram.conditions import Conditions
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise.cuda_graphs import CudaCapture, LayerGraphs, layer_graphs
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.denoise.sequence import Whole
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
@@ -27,7 +28,6 @@ from lowvram.parallel.chain import Alone
 from lowvram.parallel.team import Solo
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
-from lowvram.voice import WholeVoice
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import Head

@@ -17,7 +17,7 @@ SECONDS, CLIPS = 2, 3
 
 @contextlib.contextmanager
 def short_windows() -> Iterator[None]:
-    from lowvram import conditions
+    from lowvram.encode import conditions
     from lowvram_models.long_voice import Windowing
 
     before, conditions.WINDOWING = conditions.WINDOWING, Windowing(whole_s=1, window_s=0.75, context_s=0.25)
@@ -30,7 +30,7 @@ def short_windows() -> Iterator[None]:
 @contextlib.contextmanager
 def the_thread_fails() -> Iterator[None]:
     """Of the rank that encodes, while it has nothing to do but to wait for latents."""
-    from lowvram import conditions
+    from lowvram.encode import conditions
 
     with short_windows():
         load, calls = conditions.load_audio_encoder, []

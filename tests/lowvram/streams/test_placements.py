@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lowvram import runtime as runtime_module
-from lowvram.conditions import Conditions
 from lowvram.denoise.denoiser import Denoiser
+from lowvram.encode.conditions import Conditions
+from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Relief
 from lowvram.offload.oom_ladder import Layout
@@ -21,7 +22,6 @@ from lowvram.parallel.team import Solo
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
-from lowvram.voice import WholeVoice
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize import phantom

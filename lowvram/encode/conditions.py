@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
+from lowvram.encode.voice_windows import BackgroundPieces
 from lowvram.loading.encoders import load_audio_encoder, load_text_encoder
-from lowvram.voice import Voice, VoiceInWindows, WholeVoice
-from lowvram.voice_encoding import BackgroundPieces
 from lowvram_models.audio_encoder import audio_embedding, extract_features, num_clips
 from lowvram_models.long_voice import LongVoice, Windowing, count_features
 from lowvram_models.text_encoder import encode_prompt, tokenize_prompt

@@ -1,0 +1,1 @@
+"""From portrait, voice and prompt to what the DiT is conditioned on."""
