@@ -124,7 +124,7 @@ CHILD = """
 import json, sys, time, psutil
 from pathlib import Path
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram.stages import peak_rss_bytes
+from lowvram.runtime import peak_rss_bytes
 import transformers.models.wav2vec2.modeling_wav2vec2, transformers.models.umt5.modeling_umt5
 
 folder, voice, num_clip = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])

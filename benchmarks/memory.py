@@ -74,7 +74,7 @@ import json, sys, psutil
 from pathlib import Path
 from lowvram.media.video import VideoWriter
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram.stages import peak_rss_bytes
+from lowvram.runtime import peak_rss_bytes
 
 folder = Path(sys.argv[1])
 request = Request(image=folder / "portrait.png", audio=folder / "voice.wav", prompt="A person speaks",

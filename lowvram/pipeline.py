@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowvram.block_decoder import BlockDecoder, to_pixels
+from lowvram.decode import BlockDecoder, to_pixels
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encode.conditions import Conditions, encode_audio, encode_image, encode_text

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowvram.loading.text_linears import swap_text_linears
+from lowvram.runtime import StageLog
 from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice, simulated_device
-from lowvram.stages import StageLog
 from lowvram_kernels.modules import swap_linear
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

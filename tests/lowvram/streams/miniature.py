@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowvram.decoder_backup import DecoderBackup
+from lowvram.decode import DecoderBackup
 from lowvram.denoise.kv_cache import Rings, RingShape
 from lowvram.denoise.kv_format import kv_format
 from lowvram.offload.copy_engine import Engine

@@ -24,7 +24,7 @@ FILES = (
     "lowvram/offload/layers.py",
     "lowvram/denoise/kv_cache.py",
     "lowvram/offload/host_copies.py",
-    "lowvram/decoder_backup.py",
+    "lowvram/decode.py",
     "lowvram/denoise/cuda_graphs.py",
 )
 ORDERING = {
@@ -251,7 +251,7 @@ MUTATIONS = [
         ),
     ),
     *_list(
-        "lowvram/decoder_backup.py",
+        "lowvram/decode.py",
         (
             "        weakref.finalize(self, _wait_for_copies, engine, self._done).atexit = False\n",
             "",
