@@ -29,7 +29,7 @@ from lowvram.loading.weights import bind, build_dit, load_shared
 from lowvram.offload.copy_engine import Engine, engine_for
 from lowvram.offload.layers import Layers, layer_slab
 from lowvram.offload.placement import Placement
-from lowvram.parallel.chain import LATENT_CHANNELS
+from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning.measure import rates_of
 from lowvram.request import PIXELS_PER_LATENT
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, blocks_of, latent_frames_per_clip

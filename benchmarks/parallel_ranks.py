@@ -19,8 +19,7 @@ from parallel_fsdp import FsdpDenoiser
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
-from lowvram.offload.oom import Relief
-from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.rank import joined

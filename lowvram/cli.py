@@ -177,8 +177,7 @@ def plan(
 
     Exits with 1 where it does not fit.
     """
-    from lowvram.commands.plan import PlanOptions
-    from lowvram.commands.plan_output import show_cards, show_plan
+    from lowvram.commands.plan import PlanOptions, show_cards, show_plan
     from lowvram_quantize.phantom import write_phantom
 
     if options["gpu"] == "list":

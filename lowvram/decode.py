@@ -14,7 +14,7 @@ import torch
 from lowvram.loading.encoders import load_vae
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.events import DONE, Moment
-from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.oom import Layout
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block
 from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, DecoderState, StreamingDecoder

@@ -23,8 +23,7 @@ from lowvram.devices import choose_device, choose_dtype, computing_on, each_with
 from lowvram.encode.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.encode.voice import Voice, listening
 from lowvram.loading.encoders import load_vae
-from lowvram.offload.oom import Relief, free_cached
-from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.oom import Layout, Relief, free_cached
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LatentSize, Solo, Team
 from lowvram.planning.decide import LaidOut, lay_out

@@ -15,8 +15,7 @@ import torch
 
 from lowvram.devices import choose_dtype, current
 from lowvram.offload.copy_engine import Engine, engine_for
-from lowvram.offload.oom import Relief
-from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions
 from lowvram.simulate.device import simulated_device
 from lowvram_kernels.trace import trace_kernels

@@ -8,8 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lowvram.commands.option_values import prompt_file
-from lowvram.commands.shared_options import make_request, open_pipeline
+from lowvram.commands.shared_options import make_request, open_pipeline, prompt_file
 
 
 def refuse_run_options() -> None:

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.commands.infer_ranks import RankRun
-from lowvram.commands.option_values import place_of_video, prompt_file, refuse_seeds_of_their_own
-from lowvram.commands.shared_options import make_rank_options, make_request, memory_options, open_pipeline
+from lowvram.commands.shared_options import (
+    make_rank_options,
+    make_request,
+    memory_options,
+    open_pipeline,
+    place_of_video,
+    prompt_file,
+    refuse_seeds_of_their_own,
+)
 from lowvram.infer import infer
 from lowvram.outputs import Outputs
 from lowvram.parallel.layout import ParallelLayout

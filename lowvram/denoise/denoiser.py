@@ -15,9 +15,8 @@ from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.encode.conditions import Conditions
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram.offload.layers import Layers
-from lowvram.offload.oom_ladder import Layout
-from lowvram.parallel.chain import LATENT_CHANNELS, Chain
-from lowvram.parallel.team import Team
+from lowvram.offload.oom import Layout
+from lowvram.parallel.team import LATENT_CHANNELS, Chain, Team
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Tick, clip_noise, latent_frames_per_clip, ticks

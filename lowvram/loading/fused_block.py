@@ -3,22 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import nn
 
-from lowvram.loading.fused_audio import FusedInjector
-from lowvram.loading.fused_rows import Rows, linear, linears, projection, rows_for, wanted
+from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
-from lowvram_kernels.rope import norm_both
+from lowvram_kernels.rope import Projection, norm_both
+from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
+from lowvram_models.audio_adapter import ADAIN_EPS, AudioInjector, AudioTokens
 from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
+
+
+Rows = Sequence[Tensor | None]
+"""Activations [L, D] in the dtype to compute in and None, or in 8 bit and their scale a row."""
+
+
+class Wanted(TypedDict):
+    """What a layer wants its input in: 8 bit where it multiplies in 8 bit, in groups rotated as its weight's were."""
+
+    dtype: torch.dtype
+    group: int
+
+
+def wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:
+    """``dtype`` where the layer does not multiply in 8 bit."""
+    if not isinstance(layer, QuantizedLinear):
+        return Wanted(dtype=dtype, group=1)
+    computes = layer.weight.dtype is torch.int8 or has_fp8_units(layer.weight.device)
+    return Wanted(dtype=layer.weight.dtype if computes else dtype, group=layer.group)
+
+
+def rows_for(layer: nn.Module, x_LD: Tensor, made: dict[Any, Any]) -> Rows:
+    """``x`` as ``layer`` wants its input; ``made`` keeps what was made of ``x`` for others."""
+    how = wanted(layer, x_LD.dtype)
+    if how["dtype"] is x_LD.dtype:
+        return x_LD, None
+    key = tuple(how.values())
+    if key not in made:
+        made[key] = quantize_rows(x_LD, how["dtype"], group=how["group"])
+    rows: Rows = made[key]
+    return rows
+
+
+def linear(layer: Any, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """A layer over rows as it wants them, in ``dtype``."""
+    values, scale = rows
+    out: Tensor = layer(values) if scale is None else layer.forward_quantized(values, scale, dtype)
+    return out
+
+
+def linears(products: Sequence[tuple[Any, Rows]], dtype: torch.dtype) -> list[Tensor]:
+    """Several layers, each over its rows: what is all in 8 bit takes one launch where there is one."""
+    ready = [layer.operands(*rows) for layer, rows in products if rows[1] is not None and not layer.gelu]
+    if len(ready) == len(products):
+        return linears_q8(ready, dtype=dtype)
+    return [linear(layer, rows, dtype) for layer, rows in products]
+
+
+def projection(norm: HeadNorm | NormRope, x_LD: Tensor) -> Projection:
+    return Projection(x_LD, norm.weight, norm.eps)
+
+
+class FusedInjector(nn.Module):
+    """Computes what ``AudioInjector`` does, from the same parameters under the same names; may change ``x``."""
+
+    def __init__(self, plain: AudioInjector):
+        super().__init__()
+        self.injector, self.injector_adain_layers = plain.injector, plain.injector_adain_layers
+
+    def forward(self, x_LD: Tensor, audio: AudioTokens, masks_AFT1: Tensor | None, index: int) -> Tensor:
+        """[L, D] float32 -> the same with what is heard added."""
+        attention: Any = self.injector[index]
+        frames, dtype, heard = audio.frame.shape[1], audio.frame.dtype, None
+        for actor in range(len(audio.frame)):
+            gain, offset, k, v = self._of_actor(audio, index, actor)
+            rows = norm_rows(x_LD, gain, offset, eps=ADAIN_EPS, **wanted(attention.q, dtype))
+            q = attention.norm_q(linear(attention.q, rows, dtype))
+            y = attention.attention(q.view(frames, -1, *q.shape[1:]), k, v)
+            y = attention.o(y.reshape(x_LD.shape))
+            if masks_AFT1 is not None:
+                y = y * masks_AFT1[actor].flatten(0, 1)
+            heard = y if heard is None else heard.float() + y
+        return x_LD if heard is None else add_gated(x_LD, heard, None, out=x_LD)
+
+    def _of_actor(self, audio: AudioTokens, index: int, actor: int) -> tuple[Tensor, ...]:
+        """Gain and offset [F, D] of the norm, keys and values [F, 5, N, H] of the attention."""
+        key = (self, index, actor)
+        if audio.derived is not None and key in audio.derived:
+            found: tuple[Tensor, ...] = audio.derived[key]
+            return found
+        attention: Any = self.injector[index]
+        shift, scale = self.injector_adain_layers[index].modulation(audio.clip[actor])  # type: ignore[operator]
+        tokens = audio.frame[actor]
+        rows: dict[Any, Any] = {}
+        k, v = linears(
+            [(layer, rows_for(layer, tokens.flatten(0, 1), rows)) for layer in (attention.k, attention.v)], tokens.dtype
+        )
+        frames = tokens.shape[:2]
+        k, v = attention.norm_k(k).unflatten(0, frames), attention.split(v.unflatten(0, frames))
+        made = (1 + scale, shift.contiguous(), k, v)
+        if audio.derived is not None:
+            audio.derived[key] = made
+        return made
 
 
 class FusedBlock(nn.Module):

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
+from typing import Protocol
 
 import torch
 
 from lowvram.loading.weights import bind, converted, unbind
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.host_copies import HostCopies, Shared
 from lowvram.offload.prefetch import Conveyor, Fill, Moments
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
+
+
+class Shared(Protocol):
+    def slab(self, index: int, content: Tensor) -> Tensor:
+        """The machine's copy of ``content``, the bytes of layer ``index``; made first where nobody has done so yet."""
+        ...
+
+
+class HostCopies:
+    """Ready to be copied from; ``shared`` None: in this process alone."""
+
+    def __init__(self, engine: Engine, shared: Shared | None = None):
+        self._engine, self._shared = engine, shared
+        self._pinned: set[int] = set()
+
+    def keep(self, index: int, mapped: Tensor) -> Tensor:
+        """A layer's bytes, of a mapped file, ready to be copied from again and again."""
+        if self._shared is None:
+            return self._engine.keep_on_host(mapped)
+        slab = self._shared.slab(index, mapped)
+        if index not in self._pinned:
+            self._engine.pin(slab)
+            self._pinned.add(index)
+        return slab
 
 
 def layer_slab(index: int) -> str:

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
-from lowvram.offload.host_copies import Shared
+from lowvram.offload.layers import Shared
 from lowvram.offload.oom_errors import is_out_of_memory
-from lowvram.parallel.chain import Chain
 from lowvram.parallel.comm import Mail, Sent, StageExchange
 from lowvram.parallel.heartbeat import Person, Watch
 from lowvram.parallel.layout import ParallelLayout
@@ -25,7 +24,7 @@ from lowvram.parallel.rank_env import Seat
 from lowvram.parallel.rendezvous import MEETING_S, Meeting
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.stage_pipeline import StageChain, arriving
-from lowvram.parallel.team import LatentSize
+from lowvram.parallel.team import Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
 from lowvram.planning.layout_choice import Machines

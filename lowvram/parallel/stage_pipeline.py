@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.comm import Mail, Received
 from lowvram.parallel.layout import ParallelLayout, Role
+from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

@@ -13,13 +13,50 @@ import torch
 
 from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.encode.conditions import Conditions
-from lowvram.offload.host_copies import Shared
-from lowvram.parallel.chain import Alone, Chain
+from lowvram.offload.layers import Shared
 from lowvram.parallel.layout import ParallelLayout, Role
 from lowvram.planning.layout_choice import Machines
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor
+
+
+LATENT_CHANNELS = 16
+
+
+class Chain(Protocol):
+    def take(self, block: Block) -> Tensor | None:
+        """A block's latent [C, F, h, w] from the steps before; None where its first step is to run here."""
+        ...
+
+    def pass_on(self, block: Block, latent_CFhw: Tensor) -> None:
+        """A block has taken its last step here."""
+        ...
+
+    def reference(self) -> Tensor:
+        """The first latent frame [C, 1, h, w] of the video, once it has taken all steps."""
+        ...
+
+
+class Alone:
+    """All steps run here."""
+
+    def __init__(self) -> None:
+        self._reference: Tensor | None = None
+
+    def take(self, block: Block) -> Tensor | None:
+        return None
+
+    def pass_on(self, block: Block, latent_CFhw: Tensor) -> None:
+        if block.index == 0:
+            self._reference = latent_CFhw[:, :1]
+
+    def reference(self) -> Tensor:
+        if self._reference is None:
+            raise RuntimeError("the first block is not finished; expected it to be before the second clip starts")
+        return self._reference
+
+
 LatentSize = tuple[int, int]
 
 

@@ -9,11 +9,11 @@ import torch
 
 from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
-from lowvram.planning.graph_memory import graph_bytes
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.model_sizes import ModelFacts, SlabFacts
 from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
+from lowvram.planning.workspace import graph_bytes
 
 HOST_BASE_BYTES = 3 * GIB
 """Host memory of a process without anything pinned: interpreter, PyTorch with CUDA's libraries, decoded frames."""

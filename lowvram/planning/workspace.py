@@ -8,13 +8,42 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, kv_bytes
+from lowvram.offload.placement import Placement
+from lowvram.planning import workspace
+from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, kv_bytes
 from lowvram.planning.model_sizes import AudioFacts, ModelFacts
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 from lowvram_models import voice_lengths
 from lowvram_models.config import DiTConfig
 from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S
+
+GRAPH_BYTES = 128 * KIB
+"""One graph as the driver keeps it, about 30 launches. Not measured: a judgement."""
+STREAM_BYTES = 32 * MIB
+"""cuBLAS's workspace for the stream that captures, on Hopper; less before."""
+
+
+def graph_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> int:
+    """The graphs themselves, one for each ring that stays on the device with its layer and each of its slots; the pool
+    in which a layer works, beside that of layers without a graph; and what a call reads, once for each step.
+
+    0 where nothing is captured.
+    """
+    config, streamed = facts.config, set(placement.streamed_layers)
+    hosted = sum(layer not in streamed for _, layer in placement.host_rings)
+    cells = len(share.steps) * (config.num_layers - len(streamed)) - hosted
+    if not cells or share.exchanges:
+        return 0
+    seen = work.ring_tokens + work.sink_tokens
+    pool = workspace.layer_workspace(
+        config, share.block_tokens, quantized=facts.quantized, seen_tokens=seen, value_bytes=work.value_bytes
+    ).peak
+    inputs = [workspace.rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
+    # A clip that is no multiple of a block has shorter blocks, with inputs of their own.
+    lanes = (inputs[0] - inputs[1]) * (2 if work.frames_per_clip % work.frames_per_block else 1)
+    return cells * work.blocks_per_clip * GRAPH_BYTES + STREAM_BYTES + pool + lanes
+
 
 # Full-resolution planes of the VAE: multiples of base width x height x width of a frame in the dtype of the VAE, alive
 # at once. Counted over diffusers' AutoencoderKLWan as ``lowvram_models.vae`` runs it, at 256 x 384 to 720 x 1280.

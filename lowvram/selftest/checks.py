@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lowvram.selftest import ring_trials, trials
-from lowvram.selftest.judging import beside_finite, worst
 from lowvram.selftest.results import Result, Subject
-from lowvram.selftest.trials import FULL, SMALL, Sizes, Trial
+from lowvram.selftest.trials import FULL, SMALL, Sizes, Trial, beside_finite, worst
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.choices import FP8, INT8, OPERATIONS, ROTATED, TRITON, WIDE, backends
 

@@ -7,8 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from lowvram.selftest.judging import HALF_STEP, Measured, relative_error, steps_off
-from lowvram.selftest.trials import BF16, EPS, Outputs, Sizes, Trial, random, sampled
+from lowvram.selftest.trials import (
+    BF16,
+    EPS,
+    HALF_STEP,
+    Measured,
+    Outputs,
+    Sizes,
+    Trial,
+    random,
+    relative_error,
+    sampled,
+    steps_off,
+)
 from lowvram_kernels.attention import sdpa
 from lowvram_kernels.choices import ONE_BY_ONE, TORCH, TRITON
 from lowvram_kernels.projected import Projected, TurnedSink, attend_parts

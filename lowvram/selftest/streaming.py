@@ -16,8 +16,7 @@ from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.chain import LATENT_CHANNELS, Alone, Chain
-from lowvram.parallel.team import LatentSize, Solo
+from lowvram.parallel.team import LATENT_CHANNELS, Alone, Chain, LatentSize, Solo
 from lowvram.pipeline import AvatarPipeline
 from lowvram.request import Request
 from lowvram.schedule import Block

@@ -14,9 +14,8 @@ import torch
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.chain import LATENT_CHANNELS
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.parallel.team import Solo
+from lowvram.parallel.team import LATENT_CHANNELS, Solo
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
 from lowvram.planning.planner import Plan
 from lowvram.planning.team import TeamPlan

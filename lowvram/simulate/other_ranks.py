@@ -14,10 +14,9 @@ import torch
 
 from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.encode.conditions import Conditions
-from lowvram.offload.host_copies import Shared
-from lowvram.parallel.chain import LATENT_CHANNELS, Chain
+from lowvram.offload.layers import Shared
 from lowvram.parallel.layout import ParallelLayout
-from lowvram.parallel.team import LatentSize
+from lowvram.parallel.team import LATENT_CHANNELS, Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning.layout_choice import Machines
 from lowvram.schedule import Block

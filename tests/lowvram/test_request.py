@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from lowvram.cli import main
-from lowvram.commands.option_values import seconds_of
+from lowvram.commands.shared_options import seconds_of
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.sizes import output_size
 from lowvram.request import Request, read_inputs

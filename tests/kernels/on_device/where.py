@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from lowvram.selftest.judging import relative_error as relative_error
+from lowvram.selftest.trials import relative_error as relative_error
 
 DEVICE = torch.device(os.environ["LOWVRAM_CHECK_DEVICE"])
 FP8_UNITS = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)

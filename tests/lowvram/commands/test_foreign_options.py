@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lowvram.cli import main
-from lowvram.commands.option_values import read_prompt
+from lowvram.commands.shared_options import read_prompt
 from lowvram_kernels.errors import InputError
 
 # Every option of Live Avatar's s2v_streaming_interact.py, gradio_app.py and batch_eval.py and of Wan 2.2's generate.py,

@@ -21,11 +21,9 @@ from lowvram.denoise.sequence import Whole
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Relief
-from lowvram.offload.oom_ladder import Layout
+from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.chain import Alone
-from lowvram.parallel.team import Solo
+from lowvram.parallel.team import Alone, Solo
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.doctor import smi
+from lowvram.doctor import machine as smi
 from lowvram.doctor.probes import CardState
 
 CARDS = """GPU-aa, Enabled, [N/A], 4, 16

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from lowvram.loading.fused_audio import FusedInjector
+from lowvram.loading.fused_block import FusedInjector
 from lowvram_kernels.modules import Attention, swap_linear
 from lowvram_kernels.rows import quantize_rows
 from lowvram_kernels.trace import trace_kernels

@@ -12,8 +12,7 @@ from lowvram import pipeline as pipeline_module
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise import rollout as rollout_module
 from lowvram.offload import oom as relief_module
-from lowvram.offload.oom import Relief
-from lowvram.offload.oom_ladder import MOST_TILES, Layout, next_rung, smaller_request
+from lowvram.offload.oom import MOST_TILES, Layout, Relief, next_rung, smaller_request
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels.errors import OutOfMemoryError

@@ -15,9 +15,8 @@ from lowvram.infer import infer
 from lowvram.loading import encoders
 from lowvram.offload import oom as relief_module
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Relief, attempted, first_sentences
+from lowvram.offload.oom import Layout, Relief, attempted, first_sentences
 from lowvram.offload.oom_errors import allocator_refusals, is_out_of_memory
-from lowvram.offload.oom_ladder import Layout
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
@@ -214,7 +213,7 @@ def test_what_nothing_could_relieve_still_makes_a_smaller_video_where_that_is_al
 
 @pytest.mark.parametrize(("error", "words"), [(CUDA, "memory ran out"), (OTHERS[0], "the GPU failed")])
 def test_the_command_line_says_which_it_was(monkeypatch, error, words):
-    from lowvram.commands import plan_output as shown
+    from lowvram.commands import plan as shown
 
     monkeypatch.setattr(shown, "plan_for", lambda *_: fail(error))
     result = CliRunner().invoke(main, ["plan", "--preset", "tiny"])

@@ -14,7 +14,7 @@ import torch
 
 from lowvram.offload import pinning
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.host_copies import HostCopies
+from lowvram.offload.layers import HostCopies
 from lowvram.offload.pinning import ALREADY_REGISTERED, NO_DRIVER, CudaDriver, Pins, Registry, mapped
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram_kernels.errors import OutOfMemoryError

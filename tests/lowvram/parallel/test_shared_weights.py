@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.host_copies import HostCopies
+from lowvram.offload.layers import HostCopies
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram_kernels.errors import OutOfMemoryError
 

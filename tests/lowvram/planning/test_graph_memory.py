@@ -9,11 +9,10 @@ import pytest
 from lowvram.offload.placement import Placement
 from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload
-from lowvram.planning.graph_memory import GRAPH_BYTES, graph_bytes
 from lowvram.planning.planner import plan
 from lowvram.planning.search import Job
 from lowvram.planning.share import share_of, whole
-from lowvram.planning.workspace import layer_workspace
+from lowvram.planning.workspace import GRAPH_BYTES, graph_bytes, layer_workspace
 
 GIB = 1 << 30
 WORK = Workload.of_size("704*384")

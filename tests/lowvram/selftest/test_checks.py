@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from lowvram.selftest.checks import kernel_check, kernel_checks, makers
-from lowvram.selftest.judging import Measured
-from lowvram.selftest.trials import FULL, SMALL, sampled
+from lowvram.selftest.trials import FULL, SMALL, Measured, sampled
 from lowvram_kernels.choices import OPERATIONS
 from lowvram_kernels.triton_linear import FEW_ROWS, TILES
 
