@@ -116,7 +116,7 @@ def all_jobs(artifacts: dict[str, Path]) -> Iterator[Any]:
     from parallel_formulas import RANKS, layouts
     from parallel_ranks import Job
 
-    from lowvram.parallel.layout import ParallelLayout
+    from lowvram.planning.rank_layout import ParallelLayout
 
     plain = {"artifact": str(artifacts["bf16"]), "latent_size": (SIDE, SIDE)}
     for name, layout in layouts():

@@ -10,11 +10,11 @@ from typing import Any
 
 from lowvram.loading.weights import build_dit
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.model_sizes import ModelFacts, facts_of
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import share_of
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

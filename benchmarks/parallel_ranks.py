@@ -21,12 +21,12 @@ from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.rank import joined
 from lowvram.parallel.rank_env import Seat
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning import Workload
 from lowvram.planning.decide import lay_out
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, blocks_of

@@ -30,7 +30,7 @@ from lowvram.commands.shared_options import (
     SETTINGS,
     request_options,
 )
-from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.devices import is_out_of_memory
 from lowvram_kernels.errors import LowvramError, OutputError
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import torch
 
+from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
 from lowvram.offload.oom import smaller_request
-from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.outputs import Outputs
 from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
 from lowvram.progress import RunProgress

@@ -20,9 +20,9 @@ from lowvram.commands.shared_options import (
 )
 from lowvram.infer import infer
 from lowvram.outputs import Outputs
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.rank_env import Seat
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
 

@@ -12,12 +12,12 @@ from lowvram.infer import infer
 from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.parallel.launch import launch
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.layout_agreement import Settler
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
 from lowvram.parallel.rank import facts_to_agree_on, joined, share_weights
 from lowvram.parallel.rank_env import Seat, rank_device
 from lowvram.pipeline import AvatarPipeline
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request, read_inputs
 from lowvram.selftest.first_run import get_ready
 from lowvram_kernels.errors import LowvramError

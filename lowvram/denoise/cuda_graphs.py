@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from lowvram.denoise.kv_cache import Cell
-from lowvram.denoise.sequence import Sequence, Whole
+from lowvram.devices import is_out_of_memory
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import first_sentences, free_cached
-from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.offload.placement import Placement
+from lowvram.parallel.sequence import Sequence, Whole
 from lowvram_kernels.errors import DeviceError
 from lowvram_kernels.holding import holding
 from lowvram_kernels.trace import record, trace_kernels

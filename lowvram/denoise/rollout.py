@@ -18,10 +18,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lowvram.denoise.cuda_graphs import Lane, LayerGraphs
 from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.denoise.kv_format import kv_format
-from lowvram.denoise.sequence import Sequence, Whole, own_rope
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
+from lowvram.parallel.sequence import Sequence, Whole, own_rope
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram_kernels.uploads import upload
 from lowvram_models.audio_adapter import AudioTokens

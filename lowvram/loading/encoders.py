@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
 
+from lowvram.devices import is_out_of_memory
 from lowvram.loading.text_linears import swap_text_linears
 from lowvram.loading.weights import bind, load_slabs, swap_quantized
-from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_models.text_encoder import build_umt5, load_tokenizer

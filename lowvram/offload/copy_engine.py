@@ -17,9 +17,8 @@ import psutil
 import torch
 
 from lowvram.byte_sizes import gib
-from lowvram.devices import current
+from lowvram.devices import current, is_out_of_memory
 from lowvram.offload.events import DONE, Mark, Moment
-from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.offload.pinning import Pins, mapped, registry
 from lowvram.offload.staged_copies import PIECE_BYTES, PIECES, StagedMoment, Staging
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lowvram.devices import allocator_refusals, is_out_of_memory
 from lowvram.media.sizes import parse_size
-from lowvram.offload.oom_errors import allocator_refusals, is_out_of_memory
 from lowvram.offload.placement import Placement
 from lowvram.simulate.device import simulated_device
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError

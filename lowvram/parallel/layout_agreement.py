@@ -10,13 +10,13 @@ import torch
 
 from lowvram.devices import choose_dtype
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.layout_choice import Machines, Wishes, choose_team
 from lowvram.planning.library_memory import parse_outside
 from lowvram.planning.measure import CudaRunner, card_at_hand
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.shared_link import contended_rates
 from lowvram.planning.workload import Workload
 from lowvram.request import Request

@@ -8,8 +8,8 @@ import torch
 
 from lowvram.devices import cuda_is_here
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.layout import ParallelLayout, chosen_layout
 from lowvram.parallel.rank_env import Seat
+from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
 

@@ -16,9 +16,9 @@ import torch
 
 from lowvram.offload.layers import layer_slab
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.rank_env import Seat, rank_device
 from lowvram.parallel.rank_team import EndedFromOutside, RankTeam
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram.runtime import Runtime
 from lowvram_quantize.format import Artifact

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowvram.denoise.sequence import Sequence, Whole
+from lowvram.devices import is_out_of_memory
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram.offload.layers import Shared
-from lowvram.offload.oom_errors import is_out_of_memory
 from lowvram.parallel.comm import Mail, Sent, StageExchange
 from lowvram.parallel.heartbeat import Person, Watch
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.rank_env import Seat
 from lowvram.parallel.rendezvous import MEETING_S, Meeting
+from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import Chain, LatentSize
@@ -30,6 +29,7 @@ from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
 from lowvram.planning.layout_choice import Machines
 from lowvram.planning.measure import CudaRunner
 from lowvram.planning.nccl_memory import CudaTaken, measuring_group
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 import torch
 
 from lowvram.parallel.comm import Mail, Received
-from lowvram.parallel.layout import ParallelLayout, Role
 from lowvram.parallel.team import LATENT_CHANNELS
+from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
-from lowvram.parallel.layout import ParallelLayout, Role
+from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.planning.layout_choice import Machines
+from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

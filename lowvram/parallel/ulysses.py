@@ -2,7 +2,7 @@
 
 Every rank computes norms, Linears and cross-attention for its tokens with whole weights; in self-attention it has all
 tokens of its heads, and so its part of rings and sink. Nothing is padded: shares of tokens and heads may be uneven.
-Source: DeepSpeed-Ulysses (arXiv 2309.14509). Shapes as in ``lowvram.denoise.sequence``: L tokens of a call, l this
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Shapes as in ``lowvram.parallel.sequence``: L tokens of a call, l this
 rank's; N heads, n this rank's; H head_dim; p a rank's place in its group.
 
 A rank has a share of *each* group of tokens (latent frame): so audio, which speaks to latent frames, still finds them
@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from lowvram.parallel.layout import shares, span
+from lowvram.planning.rank_layout import shares, span
 from lowvram_models.attention import AttentionMemory, Heads
 from lowvram_models.rope import Rope
 

@@ -173,7 +173,7 @@ def _pairs(values: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
 def _start(device: torch.device) -> dict[str, Any]:
     index = device.index or 0
     free, _ = torch.cuda.mem_get_info(index)  # before the other process has a context
-    command = [sys.executable, "-m", "lowvram.planning.library_memory_probe", str(index), str(free)]
+    command = [sys.executable, "-m", "lowvram.selftest.library_memory_probe", str(index), str(free)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Iterator
 
 from lowvram.offload.placement import Placement
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory import DeviceParts, device_parts, host_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
 from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import Share, share_of
 from lowvram.planning.timing import Seconds, seconds_of
 from lowvram.planning.workload import Workload

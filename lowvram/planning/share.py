@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.parallel.layout import ParallelLayout, Role, shares
+from lowvram.planning.rank_layout import ParallelLayout, Role, shares
 from lowvram.planning.workload import Workload
 from lowvram_models.config import DiTConfig
 

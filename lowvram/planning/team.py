@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.members import Member, Shortfall, host_of, settle
 from lowvram.planning.memory import MachineParts
@@ -23,6 +22,7 @@ from lowvram.planning.planner import (
     wave_of,
     words_of,
 )
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.reserve import reserve_of
 from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, slowest

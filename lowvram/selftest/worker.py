@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
-from lowvram.offload.oom_errors import is_out_of_memory
+from lowvram.devices import is_out_of_memory
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from lowvram.denoise.sequence import Sequence, Whole
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
-from lowvram.parallel.layout import ParallelLayout
+from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.team import LATENT_CHANNELS, Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning.layout_choice import Machines
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
 
 Tensor = torch.Tensor

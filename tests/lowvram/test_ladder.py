@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lowvram.denoise.rollout import Rollout
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.memory_costs import GIB
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.team import plan_team
 from lowvram.simulate.device import simulated_device
 from lowvram.simulate.dry_run import DryRun, dry_run

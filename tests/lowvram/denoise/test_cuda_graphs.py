@@ -17,12 +17,12 @@ from lowvram.commands.shared_options import SETTINGS, memory_options, request_op
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise.cuda_graphs import CudaCapture, LayerGraphs, layer_graphs
 from lowvram.denoise.denoiser import Denoiser
-from lowvram.denoise.sequence import Whole
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions, Placement
+from lowvram.parallel.sequence import Whole
 from lowvram.parallel.team import Alone, Solo
 from lowvram.runtime import Runtime
 from lowvram.schedule import blocks_of, latent_frames_per_clip

@@ -12,11 +12,11 @@ import torch
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel import layout_agreement as settling
 from lowvram.parallel.heartbeat import Person
-from lowvram.parallel.layout import ParallelLayout, chosen_layout
 from lowvram.parallel.layout_agreement import Settler
 from lowvram.parallel.options import RankOptions
 from lowvram.planning import CARDS, Card
 from lowvram.planning.library_memory import OutsideAllocator
+from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact

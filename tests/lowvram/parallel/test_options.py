@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
 from lowvram.parallel.rank_env import Seat, rank_device
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, HardwareError
 
 ARTIFACT: Any = types.SimpleNamespace(component=lambda name: types.SimpleNamespace(config={"num_heads": 40}))

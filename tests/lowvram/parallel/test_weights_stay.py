@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lowvram.parallel.layout import ParallelLayout, shares
+from lowvram.planning.rank_layout import ParallelLayout, shares
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
 from lowvram_models.rope import condition_rope
 from tests.lowvram.parallel.conftest import layout_options

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.parallel.team import Solo
 from lowvram.planning import CARDS, Workload, measure
 from lowvram.planning import decide as laying_out
@@ -17,6 +16,7 @@ from lowvram.planning.cards import Rates
 from lowvram.planning.decide import LaidOut, lay_out
 from lowvram.planning.layout_choice import Machines
 from lowvram.planning.library_memory import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

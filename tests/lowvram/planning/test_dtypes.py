@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from lowvram import pipeline as pipeline_module
 from lowvram.cli import main
 from lowvram.loading.encoders import load_text_encoder
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning import CARDS, DoesNotFit, Workload, plan
 from lowvram.planning.memory import loading
 from lowvram.planning.memory_costs import GIB, MIB
 from lowvram.planning.model_sizes import facts_of
 from lowvram.planning.planner import Plan
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.team import plan_team
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.dry_run import DryRun, dry_run

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from lowvram.offload.placement import Placement
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.planner import plan
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.search import Job
 from lowvram.planning.share import share_of, whole
 from lowvram.planning.workspace import GRAPH_BYTES, graph_bytes, layer_workspace

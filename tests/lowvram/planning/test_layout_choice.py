@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.parallel.layout import ParallelLayout, layouts
 from lowvram.planning import CARDS, DoesNotFit, Machines, Wishes, Workload, alternatives, choose_team
 from lowvram.planning.layout_choice import Alternative
 from lowvram.planning.memory_costs import GIB
+from lowvram.planning.rank_layout import ParallelLayout, layouts
 from lowvram_kernels.errors import ConfigError
 
 WORK = Workload.of_size("704*384")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lowvram.planning import library_memory as outside
-from lowvram.planning import library_memory_probe as outside_work
 from lowvram.planning.library_memory import (
     OutsideAllocator,
     measure_outside_allocator,
@@ -18,6 +17,7 @@ from lowvram.planning.library_memory import (
     outside_allocator,
     outside_key,
 )
+from lowvram.selftest import library_memory_probe as outside_work
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels.errors import DeviceError
 from lowvram_kernels.trace import trace_kernels

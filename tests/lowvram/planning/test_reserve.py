@@ -9,7 +9,6 @@ import json
 import pytest
 from rich.console import Console
 
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.layout_choice import Compared
 from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES, OutsideAllocator
@@ -17,6 +16,7 @@ from lowvram.planning.measure import card_at_hand
 from lowvram.planning.memory_costs import GIB, MIB
 from lowvram.planning.nccl_memory import FLAT_BYTES as NCCL_FLAT_BYTES
 from lowvram.planning.nccl_memory import group_bytes, measuring_group
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.reserve import reserve_of
 from lowvram.planning.share import share_of, whole
 from lowvram.planning.team_report import print_team, team_to_json

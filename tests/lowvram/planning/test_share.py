@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.parallel.layout import ParallelLayout
 from lowvram.planning import Workload
 from lowvram.planning.memory_costs import kv_bytes, ring_costs, sink_bytes, step_exchange, step_operations
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import share_of, whole
 
 THREE = ParallelLayout(num_gpus_dit=3, ulysses_size=3)

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from lowvram.parallel.layout import ParallelLayout, layouts
 from lowvram.planning import CARDS, DoesNotFit, Workload, plan, plan_team
 from lowvram.planning.memory import HOST_BASE_BYTES, pinned_weights
 from lowvram.planning.memory_costs import GIB
+from lowvram.planning.rank_layout import ParallelLayout, layouts
 from lowvram.planning.timing import LINK_BYTES_PER_S, Seconds, slowest
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 

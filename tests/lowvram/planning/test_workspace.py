@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lowvram.loading.fused_block import fuse
-from lowvram.parallel.layout import ParallelLayout, shares
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
 from lowvram.planning.memory_costs import decode_operations
 from lowvram.planning.model_sizes import AudioFacts
+from lowvram.planning.rank_layout import ParallelLayout, shares
 from lowvram.planning.share import share_of
 from lowvram_kernels.modules import swap_linear
 from lowvram_models.attention import CrossAttention, Heads

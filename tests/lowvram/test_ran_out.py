@@ -11,12 +11,12 @@ from torch.distributed import DistBackendError
 from lowvram import infer as infer_module
 from lowvram.cli import main
 from lowvram.denoise.cuda_graphs import LayerGraphs
+from lowvram.devices import allocator_refusals, is_out_of_memory
 from lowvram.infer import infer
 from lowvram.loading import encoders
 from lowvram.offload import oom as relief_module
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Layout, Relief, attempted, first_sentences
-from lowvram.offload.oom_errors import allocator_refusals, is_out_of_memory
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline

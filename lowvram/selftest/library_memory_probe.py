@@ -1,6 +1,6 @@
 """A process that does once whatever takes memory of a card beside tensors, and prints the bytes by part as JSON.
 
-Started by ``library_memory`` as ``python -m lowvram.planning.library_memory_probe INDEX FREE``: the card, and the bytes
+Started by ``library_memory`` as ``python -m lowvram.selftest.library_memory_probe INDEX FREE``: the card, and the bytes
 that were free on it before. Values do not matter here, only shapes: weights and latents are zeros.
 """
 

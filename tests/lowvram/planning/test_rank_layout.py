@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.parallel.layout import ParallelLayout, Role, chosen_layout, layouts, shares, span
+from lowvram.planning.rank_layout import ParallelLayout, Role, chosen_layout, layouts, shares, span
 from lowvram_kernels.errors import ConfigError
 
 
