@@ -23,7 +23,8 @@ from lowvram.devices import choose_device, choose_dtype, computing_on, each_with
 from lowvram.encode.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.encode.voice import Voice, listening
 from lowvram.loading.encoders import load_vae
-from lowvram.offload.oom import Layout, Relief, free_cached
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LatentSize, Solo, Team
 from lowvram.planning.decide import LaidOut, lay_out
@@ -51,8 +52,9 @@ class AvatarPipeline:
         *,
         memory: MemoryOptions | None = None,
         team: Team | None = None,
+        engine: Engine | None = None,
     ):
-        self.runtime = Runtime(artifact, device, dtype, memory or MemoryOptions())
+        self.runtime = Runtime(artifact, device, dtype, memory or MemoryOptions(), engine)
         self.team: Team = team or Solo()
         self.laid_out: LaidOut | None = None
 
@@ -160,7 +162,13 @@ class AvatarPipeline:
             plan_log.info("%s", found.summary())
         layout = Layout(placement=found.placement, online_decode=request.online_decode)
         layers = runtime.dit_config["num_layers"]
-        runtime.relief = Relief(layout, layers=layers, steps=self._steps(request), allowed=runtime.memory.fallback)
+        runtime.relief = Relief(
+            layout,
+            layers=layers,
+            steps=self._steps(request),
+            allowed=runtime.memory.fallback,
+            empty_cache=runtime.engine.empty_cache,
+        )
 
     def _steps(self, request: Request) -> range:
         stage = self.team.role.stage
@@ -200,7 +208,7 @@ class AvatarPipeline:
         with runtime.stages.stage("encode_image"):
             reference, motion = relief.on_host_instead("encode_image", image, device)
         # Models of libraries hold themselves in cycles: without this they would keep their memory.
-        free_cached()
+        self.runtime.engine.empty_cache()
         recorder.tensor("input_ids", ids)
         recorder.tensor("context", context)
         recorder.tensor("ref_latents", reference[None])

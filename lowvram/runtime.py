@@ -8,16 +8,15 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 
 from lowvram.devices import choose_dtype, current
-from lowvram.offload.copy_engine import Engine, engine_for
+from lowvram.offload.copy_engine import Engine, Peaks, engine_for
 from lowvram.offload.oom import Layout, Relief
 from lowvram.offload.placement import MemoryOptions
-from lowvram.simulate.device import simulated_device
 from lowvram_kernels.trace import trace_kernels
 from lowvram_quantize.format import Artifact
 
@@ -25,41 +24,6 @@ log = logging.getLogger(__name__)
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-
-
-class MemoryProbe(Protocol):
-    """Bytes that a device's allocator has handed out and holds, at their highest since the last reset."""
-
-    @property
-    def peak_allocated(self) -> int: ...
-
-    @property
-    def peak_reserved(self) -> int: ...
-
-    def reset_peaks(self) -> None: ...
-
-
-class CudaProbe:
-    """A GPU's, as torch counts them."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    @property
-    def peak_allocated(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-    @property
-    def peak_reserved(self) -> int:
-        return int(torch.cuda.max_memory_reserved(self._device))
-
-    def reset_peaks(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-
-def memory_probe(device: torch.device) -> MemoryProbe | None:
-    """What tells the memory of ``device``: a GPU's, the simulated one's while it is entered; none on the CPU."""
-    return CudaProbe(device) if device.type == "cuda" else simulated_device() if device.type == "meta" else None
 
 
 @dataclasses.dataclass
@@ -77,15 +41,15 @@ class Stage:
 class StageLog:
     """Collects stages in the order of their first entry. Stages do not nest."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, engine: Engine):
+        self._engine, self._device = engine, engine.device
         self.stages: dict[str, Stage] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         entry = self.stages.setdefault(name, Stage(name))
-        probe = memory_probe(self._device)
-        _reset_peaks(probe)
+        _reset_peak_rss()
+        self._engine.reset_peaks()
         begin = time.perf_counter()
         try:
             yield entry
@@ -94,7 +58,7 @@ class StageLog:
                 torch.cuda.synchronize(self._device)
             entry.calls += 1
             entry.seconds += time.perf_counter() - begin
-            _note_peaks(entry, probe)
+            _note_peaks(entry, self._engine.peaks())
             if entry.calls == 1:
                 log.info("%s: %.2f s, peak RSS %.2f GiB", name, entry.seconds, entry.peak_rss_bytes / 2**30)
 
@@ -105,11 +69,11 @@ class StageLog:
         return stage.peak_rss_bytes if self._device.type == "cpu" else stage.peak_vram_reserved_bytes
 
 
-def _note_peaks(entry: Stage, probe: MemoryProbe | None) -> None:
+def _note_peaks(entry: Stage, peaks: Peaks | None) -> None:
     entry.peak_rss_bytes = max(entry.peak_rss_bytes, peak_rss_bytes())
-    if probe is not None:
-        entry.peak_vram_allocated_bytes = max(entry.peak_vram_allocated_bytes, probe.peak_allocated)
-        entry.peak_vram_reserved_bytes = max(entry.peak_vram_reserved_bytes, probe.peak_reserved)
+    if peaks is not None:
+        entry.peak_vram_allocated_bytes = max(entry.peak_vram_allocated_bytes, peaks.allocated)
+        entry.peak_vram_reserved_bytes = max(entry.peak_vram_reserved_bytes, peaks.reserved)
 
 
 def peak_rss_bytes() -> int:
@@ -121,23 +85,24 @@ def peak_rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _reset_peaks(probe: MemoryProbe | None) -> None:
+def _reset_peak_rss() -> None:
     # 5 resets the high-water mark; a container may forbid the write, and the peaks are the run's so far then.
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text("5")
-    if probe is not None:
-        probe.reset_peaks()
 
 
 class Runtime:
-    """One artifact on one device. ``relief`` is there once it was set: when the run was laid out."""
+    """One artifact on one device, whose ``engine`` is made here unless it is given, as that of a simulated device is.
+    ``relief`` is there once it was set: when the run was laid out."""
 
-    def __init__(self, artifact: Artifact, device: torch.device, dtype: str, memory: MemoryOptions):
+    def __init__(
+        self, artifact: Artifact, device: torch.device, dtype: str, memory: MemoryOptions, engine: Engine | None = None
+    ):
         self.artifact, self.device, self.memory = artifact, device, memory
         self.dtype_name, self.dtype = dtype, choose_dtype(dtype, device)
         with current(device):
-            self.engine: Engine = engine_for(device)
-        self.stages = StageLog(device)
+            self.engine: Engine = engine or engine_for(device)
+        self.stages = StageLog(self.engine)
         self.kernels: dict[tuple[str, str], int] = {}
         self.cuda_graphs: dict[str, float] | None = None
         """How many graphs were captured, the seconds of it, and their replays; None where there are none."""

@@ -17,7 +17,7 @@ import torch
 from lowvram.denoise.kv_cache import Cell
 from lowvram.devices import is_out_of_memory
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import first_sentences, free_cached
+from lowvram.offload.oom import first_sentences
 from lowvram.offload.placement import Placement
 from lowvram.parallel.sequence import Sequence, Whole
 from lowvram_kernels.errors import DeviceError
@@ -174,7 +174,7 @@ class LayerGraphs:
             lane.captured.clear()
         self._lanes.clear()
         self._capture = None
-        free_cached()
+        self._engine.empty_cache()
 
 
 def layer_graphs(

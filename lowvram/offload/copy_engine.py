@@ -8,7 +8,9 @@ CPU, and on the simulated device, the same calls copy at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +29,16 @@ Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Bytes that an allocator has handed out and holds, at their highest."""
+
+    allocated: int
+    reserved: int
+
+
 class Engine:
-    """Copies of one device, done at once; counts the bytes that cross. See ``engine_for``."""
+    """Copies of one device, done at once, and its memory; counts the bytes that cross. See ``engine_for``."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -80,6 +90,17 @@ class Engine:
 
     def settle(self) -> None:
         """Let the host wait until everything is copied and computed."""
+
+    def peaks(self) -> Peaks | None:
+        """Of the device's allocator since ``reset_peaks``; None where nobody counts, as on the CPU."""
+        return None
+
+    def reset_peaks(self) -> None:
+        """Count peaks from here on."""
+
+    def empty_cache(self) -> None:
+        """Give back to the device what nobody holds any more."""
+        gc.collect()
 
     def host_memory(self) -> dict[str, Any] | None:
         """For a run's report: bytes of host memory pinned and not, at their highest, and how copies go. None where
@@ -221,6 +242,19 @@ class CudaEngine(Engine):
         if self._staging is not None:
             self._staging.settle()
         torch.cuda.synchronize(self.device)
+
+    def peaks(self) -> Peaks | None:
+        return Peaks(
+            allocated=torch.cuda.max_memory_allocated(self.device),
+            reserved=torch.cuda.max_memory_reserved(self.device),
+        )
+
+    def reset_peaks(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

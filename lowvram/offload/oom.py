@@ -17,7 +17,6 @@ import torch
 from lowvram.devices import allocator_refusals, is_out_of_memory
 from lowvram.media.sizes import parse_size
 from lowvram.offload.placement import Placement
-from lowvram.simulate.device import simulated_device
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
 T = TypeVar("T")
@@ -93,12 +92,15 @@ def smaller_request(size: str, infer_frames: int, sample_steps: int) -> tuple[di
 class Relief:
     """Holds the layout of one run and steps it down when memory runs out.
 
-    ``events`` lists what was given up, for the run's report.
+    ``events`` lists what was given up, for the run's report; ``empty_cache`` gives back what nobody holds any more.
     """
 
-    def __init__(self, layout: Layout, *, layers: int, steps: range, allowed: bool):
+    def __init__(
+        self, layout: Layout, *, layers: int, steps: range, allowed: bool, empty_cache: Callable[[], None] | None = None
+    ):
         self.layout, self.events = layout, list[str]()
         self._layers, self._steps, self._allowed = layers, steps, allowed
+        self._empty_cache = empty_cache or free_cached
 
     def attempt(self, what: str, work: Callable[[], T], give_way: Callable[[Layout], object]) -> T:
         """Do ``work``; where memory runs out, ``give_way`` to the next layout and do it again.
@@ -111,10 +113,10 @@ class Relief:
             give_way(self.layout)
             return work()
 
-        done = attempted(what, work)
+        done = self._attempted(what, work)
         while isinstance(done, RanOut):
             self._step_down(what, done.reason)
-            done = attempted(what, again)
+            done = self._attempted(what, again)
         return done
 
     def attempt_together(
@@ -135,13 +137,13 @@ class Relief:
             OutOfMemoryError: nothing is left to give up here, or nothing may be; the others wait for this rank then.
         """
         while True:
-            done = attempted(what, work)
+            done = self._attempted(what, work)
             if not isinstance(done, RanOut):
                 if not any_ran_out(False):
                     return done
                 continue
             self._check_allowed(what, done.reason)
-            kept_up = attempted(what, keep_up)
+            kept_up = self._attempted(what, keep_up)
             if isinstance(kept_up, RanOut):
                 why = "there was no room either for what the other ranks wait for; give a smaller --vram-budget"
                 raise _out_of_memory(what, kept_up.reason, why)
@@ -149,11 +151,11 @@ class Relief:
             short: object = done
             while isinstance(short, RanOut):
                 self._step_down(what, short.reason)
-                short = attempted(what, lambda: give_way(self.layout))
+                short = self._attempted(what, lambda: give_way(self.layout))
 
     def on_host_instead(self, what: str, work: Callable[[torch.device], T], device: torch.device) -> T:
         """Do ``work`` on the device, and where it does not fit there, on the host: for what runs once a video."""
-        done = attempted(what, lambda: work(device))
+        done = self._attempted(what, lambda: work(device))
         if not isinstance(done, RanOut):
             return done
         self.went_without(what, done.reason, "it runs on the host now, which takes longer")
@@ -184,6 +186,9 @@ class Relief:
         self.events.append(f"{what}: {words}")
         log.warning("the device's memory ran out in %s (%s): %s", what, reason, words)
 
+    def _attempted(self, what: str, work: Callable[[], T]) -> T | RanOut:
+        return attempted(what, work, self._empty_cache)
+
 
 @dataclasses.dataclass(frozen=True)
 class RanOut:
@@ -192,7 +197,7 @@ class RanOut:
     reason: str
 
 
-def attempted(what: str, work: Callable[[], T]) -> T | RanOut:
+def attempted(what: str, work: Callable[[], T], empty_cache: Callable[[], None]) -> T | RanOut:
     """Do ``work``, and where the device's memory runs out, give back what it took.
 
     Raises:
@@ -209,7 +214,7 @@ def attempted(what: str, work: Callable[[], T]) -> T | RanOut:
     try:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        free_cached()
+        empty_cache()
     except RuntimeError as error:
         raise DeviceError(
             f"the device's memory ran out in {what} ({ran_out.reason}), and it does not answer since "
@@ -220,10 +225,8 @@ def attempted(what: str, work: Callable[[], T]) -> T | RanOut:
 
 
 def free_cached() -> None:
-    """Give back what nobody holds any more."""
+    """Give back what nobody holds any more, of all GPUs."""
     gc.collect()
-    if (simulated := simulated_device()) is not None:
-        simulated.empty_cache()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
 
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
-from lowvram.parallel.team import Team
-from lowvram.planning.layout_choice import Wishes, plan_layout
+from lowvram.planning.layout_choice import Machines, Wishes, plan_layout
 from lowvram.planning.library_memory import MODULES_BYTES
 from lowvram.planning.measure import card_at_hand, free_bytes
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.planner import Plan, plan
+from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.planning.report import to_json
 from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram_quantize.format import Artifact
+
+
+class Ranks(Protocol):
+    """What deciding asks of a ``lowvram.parallel.team.Team``."""
+
+    layout: ParallelLayout
+    role: Role
+    there: Machines | None
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        """Every rank tells ``value``; all ranks' values in order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,7 @@ class LaidOut:
         return plan.summary() if plan else ""
 
 
-def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, team: Team) -> LaidOut:
+def lay_out(artifact: Artifact, work: Workload, device: torch.device, options: MemoryOptions, team: Ranks) -> LaidOut:
     """The placement of this rank's part of a run.
 
     On a GPU the process is capped at what was planned for: what goes beyond fails as on a card of that size, and is

@@ -21,7 +21,6 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowvram.offload.copy_engine import Engine, Peaks
 from lowvram.simulate.allocator import AllocatorModel, DeviceFull, MemoryBlock
 from lowvram.simulate.expandable import ExpandableAllocatorModel
 from lowvram.simulate.op_cache import Outcome, key_of, outcome_of
@@ -45,7 +45,6 @@ CUBLAS_WORKSPACE_BYTES = 2 * (4096 << 10) + 8 * (16 << 10)
 _META = torch.device("meta")
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "addmv", "mv", "dot"}
-_active: ContextVar[SimulatedDevice | None] = ContextVar("simulated_device", default=None)
 
 
 class SimulatedDevice:
@@ -90,6 +89,11 @@ class SimulatedDevice:
     def peak_reserved(self) -> int:
         return self.memory.peak_reserved
 
+    @functools.cached_property
+    def engine(self) -> SimulatedEngine:
+        """What a run copies with, and asks for its memory."""
+        return SimulatedEngine(self)
+
     def reset_peaks(self) -> None:
         self.memory.reset_peaks()
 
@@ -98,8 +102,6 @@ class SimulatedDevice:
         self.memory.empty_cache()
 
     def __enter__(self) -> SimulatedDevice:
-        token = _active.set(self)
-        self._modes.callback(_active.reset, token)
         self._modes.enter_context(_Attention())
         self._modes.enter_context(_Operations(self))
         return self
@@ -161,9 +163,22 @@ class SimulatedDevice:
         del self._watches[key]
 
 
-def simulated_device() -> SimulatedDevice | None:
-    """The simulated device that is entered, if one is."""
-    return _active.get()
+class SimulatedEngine(Engine):
+    """Copies at once on the ``meta`` device, with the memory of a simulated one."""
+
+    def __init__(self, simulated: SimulatedDevice):
+        super().__init__(torch.device("meta"))
+        self._simulated = simulated
+
+    def peaks(self) -> Peaks | None:
+        return Peaks(allocated=self._simulated.peak_allocated, reserved=self._simulated.peak_reserved)
+
+    def reset_peaks(self) -> None:
+        self._simulated.reset_peaks()
+
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        self._simulated.empty_cache()
 
 
 class _Operations(TorchDispatchMode):
@@ -388,4 +403,4 @@ def _is_placeholder(gpu: SimulatedDevice, inputs: list[Tensor]) -> bool:
 
 _DEVICE_CONTEXT_CODE = DeviceContext.__torch_function__.__code__
 
-__all__ = ["CUBLAS_WORKSPACE_BYTES", "SimulatedDevice", "simulated_device"]
+__all__ = ["CUBLAS_WORKSPACE_BYTES", "SimulatedDevice", "SimulatedEngine"]

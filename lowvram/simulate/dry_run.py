@@ -77,10 +77,10 @@ def dry_run(
         portrait=torch.zeros(3, *work.size_px),
         speech=np.ones(int(seconds * SAMPLES_PER_S), np.float32),
     )
-    with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True):
+    with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True) as gpu:
         memory, team = MemoryOptions(placement=plan.placement), _team(opened, plan, inputs, clips, layout)
-        pipeline = AvatarPipeline(opened, torch.device("meta"), work.dtype_name, memory=memory, team=team)
-        engine, crossed = pipeline.runtime.engine, [(0, 0)]
+        engine, crossed = gpu.engine, [(0, 0)]
+        pipeline = AvatarPipeline(opened, engine.device, work.dtype_name, memory=memory, team=team, engine=engine)
         blocks = pipeline.stream(inputs) if team.role.media else pipeline.serve(request)
         for _ in blocks:
             crossed.append((engine.bytes_in, engine.bytes_out))

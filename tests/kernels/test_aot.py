@@ -41,8 +41,9 @@ def test_every_case_has_a_name_of_its_own_and_says_all_its_kernel_takes(generati
         assert set(case.kernel.arg_names) <= set(told), (case.name, set(case.kernel.arg_names) - set(told))
 
 
-# Two registers behind the loop, under Triton 3.7.1: GELU over a float32 bias into float32, which no 14B layer asks for.
-FEW_SPILLS = {(90, "linear fp8 gelu odd")}
+# Two registers behind the loop, of fp8 under Triton 3.7.1 and of int8 under 3.9: GELU over a float32 bias into float32,
+# which no 14B layer asks for.
+FEW_SPILLS = {(90, "linear fp8 gelu odd"), (90, "linear int8 gelu odd")}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -13,7 +13,6 @@ from lowvram.planning import CARDS, Workload
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.team import plan_team
-from lowvram.simulate.device import simulated_device
 from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import OutOfMemoryError
 from tests.lowvram.few_layers import LAYERS, few_layers
@@ -65,7 +64,7 @@ def run(artifact, dtype: torch.dtype, monkeypatch, layout: ParallelLayout = APAR
     def advance(self: Rollout, items) -> None:
         if next(calls) == 2:
             assert len(items) == 2
-            gpu = simulated_device()
+            gpu = self.engine._simulated
             works_in = planned.stage_peaks["denoise"] - planned.device.total
             lacking = min(planned.device.rings // 8, works_in // 2)
             left = gpu.memory.capacity - gpu.allocated

@@ -14,9 +14,8 @@ from lowvram.denoise.cuda_graphs import LayerGraphs
 from lowvram.devices import allocator_refusals, is_out_of_memory
 from lowvram.infer import infer
 from lowvram.loading import encoders
-from lowvram.offload import oom as relief_module
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Layout, Relief, attempted, first_sentences
+from lowvram.offload.oom import Layout, Relief, attempted, first_sentences, free_cached
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
@@ -98,9 +97,9 @@ def test_a_convolution_without_an_engine_ran_out_where_the_allocator_has_refused
         refused[0] += refusals
         raise NO_ENGINE
 
-    assert attempted("decode", lambda: convolve(2)).reason == str(NO_ENGINE)
+    assert attempted("decode", lambda: convolve(2), free_cached).reason == str(NO_ENGINE)
     with pytest.raises(RuntimeError, match="unable to find an engine"):
-        attempted("decode", lambda: convolve(0))
+        attempted("decode", lambda: convolve(0), free_cached)
 
 
 def test_hints_are_left_out_of_what_is_said():
@@ -220,8 +219,7 @@ def test_the_command_line_says_which_it_was(monkeypatch, error, words):
     assert (result.exit_code, words in result.stderr) == (1, True)
 
 
-def test_relief_gives_back_what_failed_before_it_tries_again(monkeypatch):
+def test_relief_gives_back_what_failed_before_it_tries_again():
     freed = []
-    monkeypatch.setattr(relief_module, "free_cached", lambda: freed.append(1))
-    attempted("denoise", lambda: fail(CUDA))
+    attempted("denoise", lambda: fail(CUDA), lambda: freed.append(1))
     assert freed == [1]

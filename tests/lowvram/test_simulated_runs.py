@@ -21,8 +21,11 @@ GIB = 1 << 30
 META = torch.device("meta")
 
 
-def simulated_run(artifact, request: Request, placement: Placement) -> tuple[list[tuple[int, ...]], AvatarPipeline]:
-    pipeline = AvatarPipeline(Artifact.open(artifact), META, "bfloat16", memory=MemoryOptions(placement=placement))
+def simulated_run(
+    gpu: SimulatedDevice, artifact, request: Request, placement: Placement
+) -> tuple[list[tuple[int, ...]], AvatarPipeline]:
+    memory = MemoryOptions(placement=placement)
+    pipeline = AvatarPipeline(Artifact.open(artifact), META, "bfloat16", memory=memory, engine=gpu.engine)
     return [frames.shape for frames in pipeline.stream(request)], pipeline
 
 
@@ -30,7 +33,7 @@ def simulated_run(artifact, request: Request, placement: Placement) -> tuple[lis
 def test_the_tiny_model_runs_from_end_to_end(tiny, precision):
     path = tiny.artifact(precision)
     with SimulatedDevice() as gpu:
-        shapes, pipeline = simulated_run(path, tiny.request(), Placement())
+        shapes, pipeline = simulated_run(gpu, path, tiny.request(), Placement())
     assert [shape[0] for shape in shapes] == [9, 4, 12, 4]
     assert {shape[1:] for shape in shapes} == {(128, 128, 3)}
     artifact = Artifact.open(path)
@@ -46,7 +49,7 @@ def test_streaming_trades_memory_for_traffic(tiny):
     path, figures = tiny.artifact("bf16"), {}
     for name, streamed in (("resident", ()), ("streamed", (0, 1, 2, 3))):
         with SimulatedDevice() as gpu:
-            _, pipeline = simulated_run(path, tiny.request(), Placement(streamed_layers=streamed))
+            _, pipeline = simulated_run(gpu, path, tiny.request(), Placement(streamed_layers=streamed))
         figures[name] = pipeline.runtime.stages.stages["denoise"].peak_vram_allocated_bytes, gpu.h2d_bytes
     assert figures["streamed"][0] < figures["resident"][0]
     assert figures["streamed"][1] > figures["resident"][1]
@@ -56,7 +59,7 @@ def test_the_same_run_has_the_same_peaks(tiny):
     path, seen = tiny.artifact("int8"), []
     for _ in range(2):
         with SimulatedDevice() as gpu:
-            _, pipeline = simulated_run(path, tiny.request(num_clip=1), Placement())
+            _, pipeline = simulated_run(gpu, path, tiny.request(num_clip=1), Placement())
         stages = {s.name: (s.peak_vram_allocated_bytes, s.calls) for s in pipeline.runtime.stages.stages.values()}
         seen.append((stages["denoise"], stages["decode"], gpu.h2d_bytes, gpu.d2h_bytes, gpu.kernel_count))
     assert seen[0] == seen[1]
@@ -73,7 +76,7 @@ def test_the_full_model_runs_in_seconds(tmp_path):
     )
     begin = time.perf_counter()
     with SimulatedDevice() as gpu:
-        shapes, pipeline = simulated_run(artifact, request, Placement(host_rings=rings, kv="int8"))
+        shapes, pipeline = simulated_run(gpu, artifact, request, Placement(host_rings=rings, kv="int8"))
     for stage in pipeline.runtime.stages.to_json():
         allocated, reserved = stage["peak_vram_allocated_bytes"] / GIB, stage["peak_vram_reserved_bytes"] / GIB
         print(f"{stage['name']:14}{stage['seconds']:6.1f} s  {allocated:7.3f} GiB allocated {reserved:7.3f} reserved")
