@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,97 @@ def test_models_import_no_files_or_ranks():
         if path.name == "text_encoder.py":  # a tokenizer is a folder of files and nothing else
             found -= {"pathlib", "os"}
         assert not found & banned, path.name
+
+
+# Inside lowvram: what each room, and each file of the root, imports of the others. Who is asked stands further down.
+ROOMS = {
+    "cli": {"commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest"},
+    "commands": {
+        "byte_sizes", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning", "request",
+        "selftest", "simulate",
+    },
+    "selftest": {
+        "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
+        "schedule", "simulate",
+    },
+    "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
+    "demo": {"infer", "media", "outputs", "pipeline"},
+    "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
+    "pipeline": {
+        "decode", "denoise", "devices", "encode", "loading", "offload", "parallel", "planning", "recorder", "request",
+        "runtime", "schedule",
+    },
+    "decode": {"loading", "offload", "runtime", "schedule"},
+    "denoise": {"devices", "encode", "loading", "offload", "parallel", "request", "runtime", "schedule"},
+    "parallel": {"devices", "encode", "offload", "planning", "request", "runtime", "schedule"},
+    "doctor": {"byte_sizes", "devices", "offload", "parallel", "planning"},
+    "planning": {"byte_sizes", "devices", "media", "offload", "schedule"},
+    "runtime": {"devices", "offload"},
+    "offload": {"byte_sizes", "devices", "loading", "media"},
+    "encode": {"loading", "precision"},
+    "loading": {"devices"},
+    "request": {"media", "schedule"},
+    "progress": {"recorder"},
+    "recorder": {"schedule"},
+    "compare": {"media"},
+    "devices": {"precision"},
+    "__main__": {"cli"},
+    "__init__": {"offload", "pipeline"},
+}  # fmt: skip
+RUNTIME = sorted((ROOT / "lowvram").rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """Of ``lowvram.offload.layers`` it is offload, of ``lowvram.pipeline`` the file itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_asked(path: Path) -> set[str]:
+    """Modules of ``lowvram`` that a file imports, of ``from lowvram.room import module`` the module."""
+    known, found = {module_of(each) for each in RUNTIME}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lowvram":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return found
+
+
+def test_rooms_import_those_below():
+    found: dict[str, set[str]] = {}
+    for path in RUNTIME:
+        room = room_of(module_of(path)) if path.parent.name != "lowvram" or path.stem != "__init__" else "__init__"
+        found.setdefault(room, set()).update(room_of(asked) for asked in modules_asked(path))
+    arrows = {room: asked - {room} for room, asked in found.items() if asked - {room}}
+    assert arrows == ROOMS
+
+
+def test_no_room_asks_one_that_asks_it():
+    def below(room: str, seen: frozenset[str] = frozenset()) -> set[str]:
+        assert room not in seen, f"{room} asks itself by way of {sorted(seen)}"
+        asked = ROOMS.get(room, set())
+        return asked.union(*(below(each, seen | {room}) for each in asked))
+
+    for room in ROOMS:
+        assert room not in below(room)
+
+
+def test_no_two_files_import_each_other():
+    asked = {module_of(path): modules_asked(path) for path in RUNTIME}
+    pairs = {(a, b) for a in asked for b in asked[a] if a != b and a in asked.get(b, ())}
+    assert not pairs
+
+
+def test_every_room_is_installed():
+    stated = re.search(r"\npackages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    rooms = {module_of(path.parent / "__init__.py") for path in RUNTIME}
+    assert stated
+    assert rooms == set(re.findall(r'"(lowvram(?:\.\w+)*)"', stated[1]))
+
+
+def test_the_root_is_for_those_who_pass_through_it():
+    assert len([path for path in (ROOT / "lowvram").glob("*.py") if not path.stem.startswith("__")]) <= 14
