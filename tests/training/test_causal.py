@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.engine import Engine
-from lowvram.placement import Placement
-from lowvram.rollout import Rollout, RolloutSettings
+from lowvram.denoise.rollout import Rollout, RolloutSettings
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.placement import Placement
 from lowvram.schedule import blocks_of
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
