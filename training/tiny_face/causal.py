@@ -1,4 +1,4 @@
-"""The DiT's forward over a stretch of blocks at one noise level: what ``lowvram.denoise.rollout`` computes block by block.
+"""The DiT over a stretch of blocks at one noise level: what ``lowvram.denoise.rollout`` computes block by block.
 
 Step i of a block attends to what step i of the blocks before it left in its ring, and to the sink. With all blocks at
 the same noise level that is one pass, in which a block sees those before it, as many as a ring holds.
