@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    train_vae.train(given.out, steps=given.vae_steps, seed=given.seed)
     train_ears.train(given.out, steps=given.ears_steps, seed=given.seed)
     latents.make(given.out, given.people)
+    train_vae.train(given.out, steps=given.vae_steps, seed=given.seed)
     train_dit.train(given.out, steps=given.dit_steps, count=given.people, seed=given.seed)
     export.from_folder(given.out, given.to)
 

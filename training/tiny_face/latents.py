@@ -1,6 +1,7 @@
 """What the DiT learns from: people in latents, and what is heard of their voices. Made once, kept in one file.
 
-``python -m training.tiny_face.latents --out FOLDER`` needs the trained VAE and audio encoder there.
+``python -m training.tiny_face.latents --out FOLDER`` needs the trained audio encoder there. Of the VAE it
+needs the encoder only, which is made anew.
 """
 
 from __future__ import annotations
@@ -29,17 +30,15 @@ CLIP = 48
 COUNT = 600
 FILE = "latents.pt"
 SAVE_EVERY = 20
-PEOPLE = 12
-"""Whose latents say how latents are scaled."""
 
 
-def load_vae(root: Path, size: int = faces.SIZE) -> TrainableVAE:
-    """The trained VAE, its latents of pictures of ``size`` pixels on the published mean and deviation."""
+def load_vae(root: Path) -> TrainableVAE:
+    """The trained VAE, its latents on the published mean and deviation."""
     vae = TrainableVAE()
     vae.load_state_dict(_part(root / "vae", "vae"))
     vae.activate(8)
     vae.requires_grad_(False)
-    return published_scale(vae, size)
+    return published_scale(vae)
 
 
 def load_ears(root: Path) -> Ears:
@@ -53,12 +52,9 @@ def _part(folder: Path, name: str) -> dict[str, Tensor]:
     return parts[name]
 
 
-def published_scale(vae: TrainableVAE, size: int = faces.SIZE) -> TrainableVAE:
-    """``TrainableVAE.normalise`` by the latents of some of training's faces."""
-    clips = [train_vae.clip_of(number, size)[0].float() / 127.5 - 1 for number in range(PEOPLE)]
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(clip[None]) for clip in clips]).transpose(0, 1).flatten(1)
-    vae.normalise(latents.mean(dim=1), latents.std(dim=1))
+def published_scale(vae: TrainableVAE) -> TrainableVAE:
+    """``TrainableVAE.normalise``: the encoder was made for latents of mean 0 and deviation 1."""
+    vae.normalise(torch.zeros(16), torch.ones(16))
     return vae
 
 
@@ -107,7 +103,8 @@ def make(root: Path, count: int, *, seed: int = 1, size: int = faces.SIZE) -> li
     """``count`` examples, from ``root/latents.pt`` as far as they are there."""
     file = root / FILE
     examples: list[dict[str, Any]] = torch.load(file, weights_only=True) if file.is_file() else []
-    vae, model = load_vae(root, size), load_ears(root).model.wav2vec2
+    vae, model = published_scale(train_vae.new_vae(size).requires_grad_(False)), load_ears(root).model.wav2vec2
+    vae.activate(0)
     while len(examples) < count:
         examples.append(example(vae, model, seed * 100_000 + len(examples), size))
         if len(examples) % SAVE_EVERY == 0 or len(examples) == count:

@@ -1,4 +1,7 @@
-"""Train the VAE on drawn faces that speak: ``python -m training.tiny_face.train_vae --out FOLDER``."""
+"""Train the VAE's decoder on drawn faces that speak: ``python -m training.tiny_face.train_vae --out FOLDER``.
+
+The encoder is made, not trained (``components``), so the DiT need not wait for the decoder.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from lowvram.media.samples import Expression, synth_voice
 from training.tiny_face import faces, motion
+from training.tiny_face.components import set_encoder
 from training.tiny_face.optim import Muon, rate
 from training.tiny_face.run import Run
 from training.tiny_face.vae import TrainableVAE
@@ -19,10 +23,12 @@ BEGIN, POOL = 60, 400
 FRAMES = 9
 STEPS = 2400
 NOISE = 0.08
-"""Added to latents, as a share of their spread: the DiT will not hit them exactly."""
-STAGES = ((0.2, 0), (0.5, 2), (1.0, 8))
+"""Added to latents of unit size: the DiT will not hit them exactly."""
+STAGES = ((0.35, 2), (1.0, 8))
 """Until this share of the steps, residual branches run up to that scale (``TrainableVAE.activate``)."""
-BATCHES = (3, 2, 2)
+BATCH = 2
+PEOPLE = 30
+"""Whose faces the encoder's components are made from."""
 CROPS = (48, 48, 48, 64)
 """Sides of the crops, one step after the other."""
 
@@ -82,17 +88,23 @@ def weights(size: int) -> Tensor:
     return (1.0 + 2.0 * (mouth | eyes))[None, None]
 
 
+def new_vae(size: int = faces.SIZE) -> TrainableVAE:
+    """A VAE whose encoder is made from pictures of ``size`` pixels, and whose decoder knows nothing yet."""
+    vae = TrainableVAE()
+    set_encoder(vae, torch.stack([clip_of(number, size)[0] for number in range(PEOPLE)]).float() / 127.5 - 1)
+    return vae
+
+
 def train(root: Path, *, steps: int, seed: int = 0, peak: float = 8e-3, size: int = faces.SIZE) -> TrainableVAE:
     """Train in ``root/vae``, or go on there; returns the VAE as it is then, its latents not yet those published."""
     torch.manual_seed(seed)
-    vae = TrainableVAE()
-    optimizer = Muon(vae.parameters())
+    vae = new_vae(size)
+    optimizer = Muon([*vae.vae.decoder.parameters(), *vae.vae.post_quant_conv.parameters()])
     run, clips = Run(root, "vae", steps, {"vae": vae, "optimizer": optimizer}), Clips(seed, size)
 
     def one(step: int) -> dict[str, float]:
-        stage = next(index for index, (until, _) in enumerate(STAGES) if step < until * steps)
-        vae.activate(STAGES[stage][1])
-        video, weight = clips.batch(step, BATCHES[stage], min(CROPS[step % len(CROPS)], size))
+        vae.activate(next(scale for until, scale in STAGES if step < until * steps))
+        video, weight = clips.batch(step, BATCH, min(CROPS[step % len(CROPS)], size))
         loss, facts = _loss(vae, video, weight, step)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, peak)
@@ -107,18 +119,17 @@ def train(root: Path, *, steps: int, seed: int = 0, peak: float = 8e-3, size: in
 
 
 def _loss(vae: TrainableVAE, video: Tensor, weight: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
-    latent = vae.encode(video)
+    with torch.no_grad():
+        latent = vae.encode(video)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    error = vae.decode(latent + NOISE * latent.detach().std() * noise) - video
+    error = vae.decode(latent + NOISE * noise) - video
     # The first frame of a stream is never shown: it only has to leave the right things behind.
     in_time = torch.cat([torch.full((1,), 0.3), torch.ones(video.shape[2] - 1)]).view(1, 1, -1, 1, 1)
     weight = weight * in_time
     squares, sizes = ((e * weight).mean() / weight.mean() for e in (error.square(), error.abs()))
-    power = latent.square().mean(dim=(0, 2, 3, 4))
-    spread = (power - 1).clamp_min(0).square().mean() + latent.mean(dim=(0, 2, 3, 4)).square().mean()
-    loss = 4 * squares + 0.25 * sizes + 0.02 * spread
+    loss = 4 * squares + 0.25 * sizes
     psnr = -10 * torch.log10(error[:, :, 1:].detach().square().mean() / 4)
-    return loss, {"loss": loss.item(), "psnr": psnr.item(), "latent": power.mean().sqrt().item()}
+    return loss, {"loss": loss.item(), "psnr": psnr.item()}
 
 
 def main() -> None:
