@@ -77,6 +77,7 @@ def write(folder: Path, *, dit: CausalDiT, vae: TrainableVAE, ears: Ears, settin
     files = {}
     for name, tensors in parts.items():
         save_file(tensors, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)  # the library writes files that only their owner may read
         files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
     config = json.loads(audio.config.to_json_string(use_diff=False))
     manifest = {"files": files, "dit": dit_config(settings), "wav2vec2": config}
