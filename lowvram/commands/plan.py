@@ -21,7 +21,8 @@ from lowvram.planning.layout_choice import Compared, Machines, Wishes, alternati
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.model_sizes import facts_of
-from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.planner import plan
+from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.report import print_plan, to_json
 from lowvram.planning.team_report import compared_to_json, print_team
 from lowvram.planning.workload import Workload

@@ -13,7 +13,7 @@ from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import Card
 from lowvram.planning.layout_choice import Machines, choose_team
 from lowvram.planning.model_sizes import ModelFacts
-from lowvram.planning.planner import DoesNotFit, Plan
+from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
 
 SIZE = "704*384"

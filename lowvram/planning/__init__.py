@@ -3,8 +3,8 @@
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import Card
 from lowvram.planning.layout_choice import Machines, Wishes, alternatives, choose_team
-from lowvram.planning.planner import DoesNotFit, Plan, plan
-from lowvram.planning.team import TeamPlan, plan_team
+from lowvram.planning.planner import TeamPlan, plan, plan_team
+from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
 
 __all__ = [

@@ -13,10 +13,10 @@ from lowvram.planning.layout_choice import Machines, Wishes, plan_layout
 from lowvram.planning.library_memory import MODULES_BYTES
 from lowvram.planning.measure import card_at_hand, free_bytes
 from lowvram.planning.memory_costs import GIB
-from lowvram.planning.planner import Plan, plan
+from lowvram.planning.planner import TeamPlan, plan
 from lowvram.planning.rank_layout import ParallelLayout, Role
+from lowvram.planning.rank_plan import Plan
 from lowvram.planning.report import to_json
-from lowvram.planning.team import TeamPlan
 from lowvram.planning.workload import Workload
 from lowvram_quantize.format import Artifact
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from lowvram.offload.placement import MemoryOptions
 from lowvram.planning.cards import Card
 from lowvram.planning.model_sizes import ModelFacts, facts_of
-from lowvram.planning.planner import DoesNotFit
+from lowvram.planning.planner import TeamPlan, plan_team
 from lowvram.planning.rank_layout import ParallelLayout, chosen_layout, layouts
-from lowvram.planning.team import TeamPlan, plan_team
+from lowvram.planning.rank_plan import DoesNotFit
 from lowvram.planning.workload import Workload
 from lowvram_quantize.format import Artifact
 

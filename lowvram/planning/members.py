@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
 from lowvram.planning.memory import MachineParts, host_parts, machine_parts
-from lowvram.planning.planner import Budgets
+from lowvram.planning.rank_plan import Budgets
 from lowvram.planning.search import Job, candidates, fastest, fewest_host_rings, least_placement
 from lowvram.planning.timing import slowest
 

@@ -1,142 +1,109 @@
-"""From a model, a workload and a budget to what the runtime does; refused before anything loads where it cannot fit."""
+"""From a model, a workload and budgets to what one rank or several of them do; refused before anything loads."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
-from lowvram.planning.cards import Card
-from lowvram.planning.memory import (
-    DeviceParts,
-    HostParts,
-    MachineParts,
-    ReferenceParts,
-    host_parts,
-    reference_parts,
-    stage_peaks,
-)
-from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
+from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
+from lowvram.planning.members import Member, Shortfall, host_of, settle
+from lowvram.planning.memory import MachineParts
 from lowvram.planning.model_sizes import ModelFacts, facts_of
-from lowvram.planning.reserve import Reserve, reserve_of
-from lowvram.planning.search import Job, candidates, fastest, least_placement
-from lowvram.planning.share import Share
-from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
+from lowvram.planning.rank_layout import ParallelLayout
+from lowvram.planning.rank_plan import (
+    Budgets,
+    DoesNotFit,
+    Plan,
+    advice,
+    describe,
+    kv_scheme,
+    place_text_encoder,
+    wave_of,
+    words_of,
+)
+from lowvram.planning.reserve import reserve_of
+from lowvram.planning.search import Job
+from lowvram.planning.timing import Seconds, slowest
 from lowvram.planning.workload import Workload
-from lowvram_kernels.errors import ConfigError, OutOfMemoryError
+from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
+from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
-
-KV_NAMES = {"int8": "int8", "bf16": "plain"}
-_SMALLER_SIZES = ("1280*720", "832*480", "720*400", "704*384", "512*320", "384*256", "256*192")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A placement and what it is predicted to take. Bytes, and seconds of one block in the steady state.
+class TeamPlan:
+    """``ranks`` has a plan for every rank, ``machines`` the machine of each; ``host`` and ``ram_bytes`` are what each
+    machine's ranks take of its memory together, and what they may.
 
-    ``operations`` are those of one step of a block. ``stage_peaks`` are device bytes without ``reserve_bytes``;
-    ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and ``sink_bytes`` are keys and values alone, their
-    scales and means apart, wherever they lie.
-
-    Of one rank of several, everything is what its ``share`` takes, but for ``reference`` and ``limits``, which are of a
-    whole run; the weights in ``host`` lie there once for all ranks of a machine that stream them, and
-    ``text_encoder_device`` is "" on a rank that has none.
+    Stages work at once, on blocks that follow each other, and so does the VAE's own rank: in the steady state a block
+    takes as long as the slowest of them.
     """
 
-    placement: Placement
+    layout: ParallelLayout
     workload: Workload
-    share: Share
-    card: Card
-    precision: str
-    layers: int
-    operations: Operations
-    fits: bool
-    vram_budget_bytes: int
-    ram_budget_bytes: int
-    reserve: Reserve
-    text_encoder_device: str
-    stage_peaks: dict[str, int]
-    device: DeviceParts
-    host: HostParts
-    reference: ReferenceParts
-    weight_bytes: int
-    kv_ring_bytes: int
-    kv_scale_bytes: int
-    sink_bytes: int
-    sink_scale_bytes: int
-    traffic: Traffic
-    seconds: Seconds
-    limits: Limits
+    ranks: tuple[Plan, ...]
+    machines: tuple[int, ...]
+    host: tuple[MachineParts, ...]
+    ram_bytes: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def reserve_bytes(self) -> int:
-        return self.reserve.total
+    def stages(self) -> tuple[Seconds, ...]:
+        """Of each stage; its ranks wait for each other in every layer."""
+        members = [self.layout.members(stage) for stage in range(self.layout.stages)]
+        return tuple(slowest(self.ranks[rank].seconds for rank in ranks) for ranks in members)
 
     @property
-    def peak_vram_bytes(self) -> int:
-        return max(self.stage_peaks.values()) + self.reserve_bytes
-
-    @property
-    def peak_host_bytes(self) -> int:
-        return self.host.peak
-
-    @property
-    def pcie_bytes_per_block(self) -> int:
-        """Both ways."""
-        return self.traffic.total
+    def parts(self) -> dict[str, Seconds]:
+        """All that work at once, by name."""
+        stages = {f"stage {index}": seconds for index, seconds in enumerate(self.stages)}
+        return stages | ({"VAE": self.ranks[-1].seconds} if self.layout.vae_rank else {})
 
     @property
     def seconds_per_block(self) -> float:
-        return self.seconds.block
+        return max(seconds.block for seconds in self.parts.values())
+
+    @property
+    def frames_per_s(self) -> float:
+        return VIDEO_FRAMES_PER_LATENT * self.workload.frames_per_block / self.seconds_per_block
 
     @property
     def limited_by(self) -> str:
-        """What takes longer; see ``Seconds``."""
-        return self.seconds.limited_by
+        """The slowest part and what takes it longest, as "stage 0: exchange"."""
+        parts = self.parts
+        name = max(parts, key=lambda part: parts[part].block)
+        return f"{name}: {parts[name].limited_by}"
 
     @property
-    def rings(self) -> int:
-        """KV rings of this rank, one a step and layer."""
-        return self.layers * len(self.share.steps)
+    def first_block_s(self) -> float:
+        """From the first denoising step to the first frames: the first block goes through all stages, one after the
+        other. An upper bound, as later blocks are predicted: the first finds its rings empty."""
+        decode = self.ranks[self.layout.media_rank].seconds.decode
+        members = [self.layout.members(stage)[0] for stage in range(self.layout.stages)]
+        waits = (_through(self.ranks[rank], seconds) for rank, seconds in zip(members, self.stages, strict=True))
+        return sum(waits) + decode
 
     def summary(self) -> str:
         """The plan in a line."""
-        streamed = len(self.placement.streamed_layers)
-        dit = (
-            f"{streamed} of {self.layers} layers and {len(self.placement.host_rings)} of {self.rings} KV rings "
-            f"({self.placement.kv}) come from the host, {self.placement.wave} steps share a pass; "
+        highest = max(self.ranks, key=lambda plan: plan.peak_vram_bytes)
+        host = ", ".join(
+            f"{gib(parts.peak)} of {gib(there)}" for parts, there in zip(self.host, self.ram_bytes, strict=True)
         )
         return (
-            f"plan: {dit if self.share.denoises else ''}predicted are "
-            f"{gib(self.peak_vram_bytes)} of {gib(self.vram_budget_bytes)} on the device, {gib(self.peak_host_bytes)} "
-            f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block"
+            f"plan for {len(self.ranks)} ranks, {self.layout.words()}: predicted are at most "
+            f"{gib(highest.peak_vram_bytes)} of a device ({highest.share.role.name}), {host} on the host, all ranks "
+            f"together, and {self.seconds_per_block:.2f} s a block ({self.limited_by})"
         )
 
 
-class DoesNotFit(OutOfMemoryError):
-    """No placement fits; ``plan`` is the one that comes nearest. For several ranks it is that of the rank that does not
-    fit, ``ranks`` are those of all of them, and ``host`` is what they would take of each machine."""
-
-    def __init__(self, message: str, plan: Plan, ranks: Sequence[Plan] = (), host: Sequence[MachineParts] = ()):
-        super().__init__(message)
-        self.plan, self.ranks, self.host = plan, tuple(ranks), tuple(host)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Budgets:
-    """Bytes of device and host, and of the device what is kept free."""
-
-    vram: int
-    ram: int
-    reserve: Reserve
-
-    @property
-    def usable(self) -> int:
-        return self.vram - self.reserve.total
+def _through(plan: Plan, seconds: Seconds) -> float:
+    """Seconds that a stage's steps of the first block take: blocks that follow join its passes."""
+    steps, wave = len(plan.share.steps), plan.placement.wave
+    calls = sum(min(step, wave) for step in range(1, steps + 1))
+    computing = (seconds.arithmetic + seconds.exchange) * calls / steps
+    return max(computing, seconds.pcie * wave) + seconds.exposed
 
 
 def plan(
@@ -152,28 +119,81 @@ def plan(
     offload_kv: bool = False,
     cuda_graphs: bool = False,
     t5_cpu: bool = False,
-    reserve: Reserve | None = None,
 ) -> Plan:
-    """The fastest predicted placement of an artifact's model within device and host memory.
+    """The fastest predicted placement of an artifact's model on one card: ``plan_team`` of a rank that does everything.
 
     Args:
         artifact: what ``convert`` wrote, or its sizes (``facts_of``); only headers are read.
         vram_bytes: what may be taken of the device, reserve included.
         ram_bytes: what may be taken of the host.
-        card: its rates decide what is fastest.
+        card: its rates decide what is fastest, and what was measured on it what is kept free.
         kv: how rings and sink are kept: "int8", "bf16", or "auto" (int8 where the DiT is 8-bit).
         wave: steps of different blocks that share a pass over the layers: 1 to ``sample_steps``, or "auto".
         offload_model: all layers on the host.
         offload_kv: all rings on the host.
         cuda_graphs: leave room for graphs of the layers that stay on the device.
         t5_cpu: let the text encoder run on the host, whether or not it fits on the device.
-        reserve: what is kept free on the device; None for that of the card.
 
     Raises:
         ConfigError: an unknown ``kv``, or a wave beyond the steps.
         DoesNotFit: (an OutOfMemoryError) nothing fits; the message has bytes needed, bytes there, and what would fit.
     """
+    team = plan_team(
+        artifact,
+        workload,
+        ParallelLayout(),
+        cards=[card],
+        vram_bytes=[vram_bytes],
+        machines=[0],
+        ram_bytes=[ram_bytes],
+        kv=kv,
+        wave=wave,
+        offload_model=offload_model,
+        offload_kv=offload_kv,
+        cuda_graphs=cuda_graphs,
+        t5_cpu=t5_cpu,
+    )
+    return team.ranks[0]
+
+
+def plan_team(
+    artifact: Artifact | ModelFacts,
+    workload: Workload,
+    layout: ParallelLayout,
+    *,
+    cards: Sequence[Card],
+    vram_bytes: Sequence[int],
+    machines: Sequence[int],
+    ram_bytes: Sequence[int],
+    kv: str = "auto",
+    wave: str | int = "auto",
+    offload_model: bool = False,
+    offload_kv: bool = False,
+    cuda_graphs: bool = False,
+    t5_cpu: bool = False,
+    link_bytes_per_s: float = LINK_BYTES_PER_S,
+    grouped: bool = False,
+) -> TeamPlan:
+    """The fastest predicted placements of all ranks of a layout; of the same arguments always the same.
+
+    Args:
+        artifact: what ``convert`` wrote, or its sizes; only headers are read.
+        cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
+        ram_bytes: bytes of each machine's memory that its ranks may take together.
+        kv, offload_model, offload_kv, cuda_graphs, t5_cpu: for all ranks; as ``plan`` has them.
+        wave: as there; a stage with fewer steps than that shares a pass among all it has.
+        link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
+        grouped: whether ``vram_bytes`` were told when NCCL had taken its part of the cards already.
+
+    Raises:
+        ConfigError: a layout that does not suit the model, or an option that cannot be used.
+        DoesNotFit: (an OutOfMemoryError) nothing fits; names the rank or the machine, bytes needed and bytes there.
+    """
     facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
+    layout.check(
+        sample_steps=workload.sample_steps, heads=facts.config.num_heads, tokens_per_frame=workload.tokens_per_frame
+    )
+    _check_ranks(layout, cards, vram_bytes, machines, ram_bytes)
     job = Job(
         facts=facts,
         work=workload,
@@ -183,133 +203,101 @@ def plan(
         offload_kv=offload_kv,
         cuda_graphs=cuda_graphs,
         t5_cpu=t5_cpu,
+        layout=layout,
+        link_bytes_per_s=link_bytes_per_s,
     )
-    kept_free = reserve or reserve_of(card, workload, job.share, grouped=True)
-    budgets = Budgets(vram=vram_bytes, ram=ram_bytes, reserve=kept_free)
-    job = place_text_encoder(job, budgets.usable)
-    fitting = list(candidates(job, budgets.usable))
-    if not fitting:
-        raise _refusal(job, least_placement(job), budgets, card)
-    in_ram = [placement for placement in fitting if job.host_peak(placement) <= budgets.ram]
-    if not in_ram:
-        raise _refusal(job, min(fitting, key=job.host_peak), budgets, card)
-    return describe(job, fastest(job, card.rates, in_ram), budgets, card)
-
-
-def kv_scheme(kv: str, facts: ModelFacts) -> str:
-    """How rings are kept where a user says ``kv``, as ``Placement`` has it."""
-    if kv == "auto":
-        return "int8" if facts.quantized else "plain"
-    if kv not in KV_NAMES:
-        raise ConfigError(f"--kv is {kv!r}; expected auto, {' or '.join(KV_NAMES)}")
-    return KV_NAMES[kv]
-
-
-def wave_of(wave: str | int, steps: int) -> int | None:
-    """None for any."""
-    if wave == "auto":
-        return None
-    if not isinstance(wave, int) or not 1 <= wave <= steps:
-        raise ConfigError(f"--wave is {wave!r}; expected auto, or 1 to the number of steps, {steps}")
-    return wave
-
-
-def place_text_encoder(job: Job, usable_bytes: int) -> Job:
-    """On the host where that is asked for, or where it does not fit on the device: it runs once a video."""
-    needed = job.stage_peaks(least_placement(job)).get("encode_text", 0)
-    return dataclasses.replace(job, text_device="cpu") if job.t5_cpu or needed > usable_bytes else job
-
-
-def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
-    """Everything that is predicted of a placement."""
-    facts, work, share = job.facts, job.work, job.share
-    parts = job.device_parts(placement)
-    host = host_parts(facts, work, placement, job.text_device, share)
-    ring = ring_costs(facts.config, work, placement.kv, share)
-    sink = sink_bytes(facts.config, work, placement.kv, share)
-    peaks = stage_peaks(facts, work, placement, parts, job.text_device, share)
-    return Plan(
-        placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
-        workload=work,
-        share=share,
-        card=card,
-        precision=facts.precision,
-        layers=facts.config.num_layers,
-        operations=step_operations(facts.config, work, share),
-        fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
-        vram_budget_bytes=budgets.vram,
-        ram_budget_bytes=budgets.ram,
-        reserve=budgets.reserve,
-        text_encoder_device=job.text_device if share.media else "",
-        stage_peaks=peaks,
-        device=parts,
-        host=host,
-        reference=reference_parts(facts, work),
-        weight_bytes=facts.weight_bytes if share.denoises else 0,
-        kv_ring_bytes=ring.cells * ring.payload,
-        kv_scale_bytes=ring.cells * ring.scales,
-        sink_bytes=sink.payload,
-        sink_scale_bytes=sink.scales,
-        traffic=traffic(facts, work, placement, share),
-        seconds=job.seconds(placement, card.rates),
-        limits=limits(facts, work, card.rates),
-        notes=_notes(job, card),
-    )
-
-
-def _notes(job: Job, card: Card) -> tuple[str, ...]:
-    source = "rates measured on this card" if card.rates.measured else "data-sheet rates"
-    reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
-    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}", *card.notes]
-    if job.text_device == "cpu":
-        reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
-        notes.append(f"the text encoder {reason}, once a video")
-    if job.facts.precision == "fp8" and not card.has_fp8:
-        widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"
-        notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to {widened} at use; int8 is faster there")
-    if job.facts.precision == "fp32":
-        notes.append("weights stored in float32 cross PCIe at twice the bytes of bf16; convert with --precision bf16")
-    if job.work.dtype is torch.float32:
-        notes.append(
-            "what is not 8-bit is computed in float32, at twice the bytes of bfloat16 and without tensor cores; "
-            "bfloat16 is the default on GPUs"
+    jobs = [dataclasses.replace(job, rank=rank) for rank in range(layout.world_size)]
+    members = [
+        _member(
+            job,
+            card,
+            Budgets(
+                vram=vram,
+                ram=ram_bytes[machine],
+                reserve=reserve_of(card, workload, job.share, grouped=grouped),
+            ),
+            machine,
         )
+        for job, card, vram, machine in zip(jobs, cards, vram_bytes, machines, strict=True)
+    ]
+    found = settle(members, ram_bytes)
+    if isinstance(found, Shortfall):
+        raise _refusal(members, found, ram_bytes)
+    ranks = tuple(describe(m.job, p, m.budgets, m.card) for m, p in zip(members, found, strict=True))
+    return TeamPlan(
+        layout=layout,
+        workload=workload,
+        ranks=ranks,
+        machines=tuple(machines),
+        host=tuple(_machine(members, found, machine) for machine in range(len(ram_bytes))),
+        ram_bytes=tuple(ram_bytes),
+        notes=_notes(job, ranks),
+    )
+
+
+def _check_ranks(
+    layout: ParallelLayout,
+    cards: Sequence[Card],
+    vram_bytes: Sequence[int],
+    machines: Sequence[int],
+    ram_bytes: Sequence[int],
+) -> None:
+    counts = {"cards": len(cards), "budgets": len(vram_bytes), "machines": len(machines)}
+    for name, count in counts.items():
+        if count != layout.world_size:
+            raise ConfigError(f"{count} {name} for {layout.words()}; expected {layout.world_size}, one for each rank")
+    if set(machines) != set(range(len(ram_bytes))):
+        raise ConfigError(
+            f"ranks are on machines {sorted(set(machines))}, but memory is given of {len(ram_bytes)}; expected "
+            "machines counted from 0, and the memory of each"
+        )
+
+
+def _member(job: Job, card: Card, budgets: Budgets, machine: int) -> Member:
+    member = Member(job=place_text_encoder(job, budgets.usable), card=card, budgets=budgets, machine=machine)
+    return member.with_wave(job.wave) if job.wave else member
+
+
+def _machine(members: Sequence[Member], placements: Sequence[Placement], machine: int) -> MachineParts:
+    here = [place for place, member in enumerate(members) if member.machine == machine]
+    return host_of([members[place] for place in here], [placements[place] for place in here])
+
+
+def _notes(job: Job, ranks: Sequence[Plan]) -> tuple[str, ...]:
+    notes = list(dict.fromkeys(note for plan in ranks for note in plan.notes))
+    if any(plan.traffic.sent for plan in ranks):
+        assumed = ", as is assumed for cards without NVLink" if job.link_bytes_per_s == LINK_BYTES_PER_S else ""
+        notes.append(f"ranks of a stage exchange heads at {job.link_bytes_per_s / GIGA:g} GB/s each way{assumed}")
+    most = max(len(plan.share.steps) for plan in ranks)
+    if job.wave and job.wave > most:
+        notes.append(f"a stage has {most} steps at the most: no more share a pass, though {job.wave} were asked for")
     return tuple(notes)
 
 
-def _refusal(job: Job, nearest: Placement, budgets: Budgets, card: Card) -> DoesNotFit:
-    """For the placement that comes nearest: it takes the least of the device, or of the host beside a full device."""
-    found = describe(job, nearest, budgets, card)
-    if found.peak_vram_bytes > budgets.vram:
-        stage = max(found.stage_peaks, key=lambda name: found.stage_peaks[name])
-        needed, there = found.peak_vram_bytes, budgets.vram
-        where = f"of device memory needed at the least ({stage})"
-    else:
-        needed, there = found.peak_host_bytes, budgets.ram
-        where = f"of host memory needed at the least beside {gib(budgets.vram)} of device memory"
+def _refusal(members: Sequence[Member], short: Shortfall, ram_bytes: Sequence[int]) -> DoesNotFit:
+    pairs = zip(members, short.placements, strict=True)
+    ranks = [describe(m.job, placement, m.budgets, m.card) for m, placement in pairs]
 
     def fits(changed: Job) -> bool:
-        return any(changed.host_peak(placement) <= budgets.ram for placement in candidates(changed, budgets.usable))
+        jobs = [dataclasses.replace(m.job, work=changed.work, kv=changed.kv) for m in members]
+        smaller = [dataclasses.replace(m, job=job) for m, job in zip(members, jobs, strict=True)]
+        return not isinstance(settle(smaller, ram_bytes), Shortfall)
 
-    said = f"{words_of(job.work)} does not fit: {gib(needed)} {where}, {gib(there)} there; {advice(job, fits)}"
-    return DoesNotFit(said, found)
-
-
-def words_of(work: Workload) -> str:
-    """What is to be made, for messages."""
-    height, width = work.size_px
-    return f"{width}*{height} with {work.infer_frames} frames a clip and {work.sample_steps} steps"
-
-
-def advice(job: Job, fits: Callable[[Job], bool]) -> str:
-    """The first change, from harmless to not, with which everything ``fits``."""
-    kv = "" if job.kv == "int8" else "--kv int8 "
-    changes = [(kv, job.work)] if kv else []
-    for size in _SMALLER_SIZES:
-        work = job.work.at_size(size)
-        if work.pixels < job.work.pixels:
-            changes.append((f'{kv}--size "{size}"', work))
-    for options, work in changes:
-        if fits(dataclasses.replace(job, work=work, kv="int8")):
-            return f"{options.strip()} would fit"
-    return "no smaller size would fit either: take a card or a host with more memory"
+    if short.rank is not None:
+        plan = ranks[short.rank]
+        where, needed, there = f" on {plan.share.role.name}", plan.peak_vram_bytes, plan.vram_budget_bytes
+        stage = max(plan.stage_peaks, key=lambda name: plan.stage_peaks[name])
+        what = f"of device memory needed at the least ({stage})"
+    else:
+        machine = short.machine or 0
+        plan = max(ranks, key=lambda plan: (members[plan.share.role.rank].machine == machine, plan.peak_host_bytes))
+        needed, there = _machine(members, short.placements, machine).peak, ram_bytes[machine]
+        here = [str(m.job.rank) for m in members if m.machine == machine]
+        where = f" on machine {machine}"
+        what = f"of host memory needed at the least by its ranks {', '.join(here)} together"
+        if len(members) == 1:
+            what = f"of host memory needed at the least beside {gib(plan.vram_budget_bytes)} of device memory"
+    where = "" if len(members) == 1 else where
+    said = f"{words_of(members[0].job.work)} does not fit{where}: {gib(needed)} {what}, {gib(there)} there"
+    host = [_machine(members, short.placements, machine) for machine in range(len(ram_bytes))]
+    return DoesNotFit(f"{said}; {advice(members[0].job, fits)}", plan, ranks, host)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib
-from lowvram.planning.planner import Plan
+from lowvram.planning.rank_plan import Plan
 from lowvram.planning.reserve import Reserve
 
 _PART_NAMES = {

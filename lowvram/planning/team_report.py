@@ -11,9 +11,9 @@ from rich.table import Table
 
 from lowvram.byte_sizes import gib
 from lowvram.planning.layout_choice import Alternative, Compared
-from lowvram.planning.planner import Plan
+from lowvram.planning.planner import TeamPlan
+from lowvram.planning.rank_plan import Plan
 from lowvram.planning.report import Simulated, empty_table, reserve_rows, to_json
-from lowvram.planning.team import TeamPlan
 
 _STAGES = ("encode_text", "encode_audio", "encode_image", "load_dit", "prefill_sink", "denoise", "decode")
 _HOST_NAMES = {

@@ -16,9 +16,9 @@ from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LATENT_CHANNELS, Solo
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
-from lowvram.planning.planner import Plan
+from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.team import TeamPlan
+from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
 from lowvram_models.config import DiTConfig

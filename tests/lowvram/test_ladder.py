@@ -11,8 +11,8 @@ import torch
 from lowvram.denoise.rollout import Rollout
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.memory_costs import GIB
+from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.team import plan_team
 from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import OutOfMemoryError
 from tests.lowvram.few_layers import LAYERS, few_layers

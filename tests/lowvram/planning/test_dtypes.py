@@ -19,9 +19,9 @@ from lowvram.planning import CARDS, DoesNotFit, Workload, plan
 from lowvram.planning.memory import loading
 from lowvram.planning.memory_costs import GIB, MIB
 from lowvram.planning.model_sizes import facts_of
-from lowvram.planning.planner import Plan
+from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.team import plan_team
+from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError

@@ -1,214 +1,231 @@
+"""Plans of several ranks: each within its card, the host counted once, and refusals that name who has too little."""
+
 from __future__ import annotations
 
-import dataclasses
-import random
+import itertools
 
 import pytest
 
-from lowvram.planning import CARDS, DoesNotFit, Workload
-from lowvram.planning.library_memory import SLACK_BYTES
+from lowvram.planning import CARDS, DoesNotFit, Workload, plan_team
+from lowvram.planning.memory import HOST_BASE_BYTES, pinned_weights
 from lowvram.planning.memory_costs import GIB
-from lowvram.planning.planner import plan
-from lowvram.planning.reserve import Reserve
-from lowvram.planning.workspace import decoder_cache
+from lowvram.planning.rank_layout import ParallelLayout, layouts
+from lowvram.planning.timing import LINK_BYTES_PER_S, Seconds, slowest
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 
 CARD = CARDS["rtx4090"]
 WORK = Workload.of_size("704*384")
+THREE_AND_VAE = ParallelLayout(num_gpus_dit=3, ulysses_size=3, vae_rank=True)
+FOUR_AND_VAE = ParallelLayout(num_gpus_dit=4, ulysses_size=4, vae_rank=True)
 
 
-def planned(facts, gib: float, work: Workload = WORK, *, ram_gib: float = 96, card=CARD, **wishes):
-    return plan(facts, work, vram_bytes=int(gib * GIB), ram_bytes=int(ram_gib * GIB), card=card, **wishes)
-
-
-@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
-@pytest.mark.parametrize("gib", [16, 20, 22.15, 30, 48, 78])
-def test_every_usual_card_gets_a_plan(facts, precision, gib):
-    result = planned(facts(precision), gib)
-    assert result.fits
-    assert result.peak_vram_bytes <= result.vram_budget_bytes
-    assert result.peak_host_bytes <= result.ram_budget_bytes
-    if result.placement.streamed_layers or result.placement.host_rings:
-        assert result.peak_vram_bytes >= 0.95 * result.vram_budget_bytes
+def team(facts, layout, work=WORK, *, gib=22.15, ram_gib=64.0, machines=None, **wishes):
+    """All ranks on cards of ``gib`` (a number, or one a rank) GiB, on one machine or on ``machines``."""
+    ranks = layout.world_size
+    each = [gib] * ranks if isinstance(gib, (int, float)) else gib
+    rams = [ram_gib] if isinstance(ram_gib, (int, float)) else ram_gib
+    return plan_team(
+        facts,
+        work,
+        layout,
+        cards=[CARD] * ranks,
+        vram_bytes=[int(value * GIB) for value in each],
+        machines=machines or [0] * ranks,
+        ram_bytes=[int(value * GIB) for value in rams],
+        **wishes,
+    )
 
 
 @pytest.mark.parametrize("size", ["704*384", "720*400"])
-def test_24_gb_are_enough_with_weights_of_either_kind(facts, size):
-    work = Workload.of_size(size)
-    assert planned(facts("int8"), 22.15, work, ram_gib=48).fits
-    assert planned(facts("bf16"), 22.15, work, ram_gib=64, kv="bf16").fits
+@pytest.mark.parametrize("gpus", [2, 3, 4, 5, 8])
+def test_24_gb_cards_share_the_work_in_every_layout(facts, size, gpus):
+    model, work = facts("int8"), Workload.of_size(size)
+    alone = team(model, ParallelLayout(), work).seconds_per_block
+    for layout in layouts(gpus, sample_steps=4, heads=40):
+        found = team(model, layout, work)
+        for rank in found.ranks:
+            assert rank.peak_vram_bytes <= rank.vram_budget_bytes
+            assert rank.fits
+        assert found.host[0].peak <= 64 * GIB
+        assert found.seconds_per_block < alone
 
 
-def test_12_gib_are_enough_for_a_small_picture(facts):
-    assert planned(facts("int8"), 12, Workload.of_size("384*256"), ram_gib=32).fits
+def test_what_a_rank_does_not_do_takes_nothing_of_it(facts):
+    found = team(facts("int8"), THREE_AND_VAE)
+    for rank in found.ranks[:3]:
+        assert set(rank.stage_peaks) == {"load_dit", "prefill_sink", "denoise"}
+        assert rank.device.vae == rank.device.decoder_cache == rank.host.pinned_cache == 0
+        assert rank.seconds.decode == 0
+    vae = found.ranks[3]
+    assert set(vae.stage_peaks) == {"encode_text", "encode_audio", "encode_image", "decode"}
+    assert vae.device.total == vae.device.vae + vae.device.decoder_cache
+    assert (vae.seconds.arithmetic, vae.rings, vae.weight_bytes, vae.kv_ring_bytes) == (0, 0, 0, 0)
+    assert (vae.placement.streamed_layers, vae.placement.host_rings) == ((), ())
 
 
-def test_host_memory_for_int8_is_under_48_gib_and_known_before(facts):
-    assert planned(facts("int8"), 22.15).peak_host_bytes < 48 * GIB
-    everything = planned(facts("int8"), 22.15, offload_model=True, offload_kv=True)
-    assert everything.peak_host_bytes < 48 * GIB
-    assert everything.host.pinned_weights >= sum(facts("int8").layer_bytes)
+def test_without_a_rank_of_its_own_the_vae_is_with_the_first_of_the_last_stage(facts):
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=4, ulysses_size=2))
+    assert ["decode" in rank.stage_peaks for rank in found.ranks] == [False, False, True, False]
+    assert found.parts["stage 1"].decode > 0
+    assert found.limited_by.startswith("stage 1: ")
 
 
-@pytest.mark.parametrize(("precision", "scheme"), [("int8", "int8"), ("fp8", "int8"), ("bf16", "plain")])
-def test_rings_are_kept_as_the_weights_suggest(facts, precision, scheme):
-    assert planned(facts(precision), 30).placement.kv == scheme
+def test_rings_on_the_host_are_of_the_ranks_own_steps(facts):
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=3), offload_kv=True)
+    for rank in found.ranks:
+        steps = set(rank.share.steps)
+        assert len(rank.placement.host_rings) == 40 * len(steps) == rank.rings
+        assert {step for step, _ in rank.placement.host_rings} == steps
 
 
-def test_rings_are_kept_as_was_asked(facts):
-    plain = planned(facts("int8"), 22.15, kv="bf16")
-    int8 = planned(facts("int8"), 22.15, kv="int8")
-    assert plain.placement.kv == "plain"
-    assert plain.kv_ring_bytes == 2 * int8.kv_ring_bytes
-    assert (plain.kv_scale_bytes, plain.sink_scale_bytes) == (0, 0)
-    assert 0.01 < int8.kv_scale_bytes / int8.kv_ring_bytes < 0.02
+@pytest.mark.parametrize("gib", [7, 9, 12, 16, 22.15, (22.15, 9, 12, 16, 8), (9, 48, 9, 48, 22.15)])
+def test_ranks_of_a_stage_have_the_same_wave(facts, gib):
+    for precision, layout in itertools.product(("int8", "bf16"), layouts(5, sample_steps=4, heads=40)):
+        found = team(facts(precision), layout, gib=gib, ram_gib=120)
+        for stage in range(layout.stages):
+            waves = {found.ranks[rank].placement.wave for rank in layout.members(stage)}
+            assert len(waves) == 1
+            assert waves.pop() <= len(layout.steps(stage, 4))
 
 
-def test_weights_used_four_times_a_block_deserve_the_device_before_rings(facts):
-    result = planned(facts("int8"), 22.15, wave=1)
-    assert not result.placement.streamed_layers
-    assert result.placement.host_rings
+def test_weights_that_ranks_stream_lie_on_the_host_once(facts):
+    model = facts("bf16")
+    found = team(model, FOUR_AND_VAE, offload_model=True)
+    (host,) = found.host
+    once = pinned_weights(model, range(40))
+    assert [rank.host.pinned_weights for rank in found.ranks] == [once] * 4 + [0]
+    assert host.pinned_weights == once
+    assert host.base == 5 * HOST_BASE_BYTES
+    assert host.pinned_rings == sum(rank.host.pinned_rings for rank in found.ranks)
+    assert host.peak == host.base + once + host.pinned_rings + found.ranks[4].host.pinned_cache
+    different = team(model, FOUR_AND_VAE, gib=(22.15, 30, 40, 40, 22.15))
+    union = {layer for rank in different.ranks for layer in rank.placement.streamed_layers}
+    assert different.host[0].pinned_weights == pinned_weights(model, union)
+    assert len({rank.placement.streamed_layers for rank in different.ranks}) > 1
 
 
-def test_waves_are_taken_where_weights_stream_and_not_where_they_do_not(facts):
-    assert planned(facts("bf16"), 22.15).placement.wave == 4
-    assert planned(facts("int8"), 22.15).placement.wave == 1
-    assert planned(facts("int8"), 12, wave=2).placement.wave == 2
+def test_each_machine_has_its_own_copy(facts):
+    model = facts("bf16")
+    found = team(model, ParallelLayout(num_gpus_dit=4, ulysses_size=2), machines=[0, 0, 1, 1], ram_gib=(64, 64))
+    for machine, ranks in ((0, found.ranks[:2]), (1, found.ranks[2:])):
+        streamed = {layer for rank in ranks for layer in rank.placement.streamed_layers}
+        assert found.host[machine].pinned_weights == pinned_weights(model, streamed) > 0
+        assert found.host[machine].base == 2 * HOST_BASE_BYTES
 
 
-def test_a_wave_saves_traffic(facts):
-    alone, together = (planned(facts("bf16"), 12, ram_gib=80, wave=wave) for wave in (1, 4))
-    assert together.traffic.h2d < 0.6 * alone.traffic.h2d
-    assert together.seconds_per_block < alone.seconds_per_block
-    assert (alone.limited_by, together.limited_by) == ("pcie", "arithmetic")
+def test_the_text_encoder_on_the_host_stands_beside_what_others_have_pinned(facts):
+    model = facts("bf16")
+    found = team(model, ParallelLayout(num_gpus_dit=2, vae_rank=True), gib=(22.15, 22.15, 8), ram_gib=120)
+    host = found.host[0]
+    assert [rank.text_encoder_device for rank in found.ranks] == ["", "", "cpu"]
+    assert host.text_encoder == pytest.approx(2 * model.text_bytes, rel=1e-4)  # float32 there
+    assert host.beside_text == host.pinned_weights + host.pinned_rings
+    assert host.peak == host.base + host.text_encoder + host.beside_text > host.base + host.pinned
 
 
-def test_what_streams_is_what_crosses(facts):
-    result = planned(facts("bf16"), 22.15, wave=3)
-    weights = sum(facts("bf16").layer_bytes[i] for i in result.placement.streamed_layers)
-    block = 2 * WORK.block_tokens * 5120 * 2
-    hosted = len(result.placement.host_rings)
-    assert result.traffic.h2d == pytest.approx(weights * 4 / 3 + hosted * 3 * block, rel=1e-6)
-    cache = decoder_cache(facts("bf16").vae_base_dim, WORK)
-    assert result.traffic.d2h == hosted * block + cache
-    assert planned(facts("int8"), 78).pcie_bytes_per_block == cache
+def test_a_host_with_little_memory_is_met_by_streaming_the_same_layers(facts):
+    layout = ParallelLayout(num_gpus_dit=3, ulysses_size=3, vae_rank=True)
+    rich, poor = (team(facts("int8"), layout, gib=12, ram_gib=ram) for ram in (96, 30))
+    assert rich.host[0].peak > 30 * GIB >= poor.host[0].peak
+    assert poor.host[0].pinned_rings < rich.host[0].pinned_rings
+    assert poor.seconds_per_block >= rich.seconds_per_block
+    assert all(rank.fits for rank in poor.ranks)
 
 
-def test_more_memory_is_never_slower(facts):
-    draw = random.Random(7)
-    for precision in ("int8", "bf16"):
-        for size in ("384*256", "1280*720"):
-            budgets = sorted(draw.uniform(6, 80) for _ in range(12))
-            seconds = []
-            for gib in budgets:
-                try:
-                    seconds.append(
-                        planned(facts(precision), gib, Workload.of_size(size), ram_gib=400).seconds_per_block
-                    )
-                except DoesNotFit:
-                    assert not seconds  # what fits in less fits in more
-            assert seconds == sorted(seconds, reverse=True)
+def test_a_card_that_is_too_small_is_refused_by_its_ranks_name(facts):
+    message = (
+        r"does not fit on rank 1 \(stage 0, part 1\): 2\.\d\d GiB of device memory needed at the least \(\w+\), "
+        r"2\.00 GiB there; .*would"
+    )
+    with pytest.raises(DoesNotFit, match=message) as info:
+        team(facts("int8"), THREE_AND_VAE, gib=(22.15, 2, 22.15, 22.15))
+    assert info.value.plan.share.role.rank == 1
+    assert [rank.fits for rank in info.value.ranks] == [True, False, True, True]
+    with pytest.raises(DoesNotFit, match=r"on rank 3 \(VAE\): 2\.\d\d GiB"):
+        team(facts("int8"), THREE_AND_VAE, gib=(22.15, 22.15, 22.15, 2.6))
 
 
-def test_invented_budgets_hold_and_are_used(facts):
-    draw = random.Random(11)
-    for _ in range(60):
-        work = Workload.of_size(
-            draw.choice(["384*256", "704*384", "832*480", "1280*720"]),
-            infer_frames=draw.choice([12, 32, 48, 80]),
-            sample_steps=draw.choice([1, 2, 4]),
-        )
-        budget, model = draw.uniform(4, 90), facts(draw.choice(["int8", "bf16"]))
-        try:
-            result = planned(model, budget, work, ram_gib=draw.uniform(16, 400), card=draw.choice(list(CARDS.values())))
-        except DoesNotFit as refused:
-            nearest = refused.plan
-            assert not nearest.fits
-            over_device = nearest.peak_vram_bytes > nearest.vram_budget_bytes
-            assert over_device or nearest.peak_host_bytes > nearest.ram_budget_bytes
-            continue
-        assert result.fits
-        assert result.peak_vram_bytes <= result.vram_budget_bytes
-        assert result.peak_host_bytes <= result.ram_budget_bytes
-        assert sum(dataclasses.asdict(result.device).values()) == result.device.total
-        if result.placement.streamed_layers or result.placement.host_rings:
-            assert result.peak_vram_bytes >= 0.95 * result.vram_budget_bytes
+def test_advice_is_for_all_ranks(facts):
+    cards, large = (3.5, 22.15, 22.15, 6), Workload.of_size("1280*720")
+    with pytest.raises(DoesNotFit, match=r'size "\d+\*\d+" would fit') as info:
+        team(facts("int8"), THREE_AND_VAE, large, gib=cards)
+    size = str(info.value).split('size "')[1].split('"')[0]
+    assert team(facts("int8"), THREE_AND_VAE, Workload.of_size(size), gib=cards)
 
 
-def test_a_card_that_is_too_small_is_refused_with_figures(facts):
-    with pytest.raises(
-        OutOfMemoryError, match=r"5\.\d\d GiB of device memory needed.*\(decode\), 5\.00 GiB there"
-    ) as info:
-        planned(facts("int8"), 5)
-    assert info.value.plan.peak_vram_bytes > 5 * GIB
-    assert 'size "512*320" would fit' in str(info.value)
-    smaller = Workload.of_size("512*320")
-    assert planned(facts("int8"), 5, smaller).fits
+def test_a_host_that_is_too_small_is_refused_by_its_machines_name(facts):
+    with pytest.raises(OutOfMemoryError, match=r"on machine 1: .* host memory needed .* ranks 2, 3 together, 5\.00"):
+        team(facts("bf16"), ParallelLayout(num_gpus_dit=4, ulysses_size=2), machines=[0, 0, 1, 1], ram_gib=(96, 5))
 
 
-def test_a_host_that_is_too_small_is_refused_with_figures(facts):
-    message = r"of host memory needed at the least beside 22\.15 GiB of device memory, 32\.00 GiB there; --kv int8 "
-    with pytest.raises(OutOfMemoryError, match=message) as info:
-        planned(facts("bf16"), 22.15, ram_gib=32)
-    assert info.value.plan.peak_host_bytes > 32 * GIB
-    assert info.value.plan.peak_vram_bytes <= 22.15 * GIB
+def test_stages_work_at_once_and_a_vaes_rank_decodes_beside_them(facts):
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=3, vae_rank=True))
+    assert [list(rank.share.steps) for rank in found.ranks] == [[0, 1], [2], [3], []]
+    stages = [seconds.block for seconds in found.stages]
+    assert found.seconds_per_block == max(stages)
+    assert stages[0] == pytest.approx(2 * stages[1], rel=0.01)
+    assert found.limited_by == "stage 0: arithmetic"
+    # The first block goes through all of them.
+    assert found.first_block_s == pytest.approx(sum(stages) + found.ranks[3].seconds.decode, rel=0.001)
+    assert found.frames_per_s == pytest.approx(12 / found.seconds_per_block)
 
 
-def test_where_nothing_would_fit_it_says_so(facts):
-    with pytest.raises(DoesNotFit, match="no smaller size would fit either"):
-        planned(facts("int8"), 2)
+def test_pipelines_shorten_a_block_and_ulysses_also_the_first(facts):
+    stages, tokens = (
+        team(facts("int8"), ParallelLayout(num_gpus_dit=4, ulysses_size=size, vae_rank=True)) for size in (1, 4)
+    )
+    assert stages.seconds_per_block < tokens.seconds_per_block
+    assert tokens.first_block_s < stages.first_block_s
 
 
-def test_the_text_encoder_goes_to_the_host_where_the_device_is_too_small(facts):
-    small, large = (planned(facts("bf16"), gib, Workload.of_size("384*256")) for gib in (8, 22.15))
-    assert (small.text_encoder_device, large.text_encoder_device) == ("cpu", "cuda")
-    assert small.stage_peaks["encode_text"] == 0
-    assert small.host.text_encoder == pytest.approx(2 * facts("bf16").text_bytes, rel=1e-4)  # float32 there
-    assert any("text encoder" in note for note in small.notes)
-    assert large.stage_peaks["encode_text"] > 10 * GIB
+def test_what_is_exchanged_is_waited_for_and_is_in_the_way_of_copies(facts):
+    slow, fast = (team(facts("int8"), THREE_AND_VAE, link_bytes_per_s=rate) for rate in (LINK_BYTES_PER_S, 2e11))
+    bytes_ = slow.ranks[0].traffic
+    assert slow.ranks[0].seconds.exchange == max(bytes_.sent, bytes_.received) / LINK_BYTES_PER_S
+    assert slow.seconds_per_block > fast.seconds_per_block
+    assert slow.ranks[0].seconds.pcie > fast.ranks[0].seconds.pcie
+    assert any("exchange heads at 10 GB/s each way, as is assumed" in note for note in slow.notes)
+    assert any("exchange heads at 200 GB/s each way" in note for note in fast.notes)
+    crawling = team(facts("int8"), THREE_AND_VAE, link_bytes_per_s=1e9)
+    assert crawling.limited_by in ("stage 0: exchange", "stage 0: pcie")
 
 
-def test_the_reserve_is_kept_free(facts):
-    reserve = Reserve(outside=GIB - SLACK_BYTES, outside_measured=False)
-    result = planned(facts("int8"), 22.15, reserve=reserve)
-    assert result.peak_vram_bytes - max(result.stage_peaks.values()) == GIB
-    assert max(result.stage_peaks.values()) <= 21.15 * GIB
+def test_ranks_that_wait_for_each_other_take_as_long_as_the_slowest():
+    a = Seconds(arithmetic=2, pcie=1, exposed=0.1, decode=0, exchange=0.2)
+    b = Seconds(arithmetic=1, pcie=3, exposed=0, decode=0.5, exchange=0.3)
+    assert slowest([a, b]) == Seconds(arithmetic=2, pcie=3, exposed=0.1, decode=0.5, exchange=0.3)
 
 
-def test_fp8_on_a_card_without_its_units_is_said(facts):
-    old, new = (planned(facts("fp8"), 22.15, card=CARDS[name]) for name in ("rtx3090", "rtx4090"))
-    assert any("no FP8 units" in note for note in old.notes)
-    assert not any("no FP8 units" in note for note in new.notes)
-    int8 = planned(facts("int8"), 22.15, card=CARDS["rtx3090"])
-    assert old.seconds.arithmetic > int8.seconds.arithmetic
+def test_the_same_is_planned_from_the_same(facts):
+    budgets = (22.15, 12, 16, 9)
+    one, other = (team(facts("bf16"), THREE_AND_VAE, gib=budgets, ram_gib=70) for _ in range(2))
+    assert one == other
 
 
-def test_options_that_cannot_work_are_refused(facts):
-    with pytest.raises(ConfigError, match="--kv is 'fp4'"):
-        planned(facts("int8"), 22.15, kv="fp4")
-    for wave in (0, 5, "all"):
-        with pytest.raises(ConfigError, match="--wave is"):
-            planned(facts("int8"), 22.15, wave=wave)
+def test_a_wave_that_a_stage_is_too_short_for_is_said(facts):
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=3), wave=2)
+    assert [rank.placement.wave for rank in found.ranks] == [2, 1, 1]
+    assert not any("were asked for" in note for note in found.notes)
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=4), wave=2)
+    assert any("though 2 were asked for" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="--wave is 5"):
+        team(facts("int8"), ParallelLayout(num_gpus_dit=4), wave=5)
 
 
-def test_weights_in_float32_are_planned_as_they_are_bound(facts):
-    result = planned(facts("fp32"), 78, ram_gib=200)
-    assert result.weight_bytes == pytest.approx(2 * facts("bf16").weight_bytes, rel=0.001)
-    assert not result.placement.streamed_layers
-    assert result.device.resident_layers == pytest.approx(sum(facts("bf16").layer_bytes), rel=0.01)
+def test_what_does_not_describe_the_ranks_is_refused(facts):
+    with pytest.raises(ConfigError, match="5 stages for 4 denoising steps"):
+        team(facts("int8"), ParallelLayout(num_gpus_dit=5))
+    with pytest.raises(ConfigError, match=r"machines \[0\], but memory is given of 2"):
+        team(facts("int8"), ParallelLayout(num_gpus_dit=2), ram_gib=(64, 64))
+    two = dict(cards=[CARD], vram_bytes=[GIB] * 2, machines=[0, 0], ram_bytes=[64 * GIB])
+    with pytest.raises(ConfigError, match="1 cards for 2 for the DiT"):
+        plan_team(facts("int8"), WORK, ParallelLayout(num_gpus_dit=2), **two)
 
 
-@pytest.mark.parametrize(
-    ("card", "gib", "size", "streamed", "hosted", "seconds"),
-    [
-        ("rtx3060", 11.0, "384*256", 20, 158, 4.8),
-        ("rtx4080", 14.5, "704*384", 18, 154, 5.1),
-        ("rtx4090", 22.15, "704*384", 0, 137, 3.0),
-        ("rtx4090", 22.15, "720*400", 0, 140, 3.3),
-        ("rtx5090", 30.0, "704*384", 0, 73, 2.4),
-    ],
-)
-def test_one_card_is_planned_as_the_readme_says(facts, card, gib, size, streamed, hosted, seconds):
-    result = planned(facts("int8"), gib, Workload.of_size(size), ram_gib=64, card=CARDS[card])
-    assert (len(result.placement.streamed_layers), len(result.placement.host_rings)) == (streamed, hosted)
-    assert result.seconds_per_block == pytest.approx(seconds, abs=0.05)
+def test_the_summary_is_a_line_with_the_figures(facts):
+    said = team(facts("int8"), THREE_AND_VAE).summary()
+    assert "\n" not in said
+    for words in ("4 ranks", "3 for the DiT (1 stage x 3), 1 for the VAE", "of 64.00 GiB", "s a block (stage 0: "):
+        assert words in said
+    vae = team(facts("int8"), THREE_AND_VAE).ranks[3].summary()
+    assert "layers" not in vae

@@ -16,7 +16,8 @@ from lowvram.planning import workspace
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.memory import host_parts, machine_parts
 from lowvram.planning.model_sizes import AudioFacts
-from lowvram.planning.planner import DoesNotFit, Plan, plan
+from lowvram.planning.planner import plan
+from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.search import Job
 from lowvram.planning.workload import Workload
 from lowvram.request import Inputs, Request

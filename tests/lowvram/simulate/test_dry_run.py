@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lowvram.planning import CARDS, Workload, plan
+from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.team import plan_team
 from lowvram.simulate.dry_run import dry_run, dry_run_team
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.phantom import write_phantom

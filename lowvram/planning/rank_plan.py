@@ -1,0 +1,239 @@
+"""What is predicted of one rank's placement, and what is said where none fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lowvram.byte_sizes import gib
+from lowvram.offload.placement import Placement
+from lowvram.planning.cards import Card
+from lowvram.planning.memory import (
+    DeviceParts,
+    HostParts,
+    MachineParts,
+    ReferenceParts,
+    host_parts,
+    reference_parts,
+    stage_peaks,
+)
+from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
+from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.reserve import Reserve
+from lowvram.planning.search import Job, least_placement
+from lowvram.planning.share import Share
+from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
+from lowvram.planning.workload import Workload
+from lowvram_kernels.errors import ConfigError, OutOfMemoryError
+
+KV_NAMES = {"int8": "int8", "bf16": "plain"}
+_SMALLER_SIZES = ("1280*720", "832*480", "720*400", "704*384", "512*320", "384*256", "256*192")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A placement and what it is predicted to take. Bytes, and seconds of one block in the steady state.
+
+    ``operations`` are those of one step of a block. ``stage_peaks`` are device bytes without ``reserve_bytes``;
+    ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and ``sink_bytes`` are keys and values alone, their
+    scales and means apart, wherever they lie.
+
+    Of one rank of several, everything is what its ``share`` takes, but for ``reference`` and ``limits``, which are of a
+    whole run; the weights in ``host`` lie there once for all ranks of a machine that stream them, and
+    ``text_encoder_device`` is "" on a rank that has none.
+    """
+
+    placement: Placement
+    workload: Workload
+    share: Share
+    card: Card
+    precision: str
+    layers: int
+    operations: Operations
+    fits: bool
+    vram_budget_bytes: int
+    ram_budget_bytes: int
+    reserve: Reserve
+    text_encoder_device: str
+    stage_peaks: dict[str, int]
+    device: DeviceParts
+    host: HostParts
+    reference: ReferenceParts
+    weight_bytes: int
+    kv_ring_bytes: int
+    kv_scale_bytes: int
+    sink_bytes: int
+    sink_scale_bytes: int
+    traffic: Traffic
+    seconds: Seconds
+    limits: Limits
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reserve_bytes(self) -> int:
+        return self.reserve.total
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max(self.stage_peaks.values()) + self.reserve_bytes
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return self.host.peak
+
+    @property
+    def pcie_bytes_per_block(self) -> int:
+        """Both ways."""
+        return self.traffic.total
+
+    @property
+    def seconds_per_block(self) -> float:
+        return self.seconds.block
+
+    @property
+    def limited_by(self) -> str:
+        """What takes longer; see ``Seconds``."""
+        return self.seconds.limited_by
+
+    @property
+    def rings(self) -> int:
+        """KV rings of this rank, one a step and layer."""
+        return self.layers * len(self.share.steps)
+
+    def summary(self) -> str:
+        """The plan in a line."""
+        streamed = len(self.placement.streamed_layers)
+        dit = (
+            f"{streamed} of {self.layers} layers and {len(self.placement.host_rings)} of {self.rings} KV rings "
+            f"({self.placement.kv}) come from the host, {self.placement.wave} steps share a pass; "
+        )
+        return (
+            f"plan: {dit if self.share.denoises else ''}predicted are "
+            f"{gib(self.peak_vram_bytes)} of {gib(self.vram_budget_bytes)} on the device, {gib(self.peak_host_bytes)} "
+            f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block"
+        )
+
+
+class DoesNotFit(OutOfMemoryError):
+    """No placement fits; ``plan`` is the one that comes nearest. For several ranks it is that of the rank that does not
+    fit, ``ranks`` are those of all of them, and ``host`` is what they would take of each machine."""
+
+    def __init__(self, message: str, plan: Plan, ranks: Sequence[Plan] = (), host: Sequence[MachineParts] = ()):
+        super().__init__(message)
+        self.plan, self.ranks, self.host = plan, tuple(ranks), tuple(host)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Bytes of device and host, and of the device what is kept free."""
+
+    vram: int
+    ram: int
+    reserve: Reserve
+
+    @property
+    def usable(self) -> int:
+        return self.vram - self.reserve.total
+
+
+def kv_scheme(kv: str, facts: ModelFacts) -> str:
+    """How rings are kept where a user says ``kv``, as ``Placement`` has it."""
+    if kv == "auto":
+        return "int8" if facts.quantized else "plain"
+    if kv not in KV_NAMES:
+        raise ConfigError(f"--kv is {kv!r}; expected auto, {' or '.join(KV_NAMES)}")
+    return KV_NAMES[kv]
+
+
+def wave_of(wave: str | int, steps: int) -> int | None:
+    """None for any."""
+    if wave == "auto":
+        return None
+    if not isinstance(wave, int) or not 1 <= wave <= steps:
+        raise ConfigError(f"--wave is {wave!r}; expected auto, or 1 to the number of steps, {steps}")
+    return wave
+
+
+def place_text_encoder(job: Job, usable_bytes: int) -> Job:
+    """On the host where that is asked for, or where it does not fit on the device: it runs once a video."""
+    needed = job.stage_peaks(least_placement(job)).get("encode_text", 0)
+    return dataclasses.replace(job, text_device="cpu") if job.t5_cpu or needed > usable_bytes else job
+
+
+def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
+    """Everything that is predicted of a placement."""
+    facts, work, share = job.facts, job.work, job.share
+    parts = job.device_parts(placement)
+    host = host_parts(facts, work, placement, job.text_device, share)
+    ring = ring_costs(facts.config, work, placement.kv, share)
+    sink = sink_bytes(facts.config, work, placement.kv, share)
+    peaks = stage_peaks(facts, work, placement, parts, job.text_device, share)
+    return Plan(
+        placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
+        workload=work,
+        share=share,
+        card=card,
+        precision=facts.precision,
+        layers=facts.config.num_layers,
+        operations=step_operations(facts.config, work, share),
+        fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
+        vram_budget_bytes=budgets.vram,
+        ram_budget_bytes=budgets.ram,
+        reserve=budgets.reserve,
+        text_encoder_device=job.text_device if share.media else "",
+        stage_peaks=peaks,
+        device=parts,
+        host=host,
+        reference=reference_parts(facts, work),
+        weight_bytes=facts.weight_bytes if share.denoises else 0,
+        kv_ring_bytes=ring.cells * ring.payload,
+        kv_scale_bytes=ring.cells * ring.scales,
+        sink_bytes=sink.payload,
+        sink_scale_bytes=sink.scales,
+        traffic=traffic(facts, work, placement, share),
+        seconds=job.seconds(placement, card.rates),
+        limits=limits(facts, work, card.rates),
+        notes=_notes(job, card),
+    )
+
+
+def _notes(job: Job, card: Card) -> tuple[str, ...]:
+    source = "rates measured on this card" if card.rates.measured else "data-sheet rates"
+    reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
+    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}", *card.notes]
+    if job.text_device == "cpu":
+        reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
+        notes.append(f"the text encoder {reason}, once a video")
+    if job.facts.precision == "fp8" and not card.has_fp8:
+        widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"
+        notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to {widened} at use; int8 is faster there")
+    if job.facts.precision == "fp32":
+        notes.append("weights stored in float32 cross PCIe at twice the bytes of bf16; convert with --precision bf16")
+    if job.work.dtype is torch.float32:
+        notes.append(
+            "what is not 8-bit is computed in float32, at twice the bytes of bfloat16 and without tensor cores; "
+            "bfloat16 is the default on GPUs"
+        )
+    return tuple(notes)
+
+
+def words_of(work: Workload) -> str:
+    """What is to be made, for messages."""
+    height, width = work.size_px
+    return f"{width}*{height} with {work.infer_frames} frames a clip and {work.sample_steps} steps"
+
+
+def advice(job: Job, fits: Callable[[Job], bool]) -> str:
+    """The first change, from harmless to not, with which everything ``fits``."""
+    kv = "" if job.kv == "int8" else "--kv int8 "
+    changes = [(kv, job.work)] if kv else []
+    for size in _SMALLER_SIZES:
+        work = job.work.at_size(size)
+        if work.pixels < job.work.pixels:
+            changes.append((f'{kv}--size "{size}"', work))
+    for options, work in changes:
+        if fits(dataclasses.replace(job, work=work, kv="int8")):
+            return f"{options.strip()} would fit"
+    return "no smaller size would fit either: take a card or a host with more memory"
