@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -114,7 +115,7 @@ def place_of_video(out: Path | None, save_dir: Path | None, request: Request) ->
     """The file to write: ``out``, or one in ``save_dir`` whose name is the same for the same request.
 
     Raises:
-        ConfigError: both were given, or none.
+        ConfigError: both were given, or none; ``save_dir`` is or lies in something else than a folder.
     """
     if out is not None and save_dir is not None:
         raise ConfigError(
@@ -126,6 +127,9 @@ def place_of_video(out: Path | None, save_dir: Path | None, request: Request) ->
         raise ConfigError("--out is missing; expected a file to write, or --save_dir with a folder for it")
     steps, seed = f"{request.sample_steps}step", f"seed{request.base_seed}"
     parts = [request.image.stem[:_PART_LENGTH], request.audio.stem[:_PART_LENGTH], request.size, steps, seed]
+    there = next(folder for folder in (save_dir, *save_dir.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ConfigError(f"--save_dir is {save_dir}, and {there} is no folder; name another")
     return save_dir / ("_".join(re.sub(r"[^\w.+-]+", "x", part) for part in parts) + ".mp4")
 
 

@@ -100,8 +100,8 @@ def _read(file: Path, image: Image.Image) -> Portrait:
         image.seek(1)  # an APNG's picture for programs that show no animation is not part of it
     facts = {"format": image.format, "mode": image.mode, "width": image.width, "height": image.height}
     image.load()
-    colours = stated_colours(file, image)
-    return Portrait(image=to_srgb(_upright(file, image), colours), facts=facts)
+    upright = _upright(file, image)  # first: who reads damaged EXIF data once is not told of it again
+    return Portrait(image=to_srgb(upright, stated_colours(file, image)), facts=facts)
 
 
 def _upright(file: Path, image: Image.Image) -> Image.Image:

@@ -122,6 +122,8 @@ def cuda_engine(
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(cuda))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: cuda.compute)
     monkeypatch.setattr(torch.cuda, "synchronize", cuda.synchronize)
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: 0)
     monkeypatch.setattr(CudaWay, "copy", lambda way, dst, src: way.stream.copy(dst, src))
     monkeypatch.setattr(engine_module, "registry", lambda: registry)
     monkeypatch.setattr(engine_module, "PIECE_BYTES", 4096)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram import devices
 from lowvram.devices import choose_device, computing_on, cuda_is_here, current, each_within
+from lowvram.offload.copy_engine import Engine
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning.measure import CudaRunner
 from lowvram.runtime import Runtime
@@ -95,7 +96,12 @@ def test_two_pipelines_on_two_cards_take_turns(tiny, cards, monkeypatch):
 
 def test_an_engine_is_made_where_it_works(tiny, cards, monkeypatch):
     made_at = []
-    monkeypatch.setattr("lowvram.runtime.engine_for", lambda device: made_at.append(cards.current))
+
+    def engine_for(device: torch.device) -> Engine:
+        made_at.append(cards.current)
+        return Engine(device)
+
+    monkeypatch.setattr("lowvram.runtime.engine_for", engine_for)
     artifact = AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu").runtime.artifact
     memory = AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu").runtime.memory
     made_at.clear()

@@ -28,7 +28,6 @@ def pieces(voice: LongVoice) -> list[torch.Tensor]:
 @pytest.fixture
 def whole(monkeypatch):
     """What the windowed ``extract_features`` gives, with windows as short."""
-    monkeypatch.setattr(audio_encoder, "WHOLE_FILE_S", 2)
     monkeypatch.setattr(audio_encoder, "WINDOW_S", 1)
     monkeypatch.setattr(audio_encoder, "CONTEXT_S", 0.25)
     window, context = 50, 12
@@ -40,7 +39,7 @@ def whole(monkeypatch):
     monkeypatch.setattr(audio_encoder, "_in_windows", with_whole_numbers)
 
     def make(samples, infer_frames=16):
-        return audio_embedding(extract_features(small_model(), samples), infer_frames)
+        return audio_embedding(extract_features(small_model(), samples, whole_s=2), infer_frames)
 
     return make
 

@@ -19,7 +19,7 @@ from lowvram.media.video import VideoWriter
 from lowvram_kernels.errors import ConfigError, InputError
 
 HEIGHT, WIDTH = 32, 48
-GOLDEN = Path(__file__).parents[1] / "golden" / "pipeline_tiny" / "outputs.safetensors"
+GOLDEN = Path(__file__).parents[2] / "golden" / "pipeline_tiny" / "outputs.safetensors"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -260,7 +260,7 @@ def test_plans_say_what_makes_them_unsure(gpu, part):
 
 
 def test_plans_for_usual_cards_say_nothing_more():
-    assert len(planned("--gpu", "RTX 4060 Ti 16GB")["notes"]) == 1
+    assert len(planned("--gpu", "RTX 4060 Ti 16GB", "--audio-duration", "10")["notes"]) == 1
 
 
 def test_a_budget_beyond_the_card_is_said():

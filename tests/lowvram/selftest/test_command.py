@@ -136,4 +136,4 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "selftest", functools.partial(lambda device: ([], "")))
     done = CliRunner().invoke(main, ["selftest", "--report", str(tmp_path / "none" / "report.txt")])
     assert done.exit_code == 2
-    assert "could not be written" in done.stderr
+    assert "cannot be written" in done.stderr

@@ -85,6 +85,9 @@ class FakeCuda(TorchDispatchMode):
                 "current_stream": lambda device=None: self.current,
                 "stream": self._on,
                 "synchronize": lambda device=None: self.model.synchronized(),
+                "max_memory_allocated": lambda device=None: 0,
+                "max_memory_reserved": lambda device=None: 0,
+                "reset_peak_memory_stats": lambda device=None: None,
             }.items():
                 patch.setattr(torch.cuda, name, value)
             engine = CudaEngine(torch.device("cpu"))
