@@ -119,8 +119,8 @@ def demo(runs: int) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {name: {"thread_s": [], "clock_s": []} for name in PRECISIONS}
     kernels: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        request = prepare(Path(folder))
-        artifacts = {name: make_artifact(Path(folder), name) for name in PRECISIONS}
+        request = prepare(Path(folder), random=True)
+        artifacts = {name: make_artifact(Path(folder), name, random=True) for name in PRECISIONS}
         for _ in range(runs):
             for name, artifact in artifacts.items():
                 pipeline = AvatarPipeline.from_artifact(artifact, device="cpu")

@@ -198,16 +198,22 @@ def plan(
 @click.option("--out-dir", type=FILE, default=Path("demo-out"), help="Folder for the tiny model and the videos.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--overwrite", is_flag=True, help="Replace files in --out-dir that no demo has made.")
-def demo(out_dir: Path, device: str, overwrite: bool) -> None:
-    """Run the whole job on a tiny random model: convert to int8 and bf16, infer both, compare."""
+@click.option("--random", "random", is_flag=True, help="Random weights instead of trained ones: pictures are noise.")
+def demo(out_dir: Path, device: str, overwrite: bool, random: bool) -> None:
+    """Run the whole job on a tiny model that draws talking faces: convert to int8 and bf16, infer both, compare."""
     from lowvram.compare.comparison import compare as compare_runs
     from lowvram.compare.tables import print_comparison
     from lowvram.demo import run_demo
 
-    run_demo(out_dir, device=device, overwrite=overwrite)
+    found = run_demo(out_dir, device=device, overwrite=overwrite, random=random)
     result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
     print_comparison(result, Console())
-    click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
+    if found.sheet is None:
+        click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
+    else:
+        correlations = ", ".join(f"{name} {value:.2f}" for name, value in found.follows.items())
+        click.echo(f"The mouth's opening correlates with the voice's loudness: {correlations}.")
+        click.echo(found.sheet)
     click.echo(out_dir / "int8.mp4")
 
 

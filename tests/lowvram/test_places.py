@@ -30,7 +30,7 @@ def command(tiny, monkeypatch):
     def never(*_args: object, **_more: object) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(demo, "write_checkpoint", never)
+    monkeypatch.setattr(demo, "write_trained", never)
     monkeypatch.setattr(compare_both, "open_pipeline", never)
     monkeypatch.setattr(selftest, "examine", never)
     model = tiny.artifact("int8")
