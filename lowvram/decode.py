@@ -1,5 +1,7 @@
 """The VAE's part of a run: blocks of latents to pixels in order, with relief where memory runs out.
 
+The decoder's cache as it was after the last finished block is kept, so that a block whose decoding failed can be
+decoded again. It lies on the host: a second copy on the device would take as much as the cache itself.
 Shapes: C latent channels, F frames, h x w latent size, H x W pixels.
 """
 

@@ -102,6 +102,7 @@ def run_demo(folder: Path, *, device: str = "auto", overwrite: bool = False, ran
         folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / "demo", "lowvram demo"):
         with disk_errors(folder / "demo", 0):
+            (folder / SHEET).unlink(missing_ok=True)  # an earlier demo's would stand beside other videos
             request = prepare(folder, random=random)
         reports = {}
         for precision, outputs in places.items():

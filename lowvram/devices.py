@@ -1,4 +1,10 @@
-"""Names of devices and dtypes, as options give them; and what holds while a device computes."""
+"""Names of devices and dtypes, as options give them; what holds while a device computes; and when its memory ran out.
+
+torch raises its own class of that for its allocator only. Everything else that takes memory of the card says so in
+words of its own. Sources: torch's ``C10_CUDA_CHECK`` and ``C10_CUDA_DRIVER_CHECK`` ("CUDA error: ...", with an
+``error_code`` from torch 2.9 on), its checks of cuBLAS, cuDNN and NCCL, Triton's driver, cuDNN 9's names of its
+statuses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages of one run share: artifact, device, clock, counts, and the layout that memory pressure may change."""
+"""What the stages of one run share: artifact, device, counts, a clock, the layout that memory pressure may change."""
 
 from __future__ import annotations
 

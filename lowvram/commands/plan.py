@@ -1,4 +1,4 @@
-"""What ``lowvram plan`` does: options to a plan, for one GPU or for several."""
+"""What ``lowvram plan`` does: options to a plan, for one GPU or for several, printed as a table or JSON."""
 
 from __future__ import annotations
 

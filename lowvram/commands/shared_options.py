@@ -1,5 +1,7 @@
 """Options that several commands share, and what they become: a request, memory options, ranks, a pipeline.
 
+Some values stand for others: a prompt that lies in a file, a seed to be drawn, a folder to write into.
+
 Libraries are imported in the functions that need them: ``--help`` does not wait for them.
 """
 

@@ -1,4 +1,4 @@
-"""The machine at hand, asked."""
+"""The machine at hand, asked; also what ``nvidia-smi`` says of each card, which CUDA does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A DiT block through the fused operations: each activation between two matrix products is read and written once."""
+"""A DiT block, and the audio injection behind it, through the fused operations.
+
+Each activation between two matrix products is read and written once: in 8 bit, made once for all layers that want it
+alike. What depends on a block's audio alone is made once a block.
+Shapes: L tokens of F latent frames, D width, A actors, N heads, H head_dim.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Going on when the device's memory runs out: the failed piece of work is done again on a slower layout.
 
 Nothing that was finished is lost: a pass over the layers and the decoding of a block can be repeated, and what rings
-and decoder hold moves along.
+and decoder hold moves along. What is given up, one rung at a time: first speed, by more layers streamed, rings to the
+host, decoding block by block, the picture decoded in tiles. Then, only where that is allowed, quality: shorter clips, a
+smaller picture, fewer steps.
 """
 
 from __future__ import annotations

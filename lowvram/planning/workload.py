@@ -20,14 +20,13 @@ class Workload:
     """``latent_size`` is (h, w) of the latents, ``infer_frames`` video frames a clip, ``dtype`` what everything that is
     not 8-bit is computed in on the device. Validated at construction.
 
-    ``num_clip`` changes no byte and no second a block: rings, cache and workspace are those of one clip. Nor does the
-    length of the voice, but that of a long one is encoded window by window, on the host: ``voice_on_host``.
+    The number of clips changes no byte and no second a block: rings, cache and workspace are those of one clip. Nor
+    does the length of the voice, but that of a long one is encoded window by window, on the host: ``voice_on_host``.
     """
 
     latent_size: tuple[int, int]
     infer_frames: int = 48
     sample_steps: int = 4
-    num_clip: int | None = None
     voice_on_host: bool = False
     dtype: torch.dtype = torch.bfloat16
 

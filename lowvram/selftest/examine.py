@@ -1,4 +1,7 @@
-"""All checks of one device, in other processes, and what is known of it afterwards."""
+"""All checks of one device, in other processes, and what is known of it afterwards.
+
+What is measured of it and judged by no bound is read by plans.
+"""
 
 from __future__ import annotations
 
