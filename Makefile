@@ -40,6 +40,7 @@ test-gpu: setup
 
 bench: setup
 	$(BIN)/python benchmarks/convert.py --out benchmarks/results/convert_cpu.json
+	$(BIN)/python benchmarks/convert_sources.py --out benchmarks/results/convert_sources_cpu.json
 	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/long_voice.py --out benchmarks/results/long_voice_cpu.json

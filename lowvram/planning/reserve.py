@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning import nccl_memory as groups
 from lowvram.planning.cards import Card
 from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES
+from lowvram.planning.nccl_memory import FLAT_BYTES as NCCL_FLAT_BYTES
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 
@@ -36,4 +36,4 @@ def reserve_of(card: Card, work: Workload, share: Share, *, grouped: bool) -> Re
     if grouped or not share.exchanges:
         return found
     nccl = dict(card.nccl).get(share.parts)
-    return dataclasses.replace(found, nccl=groups.FLAT_BYTES if nccl is None else nccl, nccl_measured=nccl is not None)
+    return dataclasses.replace(found, nccl=NCCL_FLAT_BYTES if nccl is None else nccl, nccl_measured=nccl is not None)
