@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lowvram.commands.answers import Answering, before_a_command
-from lowvram.commands.options import convert_options, infer_options, plan_options
+from lowvram.commands.options import convert_options, demo_options, infer_options, plan_options
 from lowvram.commands.shared_options import (
     FILE,
     SETTINGS,
@@ -195,24 +195,28 @@ def plan(
 
 
 @main.command(context_settings=SETTINGS)
-@click.option("--out-dir", type=FILE, default=Path("demo-out"), help="Folder for the tiny model and the videos.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--overwrite", is_flag=True, help="Replace files in --out-dir that no demo has made.")
-@click.option("--random", "random", is_flag=True, help="Random weights instead of trained ones: pictures are noise.")
-def demo(out_dir: Path, device: str, overwrite: bool, random: bool) -> None:
-    """Run the whole job on a tiny model that draws talking faces: convert to int8 and bf16, infer both, compare."""
+@demo_options
+def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) -> None:
+    """Run the whole job on a tiny model that draws talking faces: convert to int8 and bf16, infer both, compare.
+
+    Portrait and voice are drawn and synthesized, unless you bring your own.
+    """
+    from lowvram.commands.shared_options import seconds_of
     from lowvram.compare.comparison import compare as compare_runs
     from lowvram.compare.tables import print_comparison
-    from lowvram.demo import run_demo
+    from lowvram.demo import Own, run_demo
 
-    found = run_demo(out_dir, device=device, overwrite=overwrite, random=random)
+    for name in ("audio_start", "audio_duration"):
+        own[name] = None if own[name] is None else seconds_of(own[name], f"--{name.replace('_', '-')}")
+    found = run_demo(out_dir, own=Own(**own), device=device, overwrite=overwrite, random=random)
     result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
     print_comparison(result, Console())
     if found.sheet is None:
         click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
     else:
         correlations = ", ".join(f"{name} {value:.2f}" for name, value in found.follows.items())
-        click.echo(f"The mouth's opening correlates with the voice's loudness: {correlations}.")
+        where = " (looked for where drawn faces have it)" if own["image"] else ""
+        click.echo(f"The mouth's opening{where} correlates with the voice's loudness: {correlations}.")
         click.echo(found.sheet)
     click.echo(out_dir / "int8.mp4")
 

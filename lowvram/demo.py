@@ -13,44 +13,139 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from lowvram.infer import infer
 from lowvram.media.contact_sheet import contact_sheet, follows
-from lowvram.media.image import load_portrait
+from lowvram.media.image import fitted, load_portrait
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.video import read_frames
 from lowvram.media.voice import load_voice
 from lowvram.outputs import Outputs, check_folder
 from lowvram.pipeline import FPS, AvatarPipeline, Request
-from lowvram_kernels.errors import InputError
+from lowvram.request import read_voice
+from lowvram_kernels.errors import ConfigError, InputError
 from lowvram_quantize.claims import writing
 from lowvram_quantize.convert import convert
+from lowvram_quantize.places import same, within
 from lowvram_quantize.synthetic import MARKER, write_checkpoint
 from lowvram_quantize.trained import write_trained
 from lowvram_quantize.writer import disk_errors
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lowvram.plan")  # what is made of somebody's own files is said before it starts
 
 PRECISIONS = ("int8", "bf16")
 TINY_LAYERS = 4
 VOICE_S = 3.7  # two clips, and nearly nothing behind them
-SHEET = "contact-sheet.png"
+OWN_VOICE_S = 20.0  # as much of somebody's own voice as is taken unless they say how much
+SIDE_PX, RANDOM_SIDE_PX = 128, 256
+HEADROOM = 0.15  # of what is cut off a tall portrait as much lies above
+PORTRAIT, VOICE, SHEET = "portrait.png", "voice.wav", "contact-sheet.png"
 LORA_ALPHA = 2.0  # with the tiny LoRA's rank of 4 this is the published factor alpha / rank of 0.5
 
 
-def prepare(folder: Path, *, random: bool = False) -> Request:
-    """Make the tiny checkpoint, trained or ``random``, a portrait and a voice in ``folder``; return what is to be made
-    of them. Training saw neither this face nor this voice."""
-    portrait, voice = folder / "portrait.png", folder / "voice.wav"
-    write_wav(voice, synth_voice(VOICE_S), 16000)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own:
+    """Somebody's own portrait and voice, either of them or both; of the voice which part, as ``Request`` has it.
+
+    Raises:
+        ConfigError: a part of a voice that is not there.
+    """
+
+    image: Path | None = None
+    audio: Path | None = None
+    audio_track: int | None = None
+    audio_start: float | None = None
+    audio_duration: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in self.part.items() if value is not None]
+        if given and self.audio is None:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"{names}: of which voice? expected --audio with it, or none of them for the demo's own")
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """Which part of the voice was asked for."""
+        return {name: getattr(self, name) for name in ("audio_track", "audio_start", "audio_duration")}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is read, by option."""
+        return {f"--{name}": path for name in ("image", "audio") if (path := getattr(self, name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is to be made, of which portrait, and of which voice (mono at 16 kHz) where nobody brought one."""
+
+    request: Request
+    portrait: Image.Image
+    voice: NDArray[np.float32] | None
+
+
+def subject(folder: Path, own: Own, *, random: bool = False) -> Subject:
+    """Read what is somebody's own, and draw and synthesize the rest; training saw neither. Nothing is written: the
+    portrait is to lie in ``folder`` later, and so is a voice that nobody brought.
+
+    Raises:
+        InputError: as of ``infer``: a file is missing, is not what it should be, or is too small, large, short, silent.
+    """
+    side = RANDOM_SIDE_PX if random else SIDE_PX
+    portrait = draw_portrait(side, side) if own.image is None else _own_portrait(own.image, side, random=random)
+    more: dict[str, Any] = {"prompt": "A person speaks to the camera"}
     if random:
-        write_checkpoint(folder / "ckpt")
-        draw_portrait(256, 256).save(portrait)
-        prompt = "A cheerful person with round glasses speaks to the camera"
-        return Request(image=portrait, audio=voice, prompt=prompt, size="256*256", infer_frames=24)
-    write_trained(folder / "ckpt")
-    draw_portrait(128, 128).save(portrait)
-    return Request(image=portrait, audio=voice, prompt="A person speaks to the camera", size="128*128")
+        more = {"prompt": "A cheerful person with round glasses speaks to the camera", "infer_frames": 24}
+    request = Request(
+        image=folder / PORTRAIT,
+        audio=own.audio or folder / VOICE,
+        size=f"{side}*{side}",
+        **more | {name: value for name, value in own.part.items() if value is not None},
+    )
+    if own.audio is None:
+        return Subject(request=request, portrait=portrait, voice=synth_voice(VOICE_S))
+    return Subject(request=_with_own_voice(request), portrait=portrait, voice=None)
+
+
+def _own_portrait(path: Path, side: int, *, random: bool) -> Image.Image:
+    """A square of it, the only shape that the tiny model was made for: of a wide picture the middle, of a tall one what
+    lies near its top, where people have their faces."""
+    image = load_portrait(path)
+    cut = min(image.size)
+    left, top = (image.width - cut) // 2, round((image.height - cut) * HEADROOM)
+    log.info(
+        "portrait %s, %dx%d px: %dx%d px of it, %d from the left and %d from the top, become %dx%d",
+        *(path, *image.size, cut, cut, left, top, side, side),
+    )
+    if not random:
+        log.info(
+            "the tiny model knows drawn faces only: a photograph will look like a drawn face, and its mouth moves "
+            "where drawn ones have theirs; crop it so that the face is in the middle and half as high as the picture"
+        )
+    return fitted(image.crop((left, top, left + cut, top + cut)), side, side)
+
+
+def _with_own_voice(request: Request) -> Request:
+    """The request for as much of the voice as the demo takes of it, which is there and can be heard."""
+    if request.audio_duration is None:
+        track, start = request.audio_track, request.audio_start
+        if load_voice(request.audio, track=track, start_s=start, limit_s=OWN_VOICE_S).goes_on:
+            log.info("audio %s: %g s of it are taken; --audio-duration takes more", request.audio, OWN_VOICE_S)
+            request = dataclasses.replace(request, audio_duration=OWN_VOICE_S)
+    read_voice(request)
+    return request
+
+
+def prepare(folder: Path, *, random: bool = False, given: Subject | None = None) -> Request:
+    """Make the tiny checkpoint, trained or ``random``, in ``folder``, and lay portrait and voice beside it; return what
+    is to be made of them. ``given``: of ``subject``, None for what is drawn and synthesized."""
+    given = given or subject(folder, Own(), random=random)
+    if given.voice is not None:
+        write_wav(folder / VOICE, given.voice, 16000)
+    (write_checkpoint if random else write_trained)(folder / "ckpt")
+    given.portrait.save(folder / PORTRAIT)
+    return given.request
 
 
 def tiny_model(folder: Path, *, steps: int, clips: int) -> tuple[Path, Request]:
@@ -90,20 +185,25 @@ class Demo:
     follows: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def run_demo(folder: Path, *, device: str = "auto", overwrite: bool = False, random: bool = False) -> Demo:
+def run_demo(
+    folder: Path, *, own: Own | None = None, device: str = "auto", overwrite: bool = False, random: bool = False
+) -> Demo:
     """Convert the tiny checkpoint to int8 and bf16, infer both, and lay their frames side by side on a sheet. What an
     earlier demo made in ``folder`` is replaced, and what somebody else did only with ``overwrite``.
 
     Raises:
-        InputError, OutputError: the folder cannot be used, or the disk is full.
+        InputError, OutputError: a file of ``own`` or the folder cannot be used, or the disk is full.
     """
-    places = check_places(folder, overwrite=overwrite)
+    own = own or Own()
+    places = check_places(folder, own, overwrite=overwrite)
+    given = subject(folder, own, random=random)
     with disk_errors(folder, 0):
         folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / "demo", "lowvram demo"):
         with disk_errors(folder / "demo", 0):
-            (folder / SHEET).unlink(missing_ok=True)  # an earlier demo's would stand beside other videos
-            request = prepare(folder, random=random)
+            for name in (SHEET, PORTRAIT, VOICE):  # an earlier demo's would stand beside other videos
+                (folder / name).unlink(missing_ok=True)
+            request = prepare(folder, random=random, given=given)
         reports = {}
         for precision, outputs in places.items():
             pipeline = AvatarPipeline.from_artifact(make_artifact(folder, precision, random=random), device=device)
@@ -112,7 +212,7 @@ def run_demo(folder: Path, *, device: str = "auto", overwrite: bool = False, ran
 
 
 def _shown(folder: Path, reports: dict[str, Any], request: Request, places: dict[str, Outputs]) -> Demo:
-    voice = load_voice(request.audio).samples
+    voice = read_voice(request).samples
     videos = {name: np.stack(list(read_frames(outputs.video))) for name, outputs in places.items()}
     sheet = folder / SHEET
     with disk_errors(sheet, 0):
@@ -121,20 +221,30 @@ def _shown(folder: Path, reports: dict[str, Any], request: Request, places: dict
     return Demo(reports=reports, sheet=sheet, follows=found)
 
 
-def check_places(folder: Path, *, overwrite: bool) -> dict[str, Outputs]:
+def check_places(folder: Path, own: Own, *, overwrite: bool) -> dict[str, Outputs]:
     """Where each precision's run writes, looked at before anything is made.
 
     Raises:
-        InputError: no folder, or files of these names that no demo has made and that may not be replaced.
+        InputError: no folder, or files of these names that no demo has made and that may not be replaced, or that are
+            somebody's own input.
         OutputError: nothing can be written there.
     """
     check_folder("--out-dir", folder, make=True)
-    own = overwrite or (folder / "ckpt" / MARKER).is_file()
+    replaceable = overwrite or (folder / "ckpt" / MARKER).is_file()
     places = {name: Outputs.in_folder(folder, name, "--out-dir", overwrite=True) for name in PRECISIONS}
-    made = [folder / "ckpt", folder / "portrait.png", folder / "voice.wav", folder / SHEET]
+    made = [folder / "ckpt", *(folder / name for name in (PORTRAIT, VOICE, SHEET))]
     made += [path for outputs in places.values() for path in outputs.named.values()]
+    replaced = made + [folder / f"artifact-{name}" for name in PRECISIONS]
+    replaced += [path for outputs in places.values() for path in outputs.unfinished.values()]
+    for option, path in own.files.items():
+        for place in replaced:
+            if same(path, place) or within(path, place):
+                raise InputError(
+                    f"{option} is {path}, and the demo replaces {place.name} in --out-dir {folder}; choose another "
+                    "folder, or copy the file to another place"
+                )
     there = [path.name for path in made if os.path.lexists(path)]
-    if there and not own:
+    if there and not replaceable:
         raise InputError(
             f"--out-dir is {folder}, which holds {', '.join(there[:3])} that no demo made; choose another folder, or "
             "replace them: --overwrite"

@@ -15,7 +15,7 @@ from lowvram.media.audio import check_duration
 from lowvram.media.image import portrait_tensor, read_portrait
 from lowvram.media.sizes import output_size
 from lowvram.media.sound import Sound
-from lowvram.media.voice import SPEECH_RATE_HZ, load_voice
+from lowvram.media.voice import SPEECH_RATE_HZ, Voice, load_voice
 from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
 from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
@@ -125,14 +125,7 @@ def read_inputs(request: Request) -> Inputs:
     Raises:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
-    voice = load_voice(
-        request.audio,
-        track=request.audio_track,
-        start_s=request.audio_start,
-        duration_s=request.audio_duration,
-        limit_s=request.voice_limit_s,
-    )
-    check_duration(voice.samples, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
+    voice = read_voice(request)
     portrait = read_portrait(request.image)
     height, width = _video_size(request, portrait.image.height, portrait.image.width)
     return Inputs(
@@ -143,6 +136,23 @@ def read_inputs(request: Request) -> Inputs:
         speech_goes_on=voice.goes_on,
         facts={"portrait": portrait.facts, "voice": voice.facts},
     )
+
+
+def read_voice(request: Request) -> Voice:
+    """Read and check the voice alone.
+
+    Raises:
+        InputError: as of ``read_inputs``.
+    """
+    voice = load_voice(
+        request.audio,
+        track=request.audio_track,
+        start_s=request.audio_start,
+        duration_s=request.audio_duration,
+        limit_s=request.voice_limit_s,
+    )
+    check_duration(voice.samples, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
+    return voice
 
 
 def _video_size(request: Request, image_height: int, image_width: int) -> tuple[int, int]:

@@ -75,7 +75,7 @@ ROOMS = {
         "schedule", "simulate",
     },
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
-    "demo": {"infer", "media", "outputs", "pipeline"},
+    "demo": {"infer", "media", "outputs", "pipeline", "request"},
     "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "loading", "offload", "parallel", "planning", "recorder", "request",

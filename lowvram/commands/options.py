@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -46,6 +47,24 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--rotate", is_flag=True, help="Rotate groups of 16 inputs of the DiT's int8 Linears against outliers."
         ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
+    ]
+    return declared(options, command)
+
+
+def demo_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the demo writes, and what somebody brings to it."""
+    options: list[Callable[..., Any]] = [
+        click.option(
+            "--out-dir", type=FILE, default=Path("demo-out"), help="Folder for the tiny model and the videos."
+        ),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--overwrite", is_flag=True, help="Replace files in --out-dir that no demo has made."),
+        click.option("--random", is_flag=True, help="Random weights instead of trained ones: pictures are noise."),
+        click.option("--image", type=FILE, help="Your own portrait; a photograph will look like a drawn face."),
+        click.option("--audio", type=FILE, help="Your own voice, of which 20 seconds are taken."),
+        click.option("--audio-track", type=int, help="With --audio: the sound track, as of infer."),
+        click.option("--audio-start", help="With --audio: where to begin, seconds or mm:ss."),
+        click.option("--audio-duration", help="With --audio: how much of it to take, likewise."),
     ]
     return declared(options, command)
 

@@ -155,9 +155,13 @@ def portrait_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor
     """
     if height < 1 or width < 1:
         raise ValueError(f"expected a positive height and width, received {height} and {width}")
-    cropped = _centre_crop(_resize_shorter(image.convert("RGB"), min(height, width)), height, width)
-    pixels_HWC = torch.from_numpy(np.array(cropped))
+    pixels_HWC = torch.from_numpy(np.array(fitted(image, height, width)))
     return pixels_HWC.permute(2, 0, 1).contiguous().to(torch.float32).div(255).mul(2).sub(1)
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """What ``portrait_tensor`` makes of a portrait, as a picture, RGB."""
+    return _centre_crop(_resize_shorter(image.convert("RGB"), min(height, width)), height, width)
 
 
 def _resize_shorter(image: Image.Image, side_px: int) -> Image.Image:

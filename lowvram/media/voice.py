@@ -160,7 +160,7 @@ def _first_voice(
         raise failed[0]
     which = "" if tracks == 1 else f", all {tracks} tracks," if track is None else f", track {track} of {tracks},"
     where = f" behind {start_s:g} s" if start_s else ""
-    where += f" for {limit_s:g} s, and --num_clip asks for no more of it" if goes_on else ""
+    where += f" for {limit_s:g} s, and no more of it is asked for" if goes_on else ""
     raise InputError(
         f"audio {path}{which} is silent{where}: no sample reaches {SILENCE_PEAK:g} of full scale; expected speech, "
         "check the file"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from lowvram import demo
 from lowvram.cli import main
+from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.video import probe
+from lowvram_kernels.errors import ConfigError
+from tests.lowvram.media.sounds import write_sound
 
 
 @pytest.fixture
@@ -33,3 +39,218 @@ def test_a_face_talks(tmp_path):
     for name in demo.PRECISIONS:
         assert probe(tmp_path / "demo" / f"{name}.mp4")["frames"] == 45
         assert json.loads((tmp_path / "demo" / f"{name}.json").read_text())["frames"] == 45
+
+
+VOICES = {
+    "wav": ("pcm_s16le", "wav"),
+    "mp3": ("libmp3lame", "mp3"),
+    "flac": ("flac", "flac"),
+    "opus": ("libopus", "ogg"),
+    "m4a": ("aac", "mp4"),
+    "mkv": ("pcm_f32le", "matroska"),
+}
+
+
+def voice_file(folder, kind: str, seconds: float):
+    codec, form = VOICES[kind]
+    return write_sound(folder / f"voice.{kind}", synth_voice(seconds, rate=48000), 48000, codec, form)
+
+
+def portrait_file(folder, kind: str, size: tuple[int, int], orientation: int = 1):
+    """Left of the middle it is red, right of it blue, above one eighth of the height green, as it is to be seen."""
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2], pixels[:, width // 2 :] = (250, 10, 10), (10, 10, 250)
+    pixels[: height // 8] = (10, 250, 10)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    if orientation == 6:  # stored lying on its left side
+        image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
+    path = folder / f"portrait.{kind}"
+    image.save(path, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "orientation"),
+    [
+        ("png", (128, 128), 1),
+        ("png", (300, 200), 1),
+        ("jpg", (200, 330), 6),
+        ("jpg", (400, 240), 6),
+        ("webp", (64, 64), 1),
+        ("tiff", (333, 555), 1),
+        ("gif", (160, 128), 1),
+    ],
+)
+@pytest.mark.parametrize("random", [False, True])
+def test_any_portrait_becomes_an_upright_square(tmp_path, caplog, kind, size, orientation, random):
+    caplog.set_level(logging.INFO, "lowvram.plan")
+    path = portrait_file(tmp_path, kind, size, orientation)
+    found = demo.subject(tmp_path / "out", demo.Own(image=path), random=random)
+    side = demo.RANDOM_SIDE_PX if random else demo.SIDE_PX
+    assert found.portrait.size == (side, side)
+    assert found.request.size == f"{side}*{side}"
+    pixels = np.asarray(found.portrait).astype(int)
+    assert (pixels[side // 2, side // 4] - pixels[side // 2, -side // 4])[0] > 200
+    width, height = size
+    green = height / 8 - max(height - width, 0) * demo.HEADROOM  # what is left of it above the square
+    at = (pixels[:, side // 4, 1] > 128).sum() / side
+    assert at == pytest.approx(max(green, 0) / min(size), abs=0.03)
+    assert ("a photograph will look like a drawn face" in caplog.text) is not random
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", VOICES)
+@pytest.mark.parametrize(("seconds", "asked", "taken"), [(2.0, None, None), (2.0, 1.5, 1.5), (4.5, None, 4.0)])
+def test_any_voice_is_taken_and_a_long_one_in_part(tmp_path, caplog, monkeypatch, kind, seconds, asked, taken):
+    caplog.set_level(logging.INFO, "lowvram.plan")
+    monkeypatch.setattr(demo, "OWN_VOICE_S", 4.0)
+    path = voice_file(tmp_path, kind, seconds)
+    found = demo.subject(tmp_path / "out", demo.Own(audio=path, audio_duration=asked))
+    assert (found.request.audio, found.request.audio_duration) == (path, taken)
+    assert found.voice is None
+    assert ("4 s of it are taken; --audio-duration takes more" in caplog.text) is (taken == 4.0)
+    assert found.portrait.tobytes() == draw_portrait(128, 128).tobytes()
+
+
+@pytest.mark.parametrize("name", ["audio_track", "audio_start", "audio_duration"])
+def test_a_part_of_no_voice(name):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: of which voice"):
+        demo.Own(**{name: 1})
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """Runs the demo with what cannot be used: one line, and nothing is made or changed."""
+
+    def never(*_args: object, **_more: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(demo, "write_trained", never)
+    monkeypatch.setattr(demo, "write_checkpoint", never)
+
+    def run(out, *arguments: object) -> str:
+        before = contents(tmp_path)
+        done = CliRunner().invoke(main, ["demo", "--out-dir", str(out), *map(str, arguments)])
+        assert done.exit_code == 2, (done.output, done.exception)
+        assert done.stdout == ""
+        assert contents(tmp_path) == before
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("lowvram: error: ")]
+        return line
+
+    return run
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [[], ["--random"]])
+@pytest.mark.parametrize(
+    ("option", "what", "said"),
+    [
+        ("--image", None, "is not a file"),
+        ("--image", b"", "portrait"),
+        ("--image", b"hello", "portrait"),
+        ("--image", "small", "expected at least 32 px"),
+        ("--image", "cut", "cannot be read"),
+        ("--audio", None, "audio"),
+        ("--audio", b"", "audio"),
+        ("--audio", b"hello", "audio"),
+        ("--audio", "silent", "is silent"),
+        ("--audio", "silent at first", "is silent for 20 s, and no more of it is asked for"),
+        ("--audio", "short", "expected at least 0.4800 s"),
+        ("--audio", "nan", "NaN"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_the_work(refused, tmp_path, option, what, said, more):
+    path = tmp_path / "given.wav"
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    elif what == "small":
+        draw_portrait(64, 64).resize((31, 90)).save(path, "png")
+    elif what == "cut":
+        draw_portrait(64, 64).save(path, "png")
+        path.write_bytes(path.read_bytes()[:900])
+    elif what == "nan":
+        write_sound(path, np.full(16000, np.nan, np.float32), 16000, "pcm_f32le", "wav")
+    elif what is not None:
+        seconds = {"silent": 1.0, "silent at first": 21.0, "short": 0.4}[what]
+        samples = synth_voice(seconds) if what == "short" else np.zeros(round(seconds * 16000), np.float32)
+        write_wav(path, samples, 16000)
+    assert said in refused(tmp_path / "out", option, path, *more)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--audio-start", "9", "is 1.000 s long"),
+        ("--audio-start", "x", "expected seconds"),
+        ("--audio-start", "-1", "expected seconds"),
+        ("--audio-duration", "0", "expected more than 0"),
+        ("--audio-duration", "0.1", "expected at least 0.4800 s"),
+        ("--audio-track", "2", "track"),
+        ("--audio-track", "0", "expected 1, the first, or more"),
+    ],
+)
+def test_a_part_of_the_voice_that_is_not_there(refused, tmp_path, option, value, said):
+    write_wav(tmp_path / "voice.wav", synth_voice(1.0), 16000)
+    assert said in refused(tmp_path / "out", "--audio", tmp_path / "voice.wav", option, value)
+
+
+REPLACED = (
+    "portrait.png", "voice.wav", "contact-sheet.png", "int8.mp4", "bf16.json", "bf16.partial.mp4",
+    "int8.safetensors.partial", "ckpt/mine.png", "artifact-int8/mine.png",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--image", "--audio"])
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("how", ["itself", "a link", "a hard link"])
+def test_what_the_demo_replaces_is_no_input(refused, tmp_path, option, name, how):
+    out, mine = tmp_path / "out", tmp_path / "mine.bin"
+    place = out / name
+    place.parent.mkdir(parents=True)
+    if option == "--image":
+        draw_portrait(64, 64).save(mine, "png")
+    else:
+        write_wav(mine, synth_voice(1.0), 16000)
+    if how == "a hard link" and "/" not in name:
+        os.link(mine, place)
+    elif how == "a link" and "/" not in name:
+        place.symlink_to(mine)
+    else:
+        mine.rename(place)
+        mine = place
+    said = refused(out, option, mine, "--overwrite")
+    assert f"{option} is {mine}, and the demo replaces" in said
+
+
+def test_an_input_beside_what_the_demo_makes_stays(tmp_path, monkeypatch):
+    draw_portrait(64, 64).save(tmp_path / "me.png")
+    monkeypatch.setattr(demo, "write_trained", lambda path: path.mkdir())
+    own = demo.Own(image=tmp_path / "me.png")
+    demo.check_places(tmp_path, own, overwrite=False)
+    request = demo.prepare(tmp_path, given=demo.subject(tmp_path, own))
+    assert request.image == tmp_path / "portrait.png"
+    assert Image.open(request.image).size == (128, 128)
+    assert Image.open(tmp_path / "me.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_somebodys_own_face_talks(tmp_path):
+    portrait = portrait_file(tmp_path, "jpg", (400, 240), 6)
+    voice = voice_file(tmp_path, "mp3", 1.6)
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "voice.wav").write_bytes(b"of an earlier demo")
+    given = ["--image", portrait, "--audio", voice, "--out-dir", out, "--overwrite"]
+    done = CliRunner().invoke(main, ["demo", "--device", "cpu", *map(str, given)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "The mouth's opening (looked for where drawn faces have it) correlates" in done.stdout
+    assert not (out / "voice.wav").exists()
+    assert Image.open(out / demo.SHEET).width > 9 * 128
+    for name in demo.PRECISIONS:
+        report = json.loads((out / f"{name}.json").read_text())
+        assert report["settings"]["audio"] == str(voice)
+        assert 40 <= probe(out / f"{name}.mp4")["frames"] <= 42

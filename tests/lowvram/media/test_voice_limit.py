@@ -51,7 +51,7 @@ def test_the_limit_counts_from_where_the_part_begins(tmp_path):
 
 def test_silence_up_to_the_limit_is_said_to_be_that(tmp_path):
     write_wav(tmp_path / "a.wav", np.concatenate([np.zeros(16000, np.float32), tone(1, 16000)]), 16000)
-    with pytest.raises(InputError, match=r"is silent for 0\.5 s, and --num_clip asks for no more of it"):
+    with pytest.raises(InputError, match=r"is silent for 0\.5 s, and no more of it is asked for"):
         load_voice(tmp_path / "a.wav", limit_s=0.5)
     assert load_voice(tmp_path / "a.wav", limit_s=1.5).goes_on
 
