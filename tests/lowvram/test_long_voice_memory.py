@@ -23,12 +23,14 @@ def benchmark():
     return module
 
 
-def test_an_hour_is_as_cheap_as_ten_seconds(benchmark, tmp_path):
+def test_an_hour_is_as_cheap_as_ten_seconds(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine take time as well
     benchmark.prepare(tmp_path)
     short, hour = (benchmark.one_run(tmp_path, seconds) for seconds in (10, 3600))
     assert short["frames"] == hour["frames"] == 45
     assert hour["peak_rss_bytes"] < 1.05 * short["peak_rss_bytes"]
-    assert hour["first_frames_s"] < 1.2 * short["first_frames_s"] + NOISE_S
+    # Processor time: what the clock says depends on what else the machine does meanwhile.
+    assert hour["first_frames_cpu_s"] < 1.2 * short["first_frames_cpu_s"] + NOISE_S
 
 
 def test_differences_are_of_every_frame(benchmark):
