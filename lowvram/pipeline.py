@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from lowvram.decode import BlockDecoder, to_pixels
 from lowvram.denoise.denoiser import Denoiser
+from lowvram.denoise.rollout import Rollout
 from lowvram.devices import choose_device, choose_dtype, computing_on, each_within
 from lowvram.encode.conditions import Conditions, encode_audio, encode_image, encode_text
 from lowvram.encode.voice import Voice, listening
@@ -33,6 +34,7 @@ from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import FPS, Inputs, Request, read_inputs
 from lowvram.runtime import Runtime
 from lowvram.schedule import Block, Extent, frames_to_denoise
+from lowvram_kernels.errors import ConfigError
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
 
@@ -96,6 +98,19 @@ class AvatarPipeline:
         """
         return each_within(self._computing, self._stream(request, recorder or Recorder()))
 
+    def denoise(
+        self, request: Request | Inputs, begun: Callable[[Rollout], None], *, recorder: Recorder | None = None
+    ) -> Iterator[tuple[Block, Tensor]]:
+        """Yield each block and its latent [C, F, h, w], float32, of which nothing is decoded; ``begun`` is shown the
+        rollout before its first step. For a pipeline of one rank.
+
+        Raises:
+            ConfigError: there are other ranks.
+        """
+        if self.team.layout.world_size > 1:
+            raise ConfigError(f"latents alone are asked of {self.team.layout.world_size} ranks; expected one")
+        return each_within(self._computing, self._denoise(request, begun, recorder or Recorder()))
+
     def serve(self, request: Request) -> Iterator[Block]:
         """Do the part of a rank that neither reads nor writes; yields each block that has taken its steps here."""
         return each_within(self._computing, self._serve(request))
@@ -105,14 +120,30 @@ class AvatarPipeline:
 
     def _stream(self, request: Request | Inputs, recorder: Recorder) -> Iterator[np.ndarray]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
-        request, size = inputs.request, inputs.latent_size
-        self.team.share("latent_size", size)
-        self.team.share("voice_on_host", inputs.voice_on_host)
-        self._lay_out(request, size, voice_on_host=inputs.voice_on_host)
-        with self.team.doing("encoding portrait, voice and prompt", "encode"):
-            conditions = self._encode(inputs, recorder)
+        conditions = self._conditions(inputs, recorder)
         with listening(conditions.audio):
-            yield from self._frames(request, size, self.team.share_conditions(conditions), recorder)
+            shared = self.team.share_conditions(conditions)
+            yield from self._frames(inputs.request, inputs.latent_size, shared, recorder)
+
+    def _conditions(self, inputs: Inputs, recorder: Recorder) -> Conditions:
+        self.team.share("latent_size", inputs.latent_size)
+        self.team.share("voice_on_host", inputs.voice_on_host)
+        self._lay_out(inputs.request, inputs.latent_size, voice_on_host=inputs.voice_on_host)
+        with self.team.doing("encoding portrait, voice and prompt", "encode"):
+            return self._encode(inputs, recorder)
+
+    def _denoise(
+        self, request: Request | Inputs, begun: Callable[[Rollout], None], recorder: Recorder
+    ) -> Iterator[tuple[Block, Tensor]]:
+        inputs = read_inputs(request) if isinstance(request, Request) else request
+        conditions, size = self._conditions(inputs, recorder), inputs.latent_size
+        with listening(conditions.audio):
+            denoiser = self._denoiser(inputs.request, size, conditions)
+            begun(denoiser.rollout)
+            extent = _extent(inputs.request, conditions)
+            for block, latent in self._latents(extent, size, denoiser, denoiser.seconds):
+                del denoiser.seconds[block.index]
+                yield block, latent
 
     def _frames(
         self, request: Request, size: LatentSize, conditions: Conditions, recorder: Recorder

@@ -93,7 +93,7 @@ ROOMS = {
     "request": {"media", "schedule"},
     "progress": {"recorder"},
     "recorder": {"schedule"},
-    "compare": {"media"},
+    "compare": {"denoise", "media", "pipeline", "schedule"},
     "devices": {"precision"},
     "__main__": {"cli"},
     "__init__": {"offload", "pipeline"},

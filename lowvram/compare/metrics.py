@@ -82,9 +82,11 @@ class TensorSums:
         return TensorScore(name=name, relative_error=error, cosine=cosine)
 
 
-def psnr(a: Frame, b: Frame) -> float:
-    """Peak signal-to-noise ratio in dB of two frames uint8 [H, W, 3]; infinite for identical ones."""
-    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+def psnr(a: Frame, b: Frame, where: NDArray[np.bool_] | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of two frames uint8 [H, W, 3], or of as many [..., H, W, 3] taken together, of
+    all pixels or ``where`` [H, W]; infinite for identical ones."""
+    squares = np.square(a.astype(np.float64) - b.astype(np.float64))
+    error = np.mean(squares if where is None else squares[..., where, :])
     return 10.0 * math.log10(PEAK**2 / error) if error else math.inf
 
 

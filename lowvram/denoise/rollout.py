@@ -95,7 +95,8 @@ class Rollout:
     ``layers`` makes a layer's weights present while it runs; ``dtype`` is that of the matrix products. ``sequence``
     says which tokens and heads are this rank's, ``steps`` which denoising steps run here (None: all of them).
     ``graphs`` replay layers that stay on the device, from the third clip on.
-    ``on_prediction(block, step, velocity)`` sees every output of the DiT.
+    ``on_prediction(block, step, velocity)`` sees every output of the DiT, ``on_latent(block, step, latent)`` what each
+    step begins with and, with the step behind the last one, what a block ends with: what it returns takes its place.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class Rollout:
         steps: range | None = None,
         graphs: LayerGraphs | None = None,
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
+        on_latent: Callable[[Block, int, Tensor], Tensor] | None = None,
     ):
         self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
-        self.engine, self.device, self.on_prediction = engine, engine.device, on_prediction
+        self.engine, self.device = engine, engine.device
+        self.on_prediction, self.on_latent = on_prediction, on_latent
         self.graphs = graphs
         self.sequence: Sequence = sequence or Whole()
         self.steps = range(settings.sample_steps) if steps is None else steps
@@ -240,7 +243,7 @@ class Rollout:
 
     def finish(self, block: Block) -> Tensor:
         """The latent [C, F, h, w], float32, of a block that has taken its last step here."""
-        return self._under_way.pop(block.index).latent
+        return self._seen(self._under_way.pop(block.index), self.steps.stop)
 
     def denoise(self, block: Block, noise_CFhw: Tensor, audio_ASCT: Tensor, **conditions: Tensor | None) -> Tensor:
         """A block alone: ``start``, all steps that run here, ``finish``."""
@@ -249,8 +252,14 @@ class Rollout:
             self.advance([(block, step)])
         return self.finish(block)
 
+    def _seen(self, flight: _UnderWay, step: int) -> Tensor:
+        if self.on_latent is not None:
+            flight.latent = self.on_latent(flight.block, step, flight.latent)
+        return flight.latent
+
     def _call(self, flight: _UnderWay, step: int) -> _Call:
         block = flight.block
+        self._seen(flight, step)
         x_LD = self.dit.embed_latent(flight.latent.to(self.dtype), flight.pose)
         return _Call(
             block=block,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,32 +15,79 @@ from PIL import Image
 
 from lowvram import demo
 from lowvram.cli import main
-from lowvram.media.samples import draw_portrait, synth_voice, write_wav
-from lowvram.media.video import probe
+from lowvram.compare.metrics import psnr
+from lowvram.media.contact_sheet import follows
+from lowvram.media.samples import Speech, draw_portrait, synth_voice, write_wav
+from lowvram.media.video import probe, read_frames
 from lowvram_kernels.errors import ConfigError
+from lowvram_quantize.convert import convert
 from tests.lowvram.media.sounds import write_sound
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """One clip."""
-    monkeypatch.setattr(demo, "VOICE_S", 1.8)
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A demo of one clip: its folder and what was printed."""
+
+    folder: Path
+    stdout: str
+
+    def frames(self, name: str) -> np.ndarray:
+        return np.stack(list(read_frames(self.folder / f"{name}.mp4")))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "VOICE_S", 1.8)
+        ran = CliRunner().invoke(main, ["demo", "--out-dir", str(folder), "--device", "cpu"])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    return Done(folder, ran.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("short")
-def test_a_face_talks(tmp_path):
-    done = CliRunner().invoke(main, ["demo", "--out-dir", str(tmp_path / "demo"), "--device", "cpu"])
-    assert done.exit_code == 0, (done.output, done.exception)
+def test_a_face_talks(done):
     said = next(line for line in done.stdout.splitlines() if line.startswith("The mouth's opening"))
     found = dict(part.split() for part in said.removesuffix(".").split(": ")[1].split(", "))
     assert set(found) == {"int8", "bf16"}
     assert all(float(value) > 0.6 for value in found.values()), found
-    assert done.stdout.splitlines()[-2:] == [str(tmp_path / "demo" / name) for name in (demo.SHEET, "int8.mp4")]
-    assert Image.open(tmp_path / "demo" / demo.SHEET).width > 9 * 128
+    assert done.stdout.splitlines()[-2:] == [str(done.folder / name) for name in (demo.SHEET, "int8.mp4")]
+    assert Image.open(done.folder / demo.SHEET).width > 9 * 128
     for name in demo.PRECISIONS:
-        assert probe(tmp_path / "demo" / f"{name}.mp4")["frames"] == 45
-        assert json.loads((tmp_path / "demo" / f"{name}.json").read_text())["frames"] == 45
+        assert probe(done.folder / f"{name}.mp4")["frames"] == 45
+        assert json.loads((done.folder / f"{name}.json").read_text())["frames"] == 45
+
+
+def background_psnr(frames: np.ndarray) -> float:
+    """Of the drawn portrait's left and right edges."""
+    edges = np.zeros((128, 128), bool)
+    edges[:90, :16] = edges[:90, -16:] = True
+    return psnr(frames, np.asarray(draw_portrait(128, 128))[None], edges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", demo.PRECISIONS)
+def test_it_follows_its_own_voice_only_and_keeps_the_background(done, name):
+    frames = done.frames(name)
+    others = [
+        follows(frames, synth_voice(1.8, speech=Speech(seed=seed, syllables_a_second=speed, unevenness=0.5)), 25)
+        for seed, speed in enumerate((2.3, 2.7, 3.1, 3.5, 4.4, 4.9))
+    ]
+    assert np.mean(others) < 0.2, others
+    assert max(others) < follows(frames, synth_voice(1.8), 25) - 0.2, others
+    assert background_psnr(frames) > 25
+
+
+@pytest.mark.slow
+def test_without_the_lora_it_is_visibly_worse(done, tmp_path):
+    artifact = convert(done.folder / "ckpt", tmp_path / "without", precision="bf16")
+    request = demo.Request(
+        image=done.folder / "portrait.png", audio=done.folder / "voice.wav", prompt="A person speaks", size="128*128"
+    )
+    frames = np.concatenate(list(demo.AvatarPipeline.from_artifact(artifact, device="cpu").stream(request)))[:45]
+    whole = done.frames("bf16")
+    assert background_psnr(frames) < background_psnr(whole) - 10
+    assert follows(frames, synth_voice(1.8), 25) < follows(whole, synth_voice(1.8), 25) - 0.2
 
 
 VOICES = {

@@ -1,0 +1,107 @@
+"""A candidate that is taught sees the baseline's latents at every step, in sink and rings too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.compare.teacher_forcing import force, record
+from lowvram.offload.placement import MemoryOptions
+from lowvram.pipeline import AvatarPipeline
+from lowvram.recorder import TensorRecorder
+from lowvram_kernels.errors import InputError
+
+STEPS, BLOCKS = 2, 4
+
+
+def pipeline(tiny, precision: str = "fp32", **memory) -> AvatarPipeline:
+    return AvatarPipeline.from_artifact(tiny.artifact(precision), device="cpu", memory=MemoryOptions(**memory))
+
+
+@pytest.fixture(scope="module")
+def taught(tiny):
+    return record(pipeline(tiny), tiny.request())
+
+
+def test_what_is_recorded_is_the_free_run(tiny, taught):
+    recorder = TensorRecorder()
+    for _ in pipeline(tiny).stream(tiny.request(), recorder=recorder):
+        pass
+    free = recorder.tensors()
+    assert set(taught.before) == set(taught.velocities) == {(b, s) for b in range(BLOCKS) for s in range(STEPS)}
+    for block, latent in taught.ends.items():
+        assert torch.equal(free[f"latents.block{block}"], latent)
+    assert all(torch.equal(taught.after((block, 0)), taught.before[block, 1]) for block in range(BLOCKS))
+    assert all(torch.equal(taught.after((block, 1)), taught.ends[block]) for block in range(BLOCKS))
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [
+        ({}, {}),
+        ({}, {"base_seed": 1}),
+        ({"wave": 2}, {"base_seed": 2}),
+        ({"offload_model": True}, {"base_seed": 3}),
+        ({"offload_kv_cache": True, "wave": 2}, {"base_seed": 4}),
+    ],
+)
+def test_of_its_own_latents_nothing_is_left(tiny, taught, memory, changes):
+    """Another seed's noise, which the sink is refreshed from too, is never seen."""
+    found = force(pipeline(tiny, **memory), tiny.request(**changes), taught)
+    assert found.velocity.relative_error < 1e-6
+    assert found.latents.relative_error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory", "most"),
+    [
+        ("int8", {}, 0.05),
+        ("fp8", {}, 0.15),
+        ("int8", {"kv": "int8"}, 0.05),
+        ("fp32", {"kv": "int8"}, 0.01),
+        ("bf16", {}, 0.02),
+    ],
+)
+def test_a_candidate_is_scored_step_by_step(tiny, taught, precision, memory, most):
+    found = force(pipeline(tiny, precision, **memory), tiny.request(), taught)
+    assert [(score.block, score.step) for score in found.each] == sorted(taught.before)
+    assert len(found.by_step) == STEPS
+    assert len(found.by_block) == BLOCKS
+    errors = [score.velocity.relative_error for score in found.each]
+    assert 0 < min(errors) <= found.velocity.relative_error <= max(errors) < most
+    values = found.values
+    assert values["velocity_error"] == found.velocity.relative_error
+    assert values["velocity_error_first"] == found.by_block[0].relative_error
+    assert values["velocity_error_max"] >= values["velocity_error"]
+    assert 0 < values["latent_error"] < most
+    assert 0.98 < values["velocity_cosine"] < 1
+
+
+def test_errors_do_not_add_up(tiny, taught):
+    """The first step sees the same noise as a free run; behind it a free run is further away."""
+    int8 = pipeline(tiny, "int8")
+    forced, free = force(int8, tiny.request(), taught), record(int8, tiny.request())
+
+    def error(block: int, step: int) -> float:
+        wanted = taught.velocities[block, step]
+        return float((free.velocities[block, step] - wanted).norm() / wanted.norm())
+
+    each = {(score.block, score.step): score.velocity.relative_error for score in forced.each}
+    assert each[0, 0] == pytest.approx(error(0, 0), rel=1e-4)
+    later = [at for at in each if at != (0, 0)]
+    assert sum(error(*at) for at in later) > 1.02 * sum(each[at] for at in later)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_clip": 1}, "2 blocks, the baseline did 4"),
+        ({"infer_frames": 12}, r"latents \[16, 3, 16, 16\] of block 1, the baseline did \[16, 1, 16, 16\]"),
+        ({"infer_frames": 32, "num_clip": 1}, r"block 1, the baseline did \[16, 1, 16, 16\]"),
+        ({"sample_steps": 3}, "3 steps, the baseline did 2"),
+        ({"sample_steps": 1}, "1 steps, the baseline did 2"),
+    ],
+)
+def test_another_request(tiny, taught, changes, said):
+    with pytest.raises(InputError, match=said):
+        force(pipeline(tiny), tiny.request(**changes), taught)
