@@ -141,9 +141,9 @@ def prepare(folder: Path, *, random: bool = False, given: Subject | None = None)
     """Make the tiny checkpoint, trained or ``random``, in ``folder``, and lay portrait and voice beside it; return what
     is to be made of them. ``given``: of ``subject``, None for what is drawn and synthesized."""
     given = given or subject(folder, Own(), random=random)
+    (write_checkpoint if random else write_trained)(folder / "ckpt")
     if given.voice is not None:
         write_wav(folder / VOICE, given.voice, 16000)
-    (write_checkpoint if random else write_trained)(folder / "ckpt")
     given.portrait.save(folder / PORTRAIT)
     return given.request
 

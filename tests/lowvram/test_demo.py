@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import lowvram_models
 from lowvram import demo
 from lowvram.cli import main
 from lowvram.compare.metrics import psnr
@@ -20,6 +22,7 @@ from lowvram.media.contact_sheet import follows
 from lowvram.media.samples import Speech, draw_portrait, synth_voice, write_wav
 from lowvram.media.video import probe, read_frames
 from lowvram_kernels.errors import ConfigError
+from lowvram_quantize import trained
 from lowvram_quantize.convert import convert
 from tests.lowvram.media.sounds import write_sound
 
@@ -245,6 +248,20 @@ def test_what_cannot_be_used_is_told_before_the_work(refused, tmp_path, option, 
 def test_a_part_of_the_voice_that_is_not_there(refused, tmp_path, option, value, said):
     write_wav(tmp_path / "voice.wav", synth_voice(1.0), 16000)
     assert said in refused(tmp_path / "out", "--audio", tmp_path / "voice.wav", option, value)
+
+
+@pytest.mark.parametrize("file", trained.FILES)
+@pytest.mark.parametrize("how", ["a bit of it", "its end", "all of it"])
+def test_damaged_weights_are_found_by_their_checksum(tmp_path, monkeypatch, file, how):
+    copy = shutil.copytree(Path(lowvram_models.__file__).parent / trained.FOLDER, tmp_path / "weights")
+    data = bytearray((copy / file).read_bytes())
+    data[len(data) // 2] ^= 4
+    (copy / file).write_bytes({"a bit of it": data, "its end": data[:-9], "all of it": b""}[how])
+    monkeypatch.setattr(trained, "FOLDER", str(copy))
+    done = CliRunner().invoke(main, ["demo", "--out-dir", str(tmp_path / "out")])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert f"{file} is damaged: its sha256 is" in " ".join(done.stderr.split())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == []
 
 
 REPLACED = (

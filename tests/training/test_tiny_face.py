@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -15,12 +16,22 @@ from lowvram_kernels.errors import CheckpointError
 from lowvram_models.vae import StreamingVAE, build_vae
 from lowvram_quantize import trained
 from lowvram_quantize.convert import convert
-from training.tiny_face import components, export, faces, latents, motion, run, train_dit, train_ears, train_vae
-from training.tiny_face.shapes import SETTINGS
+from training.tiny_face import (
+    components,
+    everything,
+    export,
+    faces,
+    latents,
+    motion,
+    run,
+    train_dit,
+    train_ears,
+    train_vae,
+)
 from training.tiny_face.vae import BASE_DIM, TrainableVAE
 
 STEPS, VAE_STEPS, SIZE, PEOPLE = 24, 15, 64, 8
-SMALL = SETTINGS | {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "audio_inject_layers": [0]}
+SMALL = everything.TEST_SIZE.settings
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +41,8 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LOG_EVERY_S", 0.0)
         patch.setattr(train_vae, "PEOPLE", 4)
-        train_ears.train(folder, steps=STEPS, batch=2, seconds=1.0)
-        train_vae.train(folder, steps=VAE_STEPS, size=SIZE)
-        latents.make(folder, 3, size=SIZE)
-        dit = train_dit.train(folder, steps=STEPS, count=3, config=SMALL)
-    vae, ears = latents.load_vae(folder), latents.load_ears(folder)
-    export.write(folder / "weights", dit=dit, vae=vae, ears=ears, settings=SMALL)
+        few = {"ears_steps": STEPS, "vae_steps": VAE_STEPS, "dit_steps": STEPS, "people": 3}
+        everything.train(folder, folder / "weights", dataclasses.replace(everything.TEST_SIZE, **few))
     return folder
 
 
@@ -49,6 +56,23 @@ def test_the_loss_falls(root, name, steps, share):
     assert np.mean(losses[-(steps // 3) :]) < share * np.mean(losses[: steps // 3])
 
 
+@pytest.mark.parametrize("name", export.TRAININGS)
+@pytest.mark.parametrize("whose", ["the package's", "these"])
+def test_the_log_says_machine_hours_and_steps(root, name, whose):
+    folder = export.HERE if whose == "the package's" else root / "weights"
+    log = json.loads((folder / "training_log.json").read_text())
+    assert "cores, torch " in log["machine"]
+    assert log[name]["steps"] == log[name]["lines"][-1]["step"] >= (600 if folder == export.HERE else VAE_STEPS)
+    assert 0 <= log[name]["hours"]["cpu"] <= 6
+    assert log[name]["lines"][-1]["loss"] < log[name]["lines"][0]["loss"]
+    assert folder == export.HERE or everything.falls(root)[name][0] == log[name]["lines"][0]["loss"]
+
+
+def test_the_packages_weights_are_small_and_undamaged(tmp_path):
+    assert sum(file.stat().st_size for file in export.HERE.iterdir()) < 10e6
+    assert trained.write_trained(tmp_path / "ckpt") == tmp_path / "ckpt"
+
+
 def test_cut_short_it_goes_on_with_the_next_step(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "LOG_EVERY_S", 0.0)
     for steps in (2, 3):
@@ -57,14 +81,24 @@ def test_cut_short_it_goes_on_with_the_next_step(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_the_same_seed_computes_the_same(root, tmp_path):
-    twice = tmp_path / "twice"
-    train_ears.train(twice, steps=4, batch=2, seconds=1.0)
-    (twice / "ears" / "state.pt").rename(twice / "state.pt")
-    once = train_ears.train(tmp_path / "once", steps=4, batch=2, seconds=1.0).state_dict()
-    again = torch.load(twice / "state.pt", weights_only=True)["parts"]["ears"]
-    assert all(torch.equal(again[name], once[name]) for name in once)
-    gone_on = train_ears.train(root, steps=STEPS, batch=2, seconds=1.0).state_dict()  # nothing is left to do
+@pytest.mark.parametrize("name", export.TRAININGS)
+def test_the_same_seed_computes_the_same(root, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(train_vae, "PEOPLE", 2)
+    begin = {
+        "ears": lambda folder: train_ears.train(folder, steps=3, batch=2, seconds=1.0, seed=5),
+        "vae": lambda folder: train_vae.train(folder, steps=2, size=SIZE, seed=5),
+        "dit": lambda folder: train_dit.train(folder, steps=3, count=3, seed=5, config=SMALL),
+    }[name]
+    kept = []
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        folder.mkdir()
+        shutil.copyfile(root / latents.FILE, folder / latents.FILE)
+        kept.append(begin(folder).state_dict())
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+def test_what_has_its_steps_is_not_trained_again(root):
+    gone_on = train_ears.train(root, steps=STEPS, batch=2, seconds=1.0).state_dict()
     kept = torch.load(root / "ears" / "state.pt", weights_only=True)["parts"]["ears"]
     assert all(torch.equal(gone_on[name], kept[name]) for name in kept)
 

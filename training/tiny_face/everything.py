@@ -1,36 +1,95 @@
 """All of the training, one part after the other: ``python -m training.tiny_face.everything --out FOLDER``.
 
 Cut at any point it goes on there when it is run again. A part that has its steps is not run again: to train it longer,
-give it more steps, and take away the folders of what comes after it.
+give it more steps, and take away the folders of what comes after it. ``--test-size`` is a tenth of the steps on small
+pictures with a small DiT, about a minute: whether everything runs and every loss falls, not a model to be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from training.tiny_face import export, latents, train_dit, train_ears, train_vae
+from training.tiny_face import export, faces, latents, train_dit, train_ears, train_vae
+from training.tiny_face.shapes import SETTINGS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Steps of the three trainings, ``people`` whose latents the DiT learns, sides of their pictures in px, seconds and
+    number of the voices a step, and the DiT's settings."""
+
+    ears_steps: int = train_ears.STEPS
+    vae_steps: int = train_vae.STEPS
+    dit_steps: int = train_dit.STEPS
+    people: int = latents.COUNT
+    picture_px: int = faces.SIZE
+    voices: int = 4
+    voice_s: float = train_ears.SECONDS
+    settings: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(SETTINGS))
+
+
+TEST_SIZE = Sizes(
+    ears_steps=60,
+    vae_steps=240,
+    dit_steps=164,
+    people=8,
+    picture_px=64,
+    voices=2,
+    voice_s=1.0,
+    settings=SETTINGS | {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "audio_inject_layers": [0]},
+)
+"""A tenth of the steps that the package's weights took."""
+
+
+def train(root: Path, to: Path, sizes: Sizes, *, seed: int = 0) -> None:
+    """Everything, in ``root``, or what is left of it there; the package's files and the log go to ``to``."""
+    train_ears.train(root, steps=sizes.ears_steps, seed=seed, batch=sizes.voices, seconds=sizes.voice_s)
+    latents.make(root, sizes.people, size=sizes.picture_px)
+    train_vae.train(root, steps=sizes.vae_steps, seed=seed, size=sizes.picture_px)
+    train_dit.train(root, steps=sizes.dit_steps, count=sizes.people, seed=seed, config=sizes.settings)
+    export.from_folder(root, to, sizes.settings)
+
+
+def falls(root: Path) -> dict[str, tuple[float, float]]:
+    """Of each training in ``root`` the loss of its first step and the mean of those logged last."""
+    found = {}
+    for name in export.TRAININGS:
+        lines = [json.loads(line) for line in (root / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        found[name] = lines[0]["loss"], lines[-1]["loss"]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--to", type=Path, default=export.HERE, help="where the package's files go")
+    parser.add_argument("--to", type=Path, help="where the package's files go; default: into the package")
     parser.add_argument("--ears-steps", type=int, default=train_ears.STEPS)
     parser.add_argument("--vae-steps", type=int, default=train_vae.STEPS)
     parser.add_argument("--people", type=int, default=latents.COUNT)
     parser.add_argument("--dit-steps", type=int, default=train_dit.STEPS)
+    parser.add_argument("--test-size", action="store_true", help="small, into --out; other numbers do not count then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    train_ears.train(given.out, steps=given.ears_steps, seed=given.seed)
-    latents.make(given.out, given.people)
-    train_vae.train(given.out, steps=given.vae_steps, seed=given.seed)
-    train_dit.train(given.out, steps=given.dit_steps, count=given.people, seed=given.seed)
-    export.from_folder(given.out, given.to)
+    if not given.test_size:
+        names = ("ears_steps", "vae_steps", "dit_steps", "people")
+        sizes = Sizes(**{name: getattr(given, name) for name in names})
+        train(given.out, given.to or export.HERE, sizes, seed=given.seed)
+        return
+    train(given.out, given.to or given.out / "weights", TEST_SIZE, seed=given.seed)
+    losses = falls(given.out)
+    for name, (first, last) in losses.items():
+        print(f"{name}: loss from {first:.4g} to {last:.4g}")
+    if risen := [name for name, (first, last) in losses.items() if not last < first]:
+        sys.exit(f"the loss did not fall: {', '.join(risen)}")
 
 
 if __name__ == "__main__":

@@ -96,11 +96,13 @@ def logs(root: Path) -> dict[str, Any]:
     return found
 
 
-def from_folder(root: Path, to: Path) -> None:
-    """Write the package's files and the log from the trainings in ``root``."""
-    dit = new_dit()
+def from_folder(root: Path, to: Path, settings: dict[str, Any] | None = None) -> None:
+    """Write the package's files and the log from the trainings in ``root``; ``settings``: of its DiT, if not
+    ``SETTINGS``."""
+    settings = settings or SETTINGS
+    dit = new_dit(settings)
     dit.load_state_dict(torch.load(root / "dit" / "state.pt", weights_only=True)["parts"]["dit"])
-    write(to, dit=dit, vae=latents.load_vae(root), ears=latents.load_ears(root), settings=SETTINGS)
+    write(to, dit=dit, vae=latents.load_vae(root), ears=latents.load_ears(root), settings=settings)
     (to / "training_log.json").write_text(json.dumps(logs(root), indent=1) + "\n", encoding="utf-8")
     print(sum(file.stat().st_size for file in to.glob("*.safetensors")), "bytes of weights")
 
