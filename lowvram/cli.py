@@ -215,8 +215,11 @@ def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) 
         click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
     else:
         correlations = ", ".join(f"{name} {value:.2f}" for name, value in found.follows.items())
-        where = " (looked for where drawn faces have it)" if own["image"] else ""
-        click.echo(f"The mouth's opening{where} correlates with the voice's loudness: {correlations}.")
+        click.echo(f"The mouth's opening correlates with the voice's loudness: {correlations}.")
+        if own["image"]:
+            click.echo(
+                "It is looked for where drawn faces have their mouth, and not seen where a portrait has it elsewhere."
+            )
         click.echo(found.sheet)
     click.echo(out_dir / "int8.mp4")
 

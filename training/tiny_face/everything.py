@@ -1,8 +1,10 @@
 """All of the training, one part after the other: ``python -m training.tiny_face.everything --out FOLDER``.
 
 Cut at any point it goes on there when it is run again. A part that has its steps is not run again: to train it longer,
-give it more steps, and take away the folders of what comes after it. ``--test-size`` is a tenth of the steps on small
-pictures with a small DiT, about a minute: whether everything runs and every loss falls, not a model to be used.
+give it more steps, and take away the folders of what comes after it.
+
+``--test-size`` is a tenth of the steps on small pictures with a small DiT, less than two minutes of one core: whether
+everything runs and every loss falls, not a model to be used.
 """
 
 from __future__ import annotations
