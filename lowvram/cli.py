@@ -137,34 +137,48 @@ def infer(**options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 @click.option("--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30.")
+@click.option("--html", type=FILE, help="Write a page with both videos side by side, their difference and all figures.")
 def compare(
-    a: Path | None, b: Path | None, as_json: bool, fail_under: tuple[str, ...], out_dir: Path | None, **options: Any
+    a: Path | None,
+    b: Path | None,
+    as_json: bool,
+    fail_under: tuple[str, ...],
+    html: Path | None,
+    out_dir: Path | None,
+    **options: Any,
 ) -> None:
     """Compare A with the baseline B: reports, dumped tensors or videos made from the same seed.
 
     With --model and --baseline both are run first, on the same portrait, voice, prompt and settings.
     """
-    from lowvram.commands.compare import refuse_both_ways, refuse_run_options, run_both
+    from lowvram.commands.compare import check_page, refuse_both_ways, refuse_run_options, run_both
     from lowvram.compare.comparison import compare as run
-    from lowvram.compare.comparison import parse_fail_under
+    from lowvram.compare.page import write_page
+    from lowvram.compare.result import parse_fail_under
     from lowvram.compare.tables import print_comparison
 
     bounds = parse_fail_under(fail_under)
-    if options["model"] is not None or options["baseline"] is not None:
-        refuse_both_ways(a, b, options)
-        with contextlib.ExitStack() as stack:
-            folder = out_dir or stack.enter_context(scratch("compare"))
-            result = run(*run_both(folder, options))
-    elif a is None or b is None:
-        raise click.UsageError("give two files to compare, or --model and --baseline to run both")
-    else:
-        refuse_run_options()
+    with contextlib.ExitStack() as stack:
+        if options["model"] is not None or options["baseline"] is not None:
+            refuse_both_ways(a, b, options)
+            check_page(html, options, a, b)
+            a, b = run_both(out_dir or stack.enter_context(scratch("compare")), options)
+        elif a is None or b is None:
+            raise click.UsageError("give two files to compare, or --model and --baseline to run both")
+        else:
+            refuse_run_options()
+            check_page(html, options, a, b)
         result = run(a, b)
-    if as_json:
-        click.echo(json.dumps(result.to_json(), indent=1, allow_nan=False))
-    else:
-        print_comparison(result, Console())
-    if missed := result.check(bounds):
+        missed = result.check(bounds)
+        if html is not None:
+            write_page(result, html, bounds)
+        if as_json:
+            click.echo(json.dumps(result.to_json(bounds), indent=1, allow_nan=False))
+        else:
+            print_comparison(result, Console())
+    if html is not None and not as_json:
+        click.echo(html)
+    if missed:
         fail("; ".join(missed), 1)
 
 
@@ -203,13 +217,15 @@ def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) 
     """
     from lowvram.commands.shared_options import seconds_of
     from lowvram.compare.comparison import compare as compare_runs
+    from lowvram.compare.page import write_page
     from lowvram.compare.tables import print_comparison
-    from lowvram.demo import Own, run_demo
+    from lowvram.demo import PAGE, Own, run_demo
 
     for name in ("audio_start", "audio_duration"):
         own[name] = None if own[name] is None else seconds_of(own[name], f"--{name.replace('_', '-')}")
     found = run_demo(out_dir, own=Own(**own), device=device, overwrite=overwrite, random=random)
     result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
+    write_page(result, out_dir / PAGE)
     print_comparison(result, Console())
     if found.sheet is None:
         click.echo("The weights are random, so the pictures are noise: the demo shows the path, not the quality.")
@@ -221,6 +237,7 @@ def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) 
                 "It is looked for where drawn faces have their mouth, and not seen where a portrait has it elsewhere."
             )
         click.echo(found.sheet)
+    click.echo(out_dir / PAGE)
     click.echo(out_dir / "int8.mp4")
 
 

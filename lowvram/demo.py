@@ -41,7 +41,7 @@ VOICE_S = 3.7  # two clips, and nearly nothing behind them
 OWN_VOICE_S = 20.0  # as much of somebody's own voice as is taken unless they say how much
 SIDE_PX, RANDOM_SIDE_PX = 128, 256
 HEADROOM = 0.15  # of what is cut off a tall portrait as much lies above
-PORTRAIT, VOICE, SHEET = "portrait.png", "voice.wav", "contact-sheet.png"
+PORTRAIT, VOICE, SHEET, PAGE = "portrait.png", "voice.wav", "contact-sheet.png", "compare.html"
 LORA_ALPHA = 2.0  # with the tiny LoRA's rank of 4 this is the published factor alpha / rank of 0.5
 
 
@@ -201,7 +201,7 @@ def run_demo(
         folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / "demo", "lowvram demo"):
         with disk_errors(folder / "demo", 0):
-            for name in (SHEET, PORTRAIT, VOICE):  # an earlier demo's would stand beside other videos
+            for name in (SHEET, PAGE, PORTRAIT, VOICE):  # an earlier demo's would stand beside other videos
                 (folder / name).unlink(missing_ok=True)
             request = prepare(folder, random=random, given=given)
         reports = {}
@@ -232,7 +232,7 @@ def check_places(folder: Path, own: Own, *, overwrite: bool) -> dict[str, Output
     check_folder("--out-dir", folder, make=True)
     replaceable = overwrite or (folder / "ckpt" / MARKER).is_file()
     places = {name: Outputs.in_folder(folder, name, "--out-dir", overwrite=True) for name in PRECISIONS}
-    made = [folder / "ckpt", *(folder / name for name in (PORTRAIT, VOICE, SHEET))]
+    made = [folder / "ckpt", *(folder / name for name in (PORTRAIT, VOICE, SHEET, PAGE))]
     made += [path for outputs in places.values() for path in outputs.named.values()]
     replaced = made + [folder / f"artifact-{name}" for name in PRECISIONS]
     replaced += [path for outputs in places.values() for path in outputs.unfinished.values()]

@@ -69,7 +69,7 @@ class Outputs:
         """
         if self.video.suffix.lower() != ".mp4":
             raise InputError(f"--out is {self.video}; expected a name that ends in .mp4")
-        _check_apart({**self.named, **self.unfinished}, inputs or {})
+        check_apart({**self.named, **self.unfinished}, inputs or {})
         for option, path in self.named.items():
             to_make = self.make_folder and path == self.video
             _check_place(option, real(path), overwrite=self.overwrite, make_folder=to_make)
@@ -91,7 +91,12 @@ class Outputs:
             yield
 
 
-def _check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
+def check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
+    """Whether everything that is written, and read, has a place of its own; both by option.
+
+    Raises:
+        InputError: two are one, or one lies in a folder that is read.
+    """
     there = list(outputs.items())
     for index, (option, path) in enumerate(there):
         for other, taken in (*there[:index], *inputs.items()):

@@ -9,13 +9,15 @@ import click
 from click.core import ParameterSource
 
 from lowvram.commands.shared_options import make_request, open_pipeline, prompt_file
+from lowvram.outputs import Outputs, check_apart, check_file, check_folder
 
 
 def refuse_run_options() -> None:
     """Two files are compared as they are: an option that says how to run would do nothing."""
     context = click.get_current_context()
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if beyond := sorted(set(given) - {"a", "b", "as_json", "fail_under"}):
+    allowed = {"a", "b", "as_json", "fail_under", "html"} | ({"overwrite"} if "html" in given else set())
+    if beyond := sorted(set(given) - allowed):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in beyond)
         raise click.UsageError(f"{names} have an effect with --model and --baseline only; leave them out")
 
@@ -28,10 +30,23 @@ def refuse_both_ways(a: Path | None, b: Path | None, options: dict[str, Any]) ->
         raise click.UsageError("give either two files, or --model and --baseline; not both")
 
 
+def check_page(html: Path | None, options: dict[str, Any], a: Path | None, b: Path | None) -> None:
+    """Look before the work whether the page can be written.
+
+    Raises:
+        InputError: it is one of the inputs, or there already and not to be replaced.
+        OutputError: nothing can be written there.
+    """
+    if html is None:
+        return
+    read = {"A": a, "B": b} | {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline")}
+    check_apart({"--html": html}, {option: path for option, path in read.items() if path is not None})
+    check_file("--html", html, overwrite=options["overwrite"])
+
+
 def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     """Run the model and the baseline into ``folder``; return their reports."""
     from lowvram.infer import infer as run
-    from lowvram.outputs import Outputs, check_folder
 
     check_folder("--out-dir", folder, make=False)
     request = make_request(options)

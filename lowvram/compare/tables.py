@@ -14,7 +14,7 @@ from rich.text import Text
 from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
 
 if TYPE_CHECKING:
-    from lowvram.compare.comparison import Comparison, StagePair
+    from lowvram.compare.result import Comparison, StagePair
     from lowvram.compare.sources import Stage
 
 # Up to this many frames each has a row; more are shown a second at a time, at 25 frames a second.
@@ -58,7 +58,7 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
         table.add_row(
             f"{run[0].index} to {run[-1].index}",
             f"{run[0].time_s:.2f} s",
-            _decibels(mean_psnr(run)),
+            _decibels(mean_psnr(frame.psnr for frame in run)),
             _decibels(min(frame.psnr for frame in run)),
             f"{sum(ssims) / len(ssims):.5f}",
             f"{min(ssims):.5f}",
@@ -86,7 +86,9 @@ def _summary(comparison: Comparison) -> list[str]:
     if comparison.frames:
         lines.append(
             f"frames: {len(comparison.frames)} compared, PSNR {_decibels(values['psnr'])} dB, "
-            f"lowest {_decibels(values['psnr_min'])} dB, SSIM {values['ssim']:.5f}, lowest {values['ssim_min']:.5f}"
+            f"lowest {_decibels(values['psnr_min'])} dB, SSIM {values['ssim']:.5f}, lowest {values['ssim_min']:.5f}; "
+            f"PSNR {_decibels(values['moving_psnr'])} dB where the baseline moves most, flicker "
+            f"{values['flicker']:.3f} of 255"
         )
         worst = comparison.worst_frame
         if worst:

@@ -36,7 +36,7 @@ def contact_sheet(
     shown = [round((column + 0.5) * count / COLUMNS) for column in range(COLUMNS)]
     rows = {name: [frames[at] for at in shown] for name, frames in videos.items()}
     one, other = list(videos)[:2]
-    rows[f"{one} - {other}, {AMPLIFIED}x"] = [_difference(videos[one][at], videos[other][at]) for at in shown]
+    rows[f"{one} - {other}, {AMPLIFIED}x"] = [amplified(videos[one][at], videos[other][at]) for at in shown]
     step_x, step_y = width + _MARGIN, height + _MARGIN
     sheet = Image.new(
         "RGB", (_MARGIN + (COLUMNS + 1) * step_x, _MARGIN + len(rows) * step_y + _PLOT + _MARGIN), "white"
@@ -67,8 +67,8 @@ def _label(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str) -> None:
     draw.text((at[0] + 3, at[1] + 2), text, _INK, font)
 
 
-def _difference(a: Frames, b: Frames) -> Frames:
-    """Around grey."""
+def amplified(a: Frames, b: Frames) -> Frames:
+    """The difference a - b of pixels, ``AMPLIFIED`` times, around grey."""
     far = (a.astype(np.int16) - b.astype(np.int16)) * AMPLIFIED + 128
     return np.clip(far, 0, 255).astype(np.uint8)
 

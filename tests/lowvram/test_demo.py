@@ -54,7 +54,9 @@ def test_a_face_talks(done):
     found = dict(part.split() for part in said.removesuffix(".").split(": ")[1].split(", "))
     assert set(found) == {"int8", "bf16"}
     assert all(float(value) > 0.6 for value in found.values()), found
-    assert done.stdout.splitlines()[-2:] == [str(done.folder / name) for name in (demo.SHEET, "int8.mp4")]
+    shown = (demo.SHEET, demo.PAGE, "int8.mp4")
+    assert done.stdout.splitlines()[-3:] == [str(done.folder / name) for name in shown]
+    assert "<video" in (done.folder / demo.PAGE).read_text()
     assert Image.open(done.folder / demo.SHEET).width > 9 * 128
     for name in demo.PRECISIONS:
         assert probe(done.folder / f"{name}.mp4")["frames"] == 45

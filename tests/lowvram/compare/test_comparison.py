@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from lowvram.compare.comparison import Comparison, compare, parse_fail_under
+from lowvram.compare.comparison import compare
+from lowvram.compare.result import Comparison, parse_fail_under
 from lowvram.compare.tables import print_comparison
 from lowvram.media.video import VideoWriter
 from lowvram_kernels.errors import ConfigError, InputError
@@ -80,7 +81,7 @@ def test_identical_dumps_are_identical_in_every_figure(tmp_path):
     path = dump(tmp_path / "a.safetensors", frames=pixels(), latents=random(2, 16, 3, 4, 6), zeros=torch.zeros(3))
     result = compare(path, path)
     assert result.values == {
-        "psnr": math.inf, "psnr_min": math.inf, "ssim": 1, "ssim_min": 1,
+        "psnr": math.inf, "psnr_min": math.inf, "moving_psnr": math.inf, "ssim": 1, "ssim_min": 1, "flicker": 0,
         "cosine": 1, "latent_error": 0, "latent_error_max": 0,
     }  # fmt: skip
     assert result.worst_frame is None
@@ -182,12 +183,49 @@ def test_videos_of_the_same_frames_are_identical_and_noise_is_not(tmp_path):
     assert other.warnings == ()
 
 
-def test_videos_of_different_length_compare_what_both_have_and_say_so(tmp_path):
-    a, b = video(tmp_path / "a.mp4", pixels(9)), video(tmp_path / "b.mp4", pixels(5))
-    result = compare(a, b)
-    assert len(result.frames) == 5
-    assert result.warnings == ("9 frames against 5: only the first 5 are compared",)
-    assert "warning: 9 frames against 5" in table(result)
+@pytest.mark.parametrize(
+    ("frames", "fps", "said"),
+    [
+        (pixels(9), 25, "has 9 frames, .*b.mp4 5; make both of one length"),
+        (pixels(4), 25, "has 4 frames, .*b.mp4 5; make both of one length"),
+        (pixels(5), 30, "has 30 frames a second, .*b.mp4 25; make both at one rate"),
+        (pixels(5)[:, :, :32], 25, "has frames of 32x32, .*b.mp4 of 48x32; make both of one size"),
+        (pixels(5)[:, :16], 25, "has frames of 48x16, .*b.mp4 of 48x32; make both of one size"),
+    ],
+)
+def test_videos_that_do_not_lie_frame_on_frame_are_refused(tmp_path, frames, fps, said):
+    a, b = video(tmp_path / "a.mp4", frames, fps), video(tmp_path / "b.mp4", pixels(5))
+    with pytest.raises(InputError, match=said):
+        compare(a, b)
+
+
+def test_a_difference_that_stands_still_does_not_flicker(tmp_path):
+    base = pixels(6)
+    still, alternating = base + 6, base.copy()
+    alternating[::2] += 6
+    b = dump(tmp_path / "b.safetensors", frames=base)
+    found = [
+        compare(dump(tmp_path / "a.safetensors", frames=frames), b).values["flicker"] for frames in (still, alternating)
+    ]
+    assert found == pytest.approx([0, 6 * 5 / 6])
+
+
+def test_where_the_baseline_moves_has_a_figure_of_its_own(tmp_path):
+    """A tenth of the picture moves; only there, or only elsewhere, is the candidate different."""
+    base = np.full((8, 20, 30, 3), 100, dtype=np.uint8)
+    mouth = (slice(None), slice(10, 16), slice(10, 20))
+    base[mouth] += np.arange(8, dtype=np.uint8)[:, None, None, None] * 10
+    b = dump(tmp_path / "b.safetensors", frames=base)
+    inside, outside = base.copy(), base + 8
+    inside[mouth] += 8
+    outside[mouth] = base[mouth]
+    level = 10 * math.log10(255**2 / 64)
+    found = [compare(dump(tmp_path / "a.safetensors", frames=frames), b).values for frames in (inside, outside)]
+    assert [values["moving_psnr"] for values in found] == pytest.approx([level, math.inf])
+    assert found[0]["psnr"] == pytest.approx(level + 10)  # a tenth of the pixels
+    stands = dump(tmp_path / "s.safetensors", frames=np.full((3, 20, 30, 3), 9, dtype=np.uint8))
+    other = dump(tmp_path / "o.safetensors", frames=np.full((3, 20, 30, 3), 17, dtype=np.uint8))
+    assert compare(other, stands).values["moving_psnr"] == pytest.approx(level)  # nothing moves: all pixels
 
 
 def test_a_dump_with_frames_compares_with_a_video_and_says_what_that_costs(tmp_path):
