@@ -208,7 +208,7 @@ def sample_request(options: argparse.Namespace, clips: int = CLIPS) -> Request:
 def summary(pipeline: Clocked, report: dict[str, Any], budget: int | None) -> dict[str, Any]:
     """All figures of a run. ``steady_*`` and ``*_per_block`` are medians over ``steady_groups``, from one delivery to
     the next: with decoding and writing, without a wave that fills or drains."""
-    layout, plan, marks = report["memory"]["layout"], pipeline.laid_out.plan, pipeline.marks
+    layout, plan, marks = report["memory"]["layout"], pipeline.run.plan, pipeline.marks
     placement = layout["placement"]
     steps = [
         {key: after[key] - before[key] for key in ("s", "in", "out")} for before, after in itertools.pairwise(marks)

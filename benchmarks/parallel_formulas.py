@@ -12,6 +12,7 @@ from lowvram.loading.weights import build_dit
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
 from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning import CARDS, Workload, plan_team
+from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram.planning.rank_layout import ParallelLayout
@@ -113,10 +114,12 @@ def _published_row(facts: ModelFacts, work: Workload, name: str, layout: Paralle
         facts,
         work,
         layout,
-        cards=[CARDS[CARD]] * len(ranks),
-        vram_bytes=[int(VRAM_GIB * 2**30)] * len(ranks),
-        machines=[0] * len(ranks),
-        ram_bytes=[RAM_GIB * 2**30],
+        Machines(
+            cards=[CARDS[CARD]] * len(ranks),
+            vram_bytes=[int(VRAM_GIB * 2**30)] * len(ranks),
+            machines=[0] * len(ranks),
+            ram_bytes=[RAM_GIB * 2**30],
+        ),
     )
     placements = [plan.placement for plan in team.ranks]
     return {

@@ -82,7 +82,7 @@ class FsdpDenoiser(Denoiser):
                 self.settings,
                 dtype=runtime.dtype,
                 engine=runtime.engine,
-                placement=runtime.layout.placement,
+                placement=self._run.rung.placement,
                 sequence=self._team.sequence,
                 steps=self.steps,
             )

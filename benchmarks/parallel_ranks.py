@@ -19,16 +19,16 @@ from parallel_fsdp import FsdpDenoiser
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
-from lowvram.offload.oom import Layout, Relief
+from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.rank import joined
 from lowvram.parallel.rank_env import Seat
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning import Workload
-from lowvram.planning.decide import lay_out
+from lowvram.planning.decide import decide
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
-from lowvram.runtime import Runtime
+from lowvram.runtime import Run, Runtime
 from lowvram.schedule import Block, blocks_of
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact, Component
@@ -92,7 +92,7 @@ def be_rank(rank: int, jobs: Path, answer: Path) -> None:
 
 def take_part(job: Job, rank: int) -> dict[str, Any]:
     seat = Seat(rank=rank, world_size=job.layout.world_size, local_rank=rank, address=ADDRESS, port=job.port)
-    with joined(seat, job.layout, job.device) as (team, where):
+    with joined(seat, job.layout, job.device) as (team, where, _):
         book = Book(team, torch.device(where), counts=job.counts)
         with torch.inference_mode(), mock.patch.object(Component, "read_slab", copied(Component.read_slab)):
             run(job, team, book)
@@ -115,20 +115,22 @@ def run(job: Job, team: RankTeam, book: Book) -> None:
     runtime = Runtime(artifact, book.device, "bfloat16", memory)
     stage = team.role.stage
     steps = range(0) if stage is None else team.layout.steps(stage, STEPS)
-    placement = lay_out(artifact, work, book.device, memory, team).placement
-    layout = Layout(placement=placement, online_decode=True)
-    runtime.relief = Relief(layout, layers=runtime.dit_config["num_layers"], steps=steps, allowed=False)
+    placement = decide(artifact, work, book.device, memory, team).placement
+    rung = Rung(placement=placement, online_decode=True)
+    ladder = Ladder(rung, layers=runtime.dit_config["num_layers"], steps=steps, allowed=False)
     if not team.role.denoises:
         for block, latent in team.arriving(job.blocks(), work.latent_size):
             book.mark(block, latent)
         return
     conditions = random_conditions(DiTConfig.from_dict(runtime.dit_config), job)
     request = Request(image=Path("-"), audio=Path("-"), prompt="-", infer_frames=INFER_FRAMES, sample_steps=STEPS)
-    denoiser = (FsdpDenoiser if job.fsdp else Denoiser)(runtime, request, work.latent_size, conditions, team, steps)
+    denoiser = (FsdpDenoiser if job.fsdp else Denoiser)(
+        Run(runtime=runtime, ladder=ladder), request, work.latent_size, conditions, team, steps
+    )
     book.watch(denoiser.rollout.dit, getattr(denoiser, "shards", ()))
     chain = team.chain(job.blocks(), work.latent_size, clips=job.clips)
     with book.counting():
-        for block, latent in denoiser.run(job.blocks(), chain):
+        for block, latent, _ in denoiser.run(job.blocks(), chain):
             book.mark(block, latent)
 
 

@@ -191,13 +191,13 @@ def plan(
 
     Exits with 1 where it does not fit.
     """
-    from lowvram.commands.plan import PlanOptions, show_cards, show_plan
+    from lowvram.commands.plan import make_plan_request, show_cards, show_plan
     from lowvram_quantize.phantom import write_phantom
 
     if options["gpu"] == "list":
         show_cards(as_json=as_json)
         return
-    asked = PlanOptions(**options)
+    asked = make_plan_request(options)
     if model is not None and (preset or precision):
         raise click.UsageError(
             "--preset and --precision stand for a model that is not here: with --model leave them out"

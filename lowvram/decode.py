@@ -1,4 +1,4 @@
-"""The VAE's part of a run: blocks of latents to pixels in order, with relief where memory runs out.
+"""Decoder: the VAE's part of a run, blocks of latents to pixels in order, again on less where memory runs out.
 
 The decoder's cache as it was after the last finished block is kept, so that a block whose decoding failed can be
 decoded again. It lies on the host: a second copy on the device would take as much as the cache itself.
@@ -16,8 +16,8 @@ import torch
 from lowvram.loading.encoders import load_vae
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.events import DONE, Moment
-from lowvram.offload.oom import Layout
-from lowvram.runtime import Runtime
+from lowvram.offload.oom import Rung
+from lowvram.runtime import Run
 from lowvram.schedule import Block
 from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, DecoderState, StreamingDecoder
 
@@ -78,40 +78,44 @@ def _wait_for_copies(engine: Engine, moments: list[Moment]) -> None:
 
 
 class BlockDecoder:
-    """Primed with the motion latents [C, 19, h, w]. ``give_way`` moves what else is on the device."""
+    """Primed with the motion latents [C, 19, h, w]. ``degrade`` moves what else is on the device, if any."""
 
-    def __init__(self, runtime: Runtime, motion_CFhw: Tensor, give_way: Callable[[Layout], None]):
-        self._runtime, self._give_way = runtime, give_way
-        self._decoder = runtime.relief.attempt("decode", lambda: self._start(motion_CFhw), give_way)
-        self._backup = DecoderBackup(runtime.engine, self._decoder)
+    def __init__(self, run: Run, motion_CFhw: Tensor, degrade: Callable[[Rung], None] | None):
+        self._run, self._runtime, self._degrade_others = run, run.runtime, degrade
+        for attempt in run.ladder.attempts("decode", degrade):
+            with attempt:
+                self._decoder = self._start(motion_CFhw)
+        self._backup = DecoderBackup(run.runtime.engine, self._decoder)
         self._save()
 
     def _start(self, motion_CFhw: Tensor) -> StreamingDecoder:
         runtime = self._runtime
         with runtime.stages.stage("decode"):
             found = load_vae(runtime.artifact, runtime.device, runtime.dtype).start_decoder()
-            found.strips = runtime.layout.vae_tiles
+            found.strips = self._run.rung.vae_tiles
             found.prime(motion_CFhw[:, :PRIMING_LATENTS])
             return found
 
     def decode(self, block: Block, latent_CFhw: Tensor) -> tuple[Tensor, np.ndarray]:
         """A block's frames, [3, F, H, W] in [-1, 1], and the same as uint8 [F, H, W, 3]."""
-
-        def decode() -> tuple[Tensor, np.ndarray]:
-            with self._runtime.traced("decode"):
-                dropped = DROPPED_FIRST_FRAMES if block.index == 0 else 0
-                # Another rank's latents arrive on the host.
-                frames = self._decoder.decode(latent_CFhw.to(self._runtime.device))[:, dropped:]
-                return frames, to_pixels(frames)
-
         self._backup.before_decoding()
-        decoded = self._runtime.relief.attempt("decode", decode, self._again)
+        for attempt in self._run.ladder.attempts("decode", self._degrade):
+            with attempt:
+                decoded = self._decode(block, latent_CFhw)
         self._save()
         return decoded
 
-    def _again(self, layout: Layout) -> None:
-        self._give_way(layout)
-        self._decoder.strips = layout.vae_tiles
+    def _decode(self, block: Block, latent_CFhw: Tensor) -> tuple[Tensor, np.ndarray]:
+        with self._runtime.traced("decode"):
+            dropped = DROPPED_FIRST_FRAMES if block.index == 0 else 0
+            # Another rank's latents arrive on the host.
+            frames = self._decoder.decode(latent_CFhw.to(self._runtime.device))[:, dropped:]
+            return frames, to_pixels(frames)
+
+    def _degrade(self, rung: Rung) -> None:
+        if self._degrade_others is not None:
+            self._degrade_others(rung)
+        self._decoder.strips = rung.vae_tiles
         self._backup.restore()
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""What the stages of one run share: artifact, device, counts, a clock, the layout that memory pressure may change."""
+"""Runtime of an artifact on a device, with its clock and its counts; and one run on it, with what was decided."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 
 from lowvram.devices import choose_dtype, current
 from lowvram.offload.copy_engine import Engine, Peaks, engine_for
-from lowvram.offload.oom import Layout, Relief
+from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
+from lowvram.planning.rank_plan import Plan
+from lowvram.planning.report import to_json
 from lowvram_kernels.trace import trace_kernels
 from lowvram_quantize.format import Artifact
 
@@ -92,8 +94,7 @@ def _reset_peak_rss() -> None:
 
 
 class Runtime:
-    """One artifact on one device, whose ``engine`` is made here unless it is given, as that of a simulated device is.
-    ``relief`` is there once it was set: when the run was laid out."""
+    """One artifact on one device, whose ``engine`` is made here unless it is given, as a simulated device's is."""
 
     def __init__(
         self, artifact: Artifact, device: torch.device, dtype: str, memory: MemoryOptions, engine: Engine | None = None
@@ -104,28 +105,16 @@ class Runtime:
             self.engine: Engine = engine or engine_for(device)
         self.stages = StageLog(self.engine)
         self.kernels: dict[tuple[str, str], int] = {}
-        self.cuda_graphs: dict[str, float] | None = None
-        """How many graphs were captured, the seconds of it, and their replays; None where there are none."""
-        self._relief: Relief | None = None
 
     @property
     def dit_config(self) -> dict[str, Any]:
         return self.artifact.component("dit").config
 
-    @property
-    def relief(self) -> Relief:
-        """Raises: RuntimeError before the run is laid out."""
-        if self._relief is None:
-            raise RuntimeError("nothing is laid out yet; expected a run that has begun")
-        return self._relief
-
-    @relief.setter
-    def relief(self, relief: Relief) -> None:
-        self._relief = relief
-
-    @property
-    def layout(self) -> Layout:
-        return self.relief.layout
+    def cap(self, nbytes: int | None) -> None:
+        """Let torch's allocator take so many bytes of a GPU and no more, what it holds included; None for any."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), self.device)
 
     @contextlib.contextmanager
     def traced(self, name: str) -> Iterator[None]:
@@ -135,14 +124,33 @@ class Runtime:
         for key, count in kernels.items():
             self.kernels[key] = self.kernels.get(key, 0) + count
 
-    def memory_report(self) -> dict[str, Any]:
-        """How the run was laid out, and the bytes that crossed between host and device."""
-        return {
-            "options": dataclasses.asdict(self.memory),
-            "layout": dataclasses.asdict(self._relief.layout) if self._relief else None,
-            "given_up": self._relief.events if self._relief else [],
-            "cuda_graphs": self.cuda_graphs,
-            "bytes_in": self.engine.bytes_in,
-            "bytes_out": self.engine.bytes_out,
-            "host_memory": self.engine.host_memory(),
-        }
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One video's run: a runtime, the ladder that memory pressure steps it down, and what was planned for it.
+
+    ``graphs`` has how many CUDA graphs were captured, the seconds of it, and their replays; it is empty without graphs.
+    """
+
+    runtime: Runtime
+    ladder: Ladder
+    plan: Plan | None = None
+    graphs: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rung(self) -> Rung:
+        return self.ladder.rung
+
+
+def memory_report(runtime: Runtime, run: Run | None) -> dict[str, Any]:
+    """How a run was laid out, None where it was not, and the bytes that crossed between host and device."""
+    return {
+        "options": dataclasses.asdict(runtime.memory),
+        "layout": dataclasses.asdict(run.rung) if run else None,
+        "given_up": run.ladder.events if run else [],
+        "cuda_graphs": (run.graphs or None) if run else None,
+        "bytes_in": runtime.engine.bytes_in,
+        "bytes_out": runtime.engine.bytes_out,
+        "host_memory": runtime.engine.host_memory(),
+        "plan": to_json(run.plan) if run and run.plan else None,
+    }

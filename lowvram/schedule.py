@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,15 @@ class Block:
     frames: int
     first_frame: int
     last_of_clip: bool
+
+
+class Denoised(NamedTuple):
+    """A block whose last step is taken: its latent [C, F, h, w], float32, and the seconds spent on it, waits for other
+    ranks included."""
+
+    block: Block
+    latent_CFhw: Tensor
+    seconds: float
 
 
 def latent_frames_per_clip(infer_frames: int) -> int:

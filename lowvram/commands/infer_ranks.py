@@ -66,11 +66,17 @@ class RankRun:
         settler = Settler(
             options=self.options, artifact=artifact, request=self.request, memory=self.memory, dtype=self.dtype
         )
-        with joined(seat, layout, self.device, settler.settle) as (team, device):
+        with joined(seat, layout, self.device, settler.settle) as (team, device, machines):
             if team.role.media:
                 self._check_outputs()
             pipeline = AvatarPipeline.from_artifact(
-                self.model, device=device, dtype=self.dtype, memory=self.memory, team=team, verify=self.verify
+                self.model,
+                device=device,
+                dtype=self.dtype,
+                memory=self.memory,
+                team=team,
+                machines=machines,
+                verify=self.verify,
             )
             team.agree(facts_to_agree_on(artifact, self.request, self.memory, team.layout, device, self.dtype))
             share_weights(team, pipeline.runtime)

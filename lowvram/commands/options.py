@@ -97,15 +97,15 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--precision", type=PRECISIONS, help="Of the preset's weights; default: int8."),
         click.option(
-            "--vram",
             "--vram-budget",
-            "vram",
+            "--vram",
+            "vram_budget",
             help="GPU memory to stay within, of each card: 22.15GiB, 16g, 24GB; default: what it has for us.",
         ),
         click.option(
-            "--ram",
             "--ram-budget",
-            "ram",
+            "--ram",
+            "ram_budget",
             help="Host memory to stay within, likewise; default: all of it, or 64GiB for a card elsewhere.",
         ),
         click.option(

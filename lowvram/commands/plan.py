@@ -1,27 +1,31 @@
-"""What ``lowvram plan`` does: options to a plan, for one GPU or for several, printed as a table or JSON."""
+"""Command ``plan``: a request to a plan, for one GPU or for several, printed as a table or JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 import torch
 from rich.console import Console
 
-from lowvram.byte_sizes import gib, parse_bytes
-from lowvram.commands.shared_options import seconds_of
+from lowvram.byte_sizes import gib
+from lowvram.commands.shared_options import fields_of, seconds_of, settled_memory
 from lowvram.devices import choose_dtype, cuda_is_here
+from lowvram.offload.placement import PlanOptions
 from lowvram.planning.card_names import DEFAULT_CARD, card_named
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import GIGA, TERA, Card
-from lowvram.planning.layout_choice import Compared, Machines, Wishes, alternatives, choose_team
+from lowvram.planning.layout_choice import Compared, alternatives, choose_team
 from lowvram.planning.measure import card_at_hand
+from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.model_sizes import facts_of
 from lowvram.planning.planner import plan
+from lowvram.planning.rank_layout import LayoutOptions
 from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.report import print_plan, to_json
 from lowvram.planning.team_report import compared_to_json, print_team
@@ -32,7 +36,7 @@ from lowvram_models.voice_lengths import WHOLE_FILE_S
 from lowvram_quantize.format import Artifact
 
 
-def show_plan(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> bool:
+def show_plan(path: Path, request: PlanRequest, *, dry: bool, as_json: bool) -> bool:
     """Print the plan for the artifact in ``path``, with ``dry`` also what it takes on a simulated GPU. Returns whether
     there is one; where there is none, ``as_json`` prints what comes nearest, and why it does not do.
 
@@ -40,8 +44,8 @@ def show_plan(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> 
         DoesNotFit: nothing fits on one GPU, and it is not asked for ``as_json``.
         LowvramError: an artifact or an option that cannot be used.
     """
-    show = _show_one if options.gpus is None else _show_several
-    return show(path, options, dry=dry, as_json=as_json)
+    show = _show_one if request.gpus is None else _show_several
+    return show(path, request, dry=dry, as_json=as_json)
 
 
 def show_cards(*, as_json: bool) -> None:
@@ -60,9 +64,9 @@ def show_cards(*, as_json: bool) -> None:
     click.echo("Rates are dense tera operations a second, from data sheets; for us is what a process is taken to get.")
 
 
-def _show_one(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> bool:
+def _show_one(path: Path, request: PlanRequest, *, dry: bool, as_json: bool) -> bool:
     try:
-        result = plan_for(path, options)
+        result = plan_for(path, request)
         simulated = dry_run(path, result) if dry else None
     except DoesNotFit as refused:
         if not as_json:
@@ -77,8 +81,8 @@ def _show_one(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> 
     return True
 
 
-def _show_several(path: Path, options: PlanOptions, *, dry: bool, as_json: bool) -> bool:
-    compared = plan_team_for(path, options)
+def _show_several(path: Path, request: PlanRequest, *, dry: bool, as_json: bool) -> bool:
+    compared = plan_team_for(path, request)
     team = compared.team
     simulated = dry_run_team(path, team) if dry and team else []
     if not as_json:
@@ -94,44 +98,36 @@ DEFAULT_RAM_BYTES = 64 * GIB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """As they come from the command line. ``vram`` (of each card) and ``ram`` are texts as "22.15GiB", None for what
-    the card, and the host, have; ``gpu`` is a card's name, ``custom:...``, or "auto". ``gpus`` None: a plan for one,
-    without ranks; the last three say how several share the work, None leaves it to the choice. Validated at
-    construction.
+class PlanRequest:
+    """What is to be planned. Validated at construction.
+
+    ``vram_budget`` (of each card) and ``ram_budget`` are bytes, None for what the card, and the host, have; ``gpu`` is
+    a card's name, ``custom:...``, or "auto". ``gpus`` None: a plan for one, without ranks; ``layout`` says how several
+    share the work.
 
     ``audio_duration`` is how long the voice is, as "90" or "1:30". None plans for a voice of any length, so that what
     fits here fits when it is run: above 60 s the audio encoder stays on the host, beside everything else there. That
     the plan of a short voice then names more of the host than it takes is said in a note.
     """
 
-    vram: str | None = None
-    ram: str | None = None
+    vram_budget: int | None = None
+    ram_budget: int | None = None
     size: str = "704*384"
     infer_frames: int = 48
     sample_steps: int = 4
     gpu: str = "auto"
-    kv: str = "auto"
-    wave: str = "auto"
     dtype: str = "auto"
-    offload_model: bool = False
-    offload_kv_cache: bool = False
-    t5_cpu: bool = False
     audio_duration: str | None = None
     gpus: int | None = None
-    num_gpus_dit: int | None = None
-    ulysses_size: int | None = None
-    enable_vae_parallel: bool | None = None
+    options: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+    layout: LayoutOptions = dataclasses.field(default_factory=LayoutOptions)
 
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
             raise ConfigError(f"--gpus is {self.gpus}; expected 1 or more")
-        for name in ("num_gpus_dit", "ulysses_size", "enable_vae_parallel"):
-            if self.gpus is None and getattr(self, name) is not None:
+        for name, value in dataclasses.asdict(self.layout).items():
+            if self.gpus is None and value is not None:
                 raise ConfigError(f"--{name} has an effect on several GPUs only; expected --gpus N beside it")
-        for name, text in (("--vram", self.vram), ("--ram", self.ram)):
-            if text is not None:
-                parse_bytes(text, name)
         if self.gpu != "auto":
             card_named(self.gpu)
         if self.audio_duration is not None and not seconds_of(self.audio_duration, "--audio-duration"):
@@ -156,7 +152,17 @@ class PlanOptions:
         ]
 
 
-def plan_for(model: Path, options: PlanOptions) -> Plan:
+def make_plan_request(options: dict[str, Any]) -> PlanRequest:
+    """What the command line's options ask."""
+    settled = options | settled_memory(options)
+    return PlanRequest(
+        **fields_of(PlanRequest, settled),
+        options=PlanOptions(**fields_of(PlanOptions, settled)),
+        layout=LayoutOptions(**fields_of(LayoutOptions, settled)),
+    )
+
+
+def plan_for(model: Path, request: PlanRequest) -> Plan:
     """Plan a run of the artifact in ``model``.
 
     Raises:
@@ -164,61 +170,48 @@ def plan_for(model: Path, options: PlanOptions) -> Plan:
         ConfigError, InputError: an option that cannot be used.
         DoesNotFit: nothing fits.
     """
-    at_hand = options.gpu == "auto" and cuda_is_here()
-    card = _card(options.gpu)
+    at_hand = request.gpu == "auto" and cuda_is_here()
+    card = _card(request.gpu)
     result = plan(
         Artifact.open(model),
-        options.workload,
-        vram_bytes=_vram_bytes(options.vram, card),
-        ram_bytes=_ram_bytes(options.ram, at_hand),
+        request.workload,
+        request.options,
+        vram_bytes=request.vram_budget or card.usable_bytes,
+        ram_bytes=_ram_bytes(request, at_hand),
         card=card,
-        kv=options.kv,
-        wave=_wave(options.wave),
-        offload_model=options.offload_model,
-        offload_kv=options.offload_kv_cache,
-        t5_cpu=options.t5_cpu,
     )
-    said = [_not_here(card)] if options.gpu == "auto" and not at_hand else []
+    said = [_not_here(card)] if request.gpu == "auto" and not at_hand else []
     said += _beyond(card, result.vram_budget_bytes)
-    return dataclasses.replace(result, notes=(*said, *result.notes, *options.notes))
+    return dataclasses.replace(result, notes=(*said, *result.notes, *request.notes))
 
 
-def plan_team_for(model: Path, options: PlanOptions) -> Compared:
-    """Plan a run of the artifact in ``model`` on ``options.gpus`` cards of one machine, and all layouts beside it.
+def plan_team_for(model: Path, request: PlanRequest) -> Compared:
+    """Plan a run of the artifact in ``model`` on ``request.gpus`` cards of one machine, and all layouts beside it.
 
     Raises:
         CheckpointError: no artifact.
         ConfigError, InputError: an option that cannot be used.
     """
-    facts, gpus = facts_of(Artifact.open(model)), options.gpus or 1
-    at_hand = options.gpu == "auto" and cuda_is_here()
-    cards = _cards(options.gpu, gpus)
+    facts, gpus = facts_of(Artifact.open(model)), request.gpus or 1
+    at_hand = request.gpu == "auto" and cuda_is_here()
+    cards = _cards(request.gpu, gpus)
     there = Machines(
         cards=cards,
-        vram_bytes=[_vram_bytes(options.vram, card) for card in cards],
+        vram_bytes=[request.vram_budget or card.usable_bytes for card in cards],
         machines=[0] * gpus,
-        ram_bytes=[_ram_bytes(options.ram, at_hand)],
+        ram_bytes=[_ram_bytes(request, at_hand)],
     )
-    wishes = Wishes(
-        kv=options.kv,
-        wave=_wave(options.wave),
-        offload_model=options.offload_model,
-        offload_kv=options.offload_kv_cache,
-        t5_cpu=options.t5_cpu,
-        num_gpus_dit=options.num_gpus_dit,
-        ulysses_size=options.ulysses_size,
-        vae_rank=options.enable_vae_parallel,
-    )
+    work, options = request.workload, request.options
     team, refusal = None, None
     try:
-        team = choose_team(facts, options.workload, there, wishes)
+        team = choose_team(facts, work, there, options, request.layout)
     except DoesNotFit as error:
         refusal = error
     if team is not None:
-        said = [_not_here(cards[0])] if options.gpu == "auto" and not at_hand else []
+        said = [_not_here(cards[0])] if request.gpu == "auto" and not at_hand else []
         said += _beyond(cards[0], there.vram_bytes[0])
-        team = dataclasses.replace(team, notes=(*said, *team.notes, *options.notes))
-    return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, options.workload, there, wishes))
+        team = dataclasses.replace(team, notes=(*said, *team.notes, *request.notes))
+    return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, work, there, options))
 
 
 def _cards(name: str, gpus: int) -> list[Card]:
@@ -232,7 +225,7 @@ def _cards(name: str, gpus: int) -> list[Card]:
 def _beyond(card: Card, budget: int) -> list[str]:
     if budget <= card.vram_bytes:
         return []
-    return [f"--vram is {gib(budget)}, more than the {gib(card.vram_bytes)} that {card.name} has"]
+    return [f"--vram-budget is {gib(budget)}, more than the {gib(card.vram_bytes)} that {card.name} has"]
 
 
 def _not_here(card: Card) -> str:
@@ -245,19 +238,5 @@ def _card(name: str) -> Card:
     return card_at_hand(torch.device("cuda")) if cuda_is_here() else card_named(DEFAULT_CARD)
 
 
-def _vram_bytes(text: str | None, card: Card) -> int:
-    return card.usable_bytes if text is None else parse_bytes(text, "--vram")
-
-
-def _ram_bytes(text: str | None, at_hand: bool) -> int:
-    if text is not None:
-        return parse_bytes(text, "--ram")
-    return int(psutil.virtual_memory().total) if at_hand else DEFAULT_RAM_BYTES
-
-
-def _wave(text: str) -> str | int:
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise ConfigError(f"--wave is {text!r}; expected auto, or 1 to the number of steps")
-    return int(text)
+def _ram_bytes(request: PlanRequest, at_hand: bool) -> int:
+    return request.ram_budget or (int(psutil.virtual_memory().total) if at_hand else DEFAULT_RAM_BYTES)

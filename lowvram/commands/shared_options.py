@@ -228,7 +228,12 @@ def make_rank_options(options: dict[str, Any]) -> RankOptions:
     """How several GPUs share the work."""
     from lowvram.parallel.options import RankOptions
 
-    return RankOptions(**{field.name: options[field.name] for field in dataclasses.fields(RankOptions)})
+    return RankOptions(**fields_of(RankOptions, options))
+
+
+def fields_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that are fields of a dataclass."""
+    return {field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options}
 
 
 def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
@@ -248,19 +253,18 @@ def memory_options(options: dict[str, Any]) -> MemoryOptions:
     """What is said of memory."""
     from lowvram.offload.placement import MemoryOptions
 
-    names = ("kv", "offload_model", "offload_kv_cache", "allow_quality_loss", "cuda_graphs", "t5_cpu")
-    vram, ram = (
-        None if options[name] is None else parse_bytes(options[name], f"--{name}")
+    settled = options | settled_memory(options)
+    return MemoryOptions(**fields_of(MemoryOptions, settled), fallback=not options["no_fallback"])
+
+
+def settled_memory(options: dict[str, Any]) -> dict[str, Any]:
+    """Budgets in bytes, and a wave that is a number as one."""
+    budgets = {
+        name: None if options[name] is None else parse_bytes(options[name], f"--{either_spelling(name)}")
         for name in ("vram_budget", "ram_budget")
-    )
+    }
     wave = options["wave"]
-    return MemoryOptions(
-        **{name: options[name] for name in names},
-        vram_budget=vram,
-        ram_budget=ram,
-        wave=int(wave) if wave.isdigit() else wave,
-        fallback=not options["no_fallback"],
-    )
+    return {**budgets, "wave": int(wave) if wave.isdecimal() else wave}
 
 
 def make_request(options: dict[str, Any]) -> Request:

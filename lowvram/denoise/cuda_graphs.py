@@ -93,14 +93,22 @@ class Lane:
 
 class LayerGraphs:
     """All graphs of one rollout. ``capture`` is asked anew for each pool of memory; ``gave_up`` is told why, where
-    memory ran out in a capture: from then on layers run without graphs."""
+    memory ran out in a capture: from then on layers run without graphs. How many were captured, the seconds of it, and
+    their replays stand in ``facts``."""
 
-    def __init__(self, capture: Callable[[], Capture], engine: Engine, gave_up: Callable[[str], object]):
+    def __init__(
+        self,
+        capture: Callable[[], Capture],
+        engine: Engine,
+        gave_up: Callable[[str], object],
+        facts: dict[str, float] | None = None,
+    ):
         self._new_pool, self._engine, self._gave_up = capture, engine, gave_up
         self._capture: Capture | None = None
         self._lanes: dict[object, Lane] = {}
         self._off = False
-        self.facts: dict[str, float] = {"captured": 0, "capture_s": 0.0, "replayed": 0}
+        self.facts = {} if facts is None else facts
+        self.facts.update(captured=0, capture_s=0.0, replayed=0)
 
     def lane(self, step: int, x_LD: Tensor, inputs: LayerInputs, sink_rope: Rope) -> Lane | None:
         """The lane of a call, filled with its tensors; None once graphs were given up."""
@@ -178,7 +186,12 @@ class LayerGraphs:
 
 
 def layer_graphs(
-    engine: Engine, sequence: Sequence, placement: Placement, cells: Iterable[Cell], gave_up: Callable[[str], object]
+    engine: Engine,
+    sequence: Sequence,
+    placement: Placement,
+    cells: Iterable[Cell],
+    gave_up: Callable[[str], object],
+    facts: dict[str, float],
 ) -> LayerGraphs | None:
     """Graphs for a rollout over ``cells``, or None and a warning where there is nothing to capture."""
     device, why = engine.device, ""
@@ -191,7 +204,7 @@ def layer_graphs(
     if why:
         log.warning("--cuda-graphs has no effect %s", why)
         return None
-    return LayerGraphs(lambda: CudaCapture(device), engine, gave_up)
+    return LayerGraphs(lambda: CudaCapture(device), engine, gave_up, facts)
 
 
 def _changing(x_LD: Tensor, inputs: LayerInputs, sink_rope: Rope) -> list[Tensor | None]:

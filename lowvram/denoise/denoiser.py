@@ -1,10 +1,12 @@
-"""The DiT's part of a run: loaded, its sink filled, and block after block denoised, with relief where memory runs out.
+"""Denoiser: the DiT's part of a run, loaded, its sink filled, and block after block denoised, again where memory runs
+out.
 
 Shapes: C latent channels, F latent frames, h x w latent size.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,11 +17,11 @@ from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.encode.conditions import Conditions
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram.offload.layers import Layers
-from lowvram.offload.oom import Layout
+from lowvram.offload.oom import Attempt, Rung
 from lowvram.parallel.team import LATENT_CHANNELS, Chain, Team
 from lowvram.request import Request
-from lowvram.runtime import Runtime
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Tick, clip_noise, latent_frames_per_clip, ticks
+from lowvram.runtime import Run
+from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Denoised, Tick, clip_noise, latent_frames_per_clip, ticks
 
 Tensor = torch.Tensor
 
@@ -29,14 +31,15 @@ class Denoiser:
 
     def __init__(
         self,
-        runtime: Runtime,
+        run: Run,
         request: Request,
         latent_size: tuple[int, int],
         conditions: Conditions,
         team: Team,
         steps: range,
     ):
-        self._runtime, self._conditions, self._team, self.steps = runtime, conditions, team, steps
+        self._run, self._runtime = run, run.runtime
+        self._conditions, self._team, self.steps = conditions, team, steps
         self.settings = RolloutSettings(
             frames_per_clip=latent_frames_per_clip(request.infer_frames),
             latent_size=latent_size,
@@ -44,10 +47,9 @@ class Denoiser:
             base_seed=request.base_seed,
             cond_rope_distance=request.cond_rope_distance,
         )
-        self.seconds: dict[int, float] = {}
-        """Spent on a block so far, waiting for other ranks included, by its index; whoever finishes a block takes its
-        seconds out."""
-        self.rollout = runtime.relief.attempt("load_dit", self._load, _nothing_yet)
+        for attempt in run.ladder.attempts("load_dit"):
+            with attempt:
+                self.rollout = self._load()
         self.fill_sink(conditions.reference)
 
     def _load(self) -> Rollout:
@@ -64,7 +66,7 @@ class Denoiser:
                 self.settings,
                 dtype=runtime.dtype,
                 engine=runtime.engine,
-                placement=runtime.layout.placement,
+                placement=self._run.rung.placement,
                 sequence=self._team.sequence,
                 steps=self.steps,
                 graphs=self._graphs(dit.config.num_layers) if runtime.memory.cuda_graphs else None,
@@ -73,77 +75,71 @@ class Denoiser:
             return rollout
 
     def _graphs(self, layers: int) -> LayerGraphs | None:
-        runtime, cells = self._runtime, [(step, layer) for step in self.steps for layer in range(layers)]
-
-        def gave_up(reason: str) -> None:
-            runtime.relief.went_without("cuda_graphs", reason, "layers run without graphs from here on")
-
-        placement = runtime.layout.placement
-        graphs = layer_graphs(runtime.engine, self._team.sequence, placement, cells, gave_up)
-        runtime.cuda_graphs = graphs.facts if graphs else None
-        return graphs
+        run, cells = self._run, [(step, layer) for step in self.steps for layer in range(layers)]
+        gave_up = functools.partial(
+            run.ladder.went_without, "cuda_graphs", words="layers run without graphs from here on"
+        )
+        engine, sequence = run.runtime.engine, self._team.sequence
+        return layer_graphs(engine, sequence, run.rung.placement, cells, gave_up, run.graphs)
 
     def fill_sink(self, reference: Tensor) -> None:
         """Fill the sink from the reference [C, 1, h, w] and the conditions' motion latents."""
-
-        def fill() -> None:
-            with self._runtime.stages.stage("prefill_sink"), self._team.doing("filling the sink", "prefill"):
+        self._team.meet()
+        for attempt in self._attempts("prefill_sink", self.rollout.prefill_with_nothing):
+            with (
+                attempt,
+                self._runtime.stages.stage("prefill_sink"),
+                self._team.doing("filling the sink", "prefill"),
+            ):
                 self._team.sequence.begins()
                 self.rollout.prefill(reference, self._conditions.motion)
 
-        self._team.meet()
-        self._attempt("prefill_sink", fill, self.rollout.prefill_with_nothing)
+    def _attempts(self, what: str, with_nothing: Callable[[], None]) -> Iterator[Attempt]:
+        """``with_nothing`` exchanges what the work does with the ranks that share tokens and heads."""
+        keep_up = functools.partial(self._keep_up, with_nothing)
+        any_ran_out = self._team.any_ran_out
+        return self._run.ladder.attempts_together(what, self.degrade, keep_up=keep_up, any_ran_out=any_ran_out)
 
-    def _attempt(self, what: str, work: Callable[[], None], with_nothing: Callable[[], None]) -> None:
-        """``with_nothing`` exchanges what ``work`` does with the ranks that share tokens and heads."""
+    def _keep_up(self, with_nothing: Callable[[], None]) -> None:
+        with self._team.doing("letting the other ranks of its stage go on", "keep up"):
+            with_nothing()
 
-        def keep_up() -> None:
-            with self._team.doing("letting the other ranks of its stage go on", "keep up"):
-                with_nothing()
+    def degrade(self, rung: Rung) -> None:
+        """Move weights and rings to where a lower rung has them."""
+        self.rollout.place(rung.placement)
 
-        team = self._team
-        self._runtime.relief.attempt_together(what, work, self.give_way, keep_up=keep_up, any_ran_out=team.any_ran_out)
-
-    def give_way(self, layout: Layout) -> None:
-        self.rollout.place(layout.placement)
-
-    def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[tuple[Block, Tensor]]:
-        """Yield each block and its latent [C, F, h, w], float32, when it has taken its last step here."""
-        for tick in ticks(blocks, len(self.steps), self._runtime.layout.placement.wave):
+    def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[Denoised]:
+        """Yield each block when it has taken its last step here."""
+        seconds: dict[int, float] = {}  # of blocks that are under way, by their index
+        for tick in ticks(blocks, len(self.steps), self._run.rung.placement.wave):
             begin = time.perf_counter()
             if tick.refresh:
                 # From the second clip on, the first frame that was generated stands for the portrait.
                 self.fill_sink(chain.reference())
             latent = chain.take(tick.starts) if tick.starts is not None else None
             self._advance(tick, latent)
-            self._note(tick, time.perf_counter() - begin)
-            block = tick.finished(len(self.steps))
-            if block is not None:
-                latent = self.rollout.finish(block)
-                chain.pass_on(block, latent)
-                yield block, latent
+            share = (time.perf_counter() - begin) / len(tick.items)
+            for block, _ in tick.items:
+                seconds[block.index] = seconds.get(block.index, 0.0) + share
+            finished = tick.finished(len(self.steps))
+            if finished is not None:
+                latent = self.rollout.finish(finished)
+                chain.pass_on(finished, latent)
+                yield Denoised(finished, latent, seconds.pop(finished.index))
 
     def _advance(self, tick: Tick, latent: Tensor | None) -> None:
         # Once, whatever has to be done again.
         audio = self._audio(tick.starts) if tick.starts is not None else None
         self._team.meet()
         where = ", ".join(f"block {block.index}" for block, _ in tick.items)
-        before = self.rollout.latents()
-
-        def advance() -> None:
-            with self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
+        before, blocks = self.rollout.latents(), [block for block, _ in tick.items]
+        for attempt in self._attempts("denoise", functools.partial(self.rollout.advance_with_nothing, blocks)):
+            with attempt, self._runtime.traced("denoise"), self._team.doing(f"denoising {where}", "denoise"):
                 self._team.sequence.begins()
                 self.rollout.begin_again(before)
-                if (block := tick.starts) is not None and audio is not None:
-                    noise = self._noise(block) if latent is None else latent
-                    self.rollout.start(block, noise, audio)
+                if tick.starts is not None and audio is not None:
+                    self.rollout.start(tick.starts, self._noise(tick.starts) if latent is None else latent, audio)
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
-
-        self._attempt("denoise", advance, lambda: self.rollout.advance_with_nothing(block for block, _ in tick.items))
-
-    def _note(self, tick: Tick, seconds: float) -> None:
-        for block, _ in tick.items:
-            self.seconds[block.index] = self.seconds.get(block.index, 0.0) + seconds / len(tick.items)
 
     def _noise(self, block: Block) -> Tensor:
         shape = (LATENT_CHANNELS, self.settings.frames_per_clip, *self.settings.latent_size)
@@ -153,7 +149,3 @@ class Denoiser:
     def _audio(self, block: Block) -> Tensor:
         first = block.first_frame * VIDEO_FRAMES_PER_LATENT
         return self._conditions.audio.frames(first, block.frames * VIDEO_FRAMES_PER_LATENT)
-
-
-def _nothing_yet(layout: Layout) -> None:
-    """What failed is built anew from the layout: nothing has to move."""

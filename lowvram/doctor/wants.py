@@ -11,7 +11,8 @@ from lowvram.devices import choose_dtype
 from lowvram.planning.card_names import DEFAULT_CARD, cards_called
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import Card
-from lowvram.planning.layout_choice import Machines, choose_team
+from lowvram.planning.layout_choice import choose_team
+from lowvram.planning.members import Machines
 from lowvram.planning.model_sizes import ModelFacts
 from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.workload import Workload

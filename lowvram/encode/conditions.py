@@ -1,20 +1,27 @@
-"""From a request's files to what the DiT is conditioned on. An encoder is loaded for its stage and let go after it."""
+"""Conditions of the DiT from prompt, voice and portrait. An encoder is loaded for its stage and let go after it; each
+works on the device or, where it does not fit there, on the host."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from lowvram.devices import choose_dtype
 from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram.encode.voice_windows import BackgroundPieces
-from lowvram.loading.encoders import load_audio_encoder, load_text_encoder
+from lowvram.loading.encoders import load_audio_encoder, load_text_encoder, load_vae
+from lowvram.recorder import Recorder
+from lowvram.request import Inputs
+from lowvram.runtime import Run
+from lowvram.schedule import frames_to_denoise
 from lowvram_models.audio_encoder import audio_embedding, extract_features, num_clips
 from lowvram_models.long_voice import LongVoice, Windowing, count_features
 from lowvram_models.text_encoder import encode_prompt, tokenize_prompt
-from lowvram_models.vae import StreamingVAE
+from lowvram_models.vae import DROPPED_FIRST_FRAMES, StreamingVAE
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
@@ -85,3 +92,50 @@ def fit_audio(features: Tensor, frames: int) -> Tensor:
 def encode_image(vae: StreamingVAE, portrait_3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Portrait [3, H, W] in [-1, 1] -> reference latents [16, 1, h, w] and motion latents [16, 19, h, w]."""
     return vae.encode(portrait_3HW[:, None]), vae.encode_repeated(portrait_3HW)
+
+
+def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder) -> Conditions:
+    """What all blocks are denoised from; ``recorder`` sees every part of it.
+
+    Raises:
+        OutOfMemoryError: an encoder does not fit on the device, and may not run on the host instead.
+    """
+    runtime, request, ladder = run.runtime, inputs.request, run.ladder
+    artifact, text_len = runtime.artifact, runtime.dit_config["text_len"]
+    text_device = torch.device("cpu") if run.rung.placement.text_on_host else runtime.device
+    with runtime.stages.stage("encode_text"):
+        for where, attempt in ladder.devices("encode_text", text_device):
+            with attempt:
+                dtype = choose_dtype(runtime.dtype_name, where)
+                ids, context = encode_text(artifact, request.prompt, text_len, where, dtype)
+    note, frames_of = functools.partial(recorder.part, "audio_emb"), functools.partial(_frames, inputs)
+    goes_on = inputs.speech_goes_on
+    with runtime.stages.stage("encode_audio"):
+        for where, attempt in ladder.devices("encode_audio", runtime.device):
+            with attempt:
+                voice = encode_audio(
+                    artifact, inputs.speech, request.infer_frames, frames_of, where, note, goes_on=goes_on
+                )
+    with runtime.stages.stage("encode_image"):
+        for where, attempt in ladder.devices("encode_image", runtime.device):
+            with attempt:
+                vae = functools.partial(load_vae, artifact, where, choose_dtype(runtime.dtype_name, where))
+                reference, motion = encode_image(vae(), inputs.portrait.to(where))
+    # Models of libraries hold themselves in cycles: without this they would keep their memory.
+    runtime.engine.empty_cache()
+    recorder.tensor("input_ids", ids)
+    recorder.tensor("context", context)
+    recorder.tensor("ref_latents", reference[None])
+    recorder.tensor("motion_latents", motion[None])
+    return Conditions(context=context, audio=voice, reference=reference, motion=motion)
+
+
+def _frames(inputs: Inputs, clips_in_audio: int) -> int:
+    """Video frames to make of a voice of so many clips."""
+    return frames_to_denoise(
+        inputs.voice_frames,
+        clips_in_audio=clips_in_audio,
+        infer_frames=inputs.request.infer_frames,
+        num_clip=inputs.request.num_clip,
+        dropped=DROPPED_FIRST_FRAMES,
+    )

@@ -1,4 +1,4 @@
-"""Going on when the device's memory runs out: the failed piece of work is done again on a slower layout.
+"""Fallback when the device's memory runs out: the failed piece of work is done again, a rung further down the ladder.
 
 Nothing that was finished is lost: a pass over the layers and the decoding of a block can be repeated, and what rings
 and decoder hold moves along. What is given up, one rung at a time: first speed, by more layers streamed, rings to the
@@ -8,10 +8,12 @@ smaller picture, fewer steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,6 @@ from lowvram.media.sizes import parse_size
 from lowvram.offload.placement import Placement
 from lowvram_kernels.errors import DeviceError, OutOfMemoryError
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -36,35 +37,35 @@ _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """All that can change while a run goes on."""
+class Rung:
+    """Where a run stands on the ladder: all that can change while it goes on."""
 
     placement: Placement
     online_decode: bool
     vae_tiles: int = 1
 
 
-def next_rung(layout: Layout, layers: int, steps: range) -> tuple[Layout, str] | None:
-    """The next slower layout and what it gives up, in words; None where nothing is left."""
-    return next(_rungs(layout, layers, steps), None)
+def next_rung(rung: Rung, layers: int, steps: range) -> tuple[Rung, str] | None:
+    """The next lower rung and what it gives up, in words; None where nothing is left."""
+    return next(_rungs(rung, layers, steps), None)
 
 
-def _rungs(layout: Layout, layers: int, steps: range) -> Iterator[tuple[Layout, str]]:
-    placement = layout.placement
+def _rungs(rung: Rung, layers: int, steps: range) -> Iterator[tuple[Rung, str]]:
+    placement = rung.placement
     resident = [layer for layer in range(layers) if layer not in placement.streamed_layers]
     if resident:
         streamed = tuple(sorted((*placement.streamed_layers, *_some(resident, layers))))
-        yield _moved(layout, streamed_layers=streamed), f"{len(streamed)} of {layers} layers are streamed now"
+        yield _moved(rung, streamed_layers=streamed), f"{len(streamed)} of {layers} layers are streamed now"
     cells = [(step, layer) for layer in range(layers) for step in steps]
     on_device = [cell for cell in cells if cell not in placement.host_rings]
     if on_device:
         hosted = tuple(sorted((*placement.host_rings, *_some(on_device, len(cells)))))
-        yield _moved(layout, host_rings=hosted), f"{len(hosted)} of {len(cells)} KV rings are on the host now"
-    if not layout.online_decode:
-        yield dataclasses.replace(layout, online_decode=True), "each block is decoded at once now"
-    if layout.vae_tiles < MOST_TILES:
-        tiles = layout.vae_tiles * 2
-        yield dataclasses.replace(layout, vae_tiles=tiles), f"frames are decoded in {tiles} tiles now"
+        yield _moved(rung, host_rings=hosted), f"{len(hosted)} of {len(cells)} KV rings are on the host now"
+    if not rung.online_decode:
+        yield dataclasses.replace(rung, online_decode=True), "each block is decoded at once now"
+    if rung.vae_tiles < MOST_TILES:
+        tiles = rung.vae_tiles * 2
+        yield dataclasses.replace(rung, vae_tiles=tiles), f"frames are decoded in {tiles} tiles now"
 
 
 def _some(there: list[_T], total: int) -> list[_T]:
@@ -73,8 +74,8 @@ def _some(there: list[_T], total: int) -> list[_T]:
     return [there[(2 * i + 1) * len(there) // (2 * count)] for i in range(count)]
 
 
-def _moved(layout: Layout, **changes: Any) -> Layout:
-    return dataclasses.replace(layout, placement=dataclasses.replace(layout.placement, **changes))
+def _moved(rung: Rung, **changes: Any) -> Rung:
+    return dataclasses.replace(rung, placement=dataclasses.replace(rung.placement, **changes))
 
 
 def smaller_request(size: str, infer_frames: int, sample_steps: int) -> tuple[dict[str, Any], str] | None:
@@ -91,77 +92,119 @@ def smaller_request(size: str, infer_frames: int, sample_steps: int) -> tuple[di
     return None
 
 
-class Relief:
-    """Holds the layout of one run and steps it down when memory runs out.
+class Attempt(contextlib.AbstractContextManager["Attempt"]):
+    """One try of a piece of work: entered around it. Where the device's memory runs out in it, ``reason`` is what was
+    said of that, and the program goes on behind it."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> Attempt:
+        self._refused = allocator_refusals()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        ran_out = isinstance(error, RuntimeError) and is_out_of_memory(
+            error, refused=allocator_refusals() > self._refused
+        )
+        if ran_out and error is not None:
+            self.reason = first_sentences(error)
+        return ran_out
+
+
+class Ladder:
+    """Steps of one run down to less of the device's memory; ``rung`` is where it stands.
 
     ``events`` lists what was given up, for the run's report; ``empty_cache`` gives back what nobody holds any more.
+
+    A piece of work stands in a loop over its attempts, in one call: what it made so far is then held by nobody when
+    its next attempt begins.
+
+        for attempt in ladder.attempts("decode", degrade):
+            with attempt:
+                frames = decode(block)
     """
 
     def __init__(
-        self, layout: Layout, *, layers: int, steps: range, allowed: bool, empty_cache: Callable[[], None] | None = None
+        self, rung: Rung, *, layers: int, steps: range, allowed: bool, empty_cache: Callable[[], None] | None = None
     ):
-        self.layout, self.events = layout, list[str]()
+        self.rung, self.events = rung, list[str]()
         self._layers, self._steps, self._allowed = layers, steps, allowed
         self._empty_cache = empty_cache or free_cached
 
-    def attempt(self, what: str, work: Callable[[], T], give_way: Callable[[Layout], object]) -> T:
-        """Do ``work``; where memory runs out, ``give_way`` to the next layout and do it again.
+    def attempts(self, what: str, degrade: Callable[[Rung], object] | None = None) -> Iterator[Attempt]:
+        """Attempts until one succeeds. Before every further one a rung is given up, and ``degrade`` moves what is there
+        already; none is needed where the work builds everything anew.
 
         Raises:
             OutOfMemoryError: nothing is left to give up, or nothing may be.
+            DeviceError: the device does not answer any more.
         """
+        yield (attempt := Attempt())
+        while attempt.reason is not None:
+            self._recover(what, attempt.reason)
+            self._step_down(what, attempt.reason)
+            attempt = Attempt()
+            if degrade is not None:
+                with attempt:
+                    degrade(self.rung)
+            if attempt.reason is None:
+                yield attempt
 
-        def again() -> T:
-            give_way(self.layout)
-            return work()
-
-        done = self._attempted(what, work)
-        while isinstance(done, RanOut):
-            self._step_down(what, done.reason)
-            done = self._attempted(what, again)
-        return done
-
-    def attempt_together(
+    def attempts_together(
         self,
         what: str,
-        work: Callable[[], T],
-        give_way: Callable[[Layout], object],
+        degrade: Callable[[Rung], object],
         *,
         keep_up: Callable[[], object],
         any_ran_out: Callable[[bool], bool],
-    ) -> T:
-        """``attempt`` for work in which ranks wait for each other. Where memory ran out on one of them it does its part
-        of the rest without computing (``keep_up``); it alone gives way, and all do the work again.
+    ) -> Iterator[Attempt]:
+        """``attempts`` at work in which ranks wait for each other. Where memory ran out on one of them it does its part
+        of the rest without computing (``keep_up``); it alone degrades, and all do the work again.
 
         ``any_ran_out`` tells the other ranks whether it was here, and says whether it was anywhere.
 
         Raises:
             OutOfMemoryError: nothing is left to give up here, or nothing may be; the others wait for this rank then.
+            DeviceError: the device does not answer any more.
         """
-        while True:
-            done = self._attempted(what, work)
-            if not isinstance(done, RanOut):
-                if not any_ran_out(False):
-                    return done
+        again = True
+        while again:
+            yield (attempt := Attempt())
+            if attempt.reason is None:
+                again = any_ran_out(False)
                 continue
-            self._check_allowed(what, done.reason)
-            kept_up = self._attempted(what, keep_up)
-            if isinstance(kept_up, RanOut):
+            self._recover(what, attempt.reason)
+            self._check_allowed(what, attempt.reason)
+            with (keeping_up := Attempt()):
+                keep_up()
+            if keeping_up.reason is not None:
                 why = "there was no room either for what the other ranks wait for; give a smaller --vram-budget"
-                raise _out_of_memory(what, kept_up.reason, why)
+                raise _out_of_memory(what, keeping_up.reason, why)
             any_ran_out(True)
-            short: object = done
-            while isinstance(short, RanOut):
-                self._step_down(what, short.reason)
-                short = self._attempted(what, lambda: give_way(self.layout))
+            while attempt.reason is not None:
+                self._step_down(what, attempt.reason)
+                with (attempt := Attempt()):
+                    degrade(self.rung)
+                if attempt.reason is not None:
+                    self._recover(what, attempt.reason)
 
-    def on_host_instead(self, what: str, work: Callable[[torch.device], T], device: torch.device) -> T:
-        """Do ``work`` on the device, and where it does not fit there, on the host: for what runs once a video."""
-        done = self._attempted(what, lambda: work(device))
-        if not isinstance(done, RanOut):
-            return done
-        self.went_without(what, done.reason, "it runs on the host now, which takes longer")
-        return work(torch.device("cpu"))
+    def devices(
+        self, what: str, device: torch.device
+    ) -> Iterator[tuple[torch.device, contextlib.AbstractContextManager[object]]]:
+        """Attempts on the device, and where the work does not fit there, on the host: for what runs once a video.
+
+        Raises:
+            OutOfMemoryError: the device's memory ran out, and nothing may be given up.
+            DeviceError: the device does not answer any more.
+        """
+        yield device, (attempt := Attempt())
+        if attempt.reason is not None:
+            self._recover(what, attempt.reason)
+            self.went_without(what, attempt.reason, "it runs on the host now, which takes longer")
+            yield torch.device("cpu"), contextlib.nullcontext()
 
     def went_without(self, what: str, reason: str, words: str) -> None:
         """Note what a piece of work gave up by itself.
@@ -178,52 +221,32 @@ class Relief:
 
     def _step_down(self, what: str, reason: str) -> None:
         self._check_allowed(what, reason)
-        rung = next_rung(self.layout, self._layers, self._steps)
-        if rung is None:
+        found = next_rung(self.rung, self._layers, self._steps)
+        if found is None:
             raise _out_of_memory(what, reason, "nothing is left that could leave the device; take a smaller --size")
-        self.layout, words = rung
+        self.rung, words = found
         self._say(what, reason, words)
 
     def _say(self, what: str, reason: str, words: str) -> None:
         self.events.append(f"{what}: {words}")
         log.warning("the device's memory ran out in %s (%s): %s", what, reason, words)
 
-    def _attempted(self, what: str, work: Callable[[], T]) -> T | RanOut:
-        return attempted(what, work, self._empty_cache)
+    def _recover(self, what: str, reason: str) -> None:
+        """Give back what a failed attempt took.
 
-
-@dataclasses.dataclass(frozen=True)
-class RanOut:
-    """Memory ran out; ``reason`` is what was said of it."""
-
-    reason: str
-
-
-def attempted(what: str, work: Callable[[], T], empty_cache: Callable[[], None]) -> T | RanOut:
-    """Do ``work``, and where the device's memory runs out, give back what it took.
-
-    Raises:
-        DeviceError: memory ran out, and the device does not answer any more.
-    """
-    before = allocator_refusals()
-    try:
-        return work()
-    except RuntimeError as error:
-        if not is_out_of_memory(error, refused=allocator_refusals() > before):
-            raise
-        ran_out = RanOut(first_sentences(error))
-    # Outside the handler: what failed is not held by its traceback any more.
-    try:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        empty_cache()
-    except RuntimeError as error:
-        raise DeviceError(
-            f"the device's memory ran out in {what} ({ran_out.reason}), and it does not answer since "
-            f"({first_sentences(error)}): nothing on it can be used by this process any more; start again with a "
-            "smaller --vram-budget, what was written before is kept"
-        ) from error
-    return ran_out
+        Raises:
+            DeviceError: the device does not answer any more.
+        """
+        try:
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self._empty_cache()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"the device's memory ran out in {what} ({reason}), and it does not answer since "
+                f"({first_sentences(error)}): nothing on it can be used by this process any more; start again with a "
+                "smaller --vram-budget, what was written before is kept"
+            ) from error
 
 
 def free_cached() -> None:

@@ -1,4 +1,4 @@
-"""Where a run keeps its weights and rings, and how many steps go through a layer together.
+"""Placement of a run's weights and rings, how many steps go through a layer together, and what a user asks of both.
 
 The planner decides it, the runtime obeys it. Nothing here changes what is computed, except ``kv``.
 """
@@ -47,25 +47,21 @@ class Placement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryOptions:
-    """What a user says of memory; None and "auto" leave it to the plan.
+class PlanOptions:
+    """What a user asks of the plan, from the command line to the planner; "auto" leaves it to the plan. Validated at
+    construction.
 
-    ``vram_budget`` and ``ram_budget`` are bytes. ``kv`` is auto, int8 or bf16 (which stands for the dtype that is
-    computed in, float32 on a CPU). ``fallback`` allows to give up speed when memory runs out, ``allow_quality_loss``
-    also length, size and steps. ``placement`` lays a run out by hand, without a plan. ``cuda_graphs`` replays layers
-    that stay on the GPU from the third clip on, and takes memory for it. ``t5_cpu`` lets the text encoder
-    compute on the host.
+    ``kv`` is how rings and sink are kept: auto (int8 where the DiT is 8-bit), int8, or bf16 (which stands for the dtype
+    that is computed in, float32 on a CPU). ``wave``: steps of different blocks that share a pass over the layers, 1 to
+    the number of steps. ``offload_model``: all layers on the host, ``offload_kv_cache``: all rings. ``cuda_graphs``
+    replays layers that stay on the GPU from the third clip on, and takes memory for it. ``t5_cpu`` lets the text
+    encoder compute on the host, whether or not it fits on the device.
     """
 
-    vram_budget: int | None = None
-    ram_budget: int | None = None
     kv: str = "auto"
     wave: int | str = "auto"
     offload_model: bool = False
     offload_kv_cache: bool = False
-    fallback: bool = True
-    allow_quality_loss: bool = False
-    placement: Placement | None = None
     cuda_graphs: bool = False
     t5_cpu: bool = False
 
@@ -74,16 +70,33 @@ class MemoryOptions:
             raise ConfigError(f"--kv is {self.kv!r}; expected auto, int8 or bf16")
         if self.wave != "auto" and not (isinstance(self.wave, int) and self.wave >= 1):
             raise ConfigError(f"--wave is {self.wave!r}; expected auto, or 1 up to the number of steps")
-        if self.allow_quality_loss and not self.fallback:
-            raise ConfigError(
-                "--allow-quality-loss and --no-fallback contradict each other; expected one of them at most"
-            )
         for name in ("offload_model", "offload_kv_cache"):
             if self.cuda_graphs and getattr(self, name):
                 raise ConfigError(
                     f"--cuda-graphs are of layers whose weights and KV rings stay on the GPU, and --{name} takes all "
                     "of them to the host; expected one of both at most"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryOptions(PlanOptions):
+    """What a user says of a run's memory. ``vram_budget`` and ``ram_budget`` are bytes, None for what is free.
+    ``fallback`` allows to give up speed when memory runs out, ``allow_quality_loss`` also length, size and steps.
+    ``placement`` lays a run out by hand, without a plan.
+    """
+
+    vram_budget: int | None = None
+    ram_budget: int | None = None
+    fallback: bool = True
+    allow_quality_loss: bool = False
+    placement: Placement | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allow_quality_loss and not self.fallback:
+            raise ConfigError(
+                "--allow-quality-loss and --no-fallback contradict each other; expected one of them at most"
+            )
         for name in ("vram_budget", "ram_budget"):
             value = getattr(self, name)
             if value is not None and value <= 0:

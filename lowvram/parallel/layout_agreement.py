@@ -1,4 +1,4 @@
-"""On GPUs: every rank tells its card, and all of them come to the same layout and the same plan by themselves."""
+"""Agreement on a layout, on GPUs: every rank tells its card, and all come to the same layout and plan by themselves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.options import RankOptions
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning.cards import Card, Rates
-from lowvram.planning.layout_choice import Machines, Wishes, choose_team
+from lowvram.planning.layout_choice import choose_team
 from lowvram.planning.library_memory import parse_outside
 from lowvram.planning.measure import CudaRunner, card_at_hand
+from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.shared_link import contended_rates
 from lowvram.planning.workload import Workload
@@ -33,17 +34,19 @@ class Settler:
     memory: MemoryOptions
     dtype: str
 
-    def settle(self, team: RankTeam, device: torch.device) -> None:
-        """Tell the team what it runs on, and let it take the layout that is predicted to be the fastest there.
+    def settle(self, team: RankTeam, device: torch.device) -> Machines | None:
+        """Let the team take the layout that is predicted to be the fastest on what all ranks run on, which comes back;
+        None on the CPU, where there is nothing to settle.
 
         Raises:
             OutOfMemoryError: no layout that was allowed fits.
         """
         if device.type != "cuda":
-            return
-        team.there = there = machines_of(team, device, self.memory)
+            return None
+        there = machines_of(team, device, self.memory)
         if self.options.ulysses_size is None:
             team.settle(self._layout(there, choose_dtype(self.dtype, device)))
+        return there
 
     def _layout(self, there: Machines, dtype: torch.dtype) -> ParallelLayout:
         # The portrait, which one rank reads, makes the size named here or less of it.
@@ -52,8 +55,7 @@ class Settler:
             request.size, infer_frames=request.infer_frames, sample_steps=request.sample_steps, dtype=dtype
         )
         work = dataclasses.replace(work, voice_on_host=request.may_be_long)
-        wishes = Wishes.of(self.memory, num_gpus_dit=options.num_gpus_dit, vae_rank=options.enable_vae_parallel)
-        return choose_team(self.artifact, work, there, wishes).layout
+        return choose_team(self.artifact, work, there, self.memory, options).layout
 
 
 def machines_of(team: RankTeam, device: torch.device, memory: MemoryOptions) -> Machines:

@@ -1,4 +1,4 @@
-"""What a user says of several GPUs, checked before any rank starts."""
+"""Options of several GPUs, checked before any rank starts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ import torch
 from lowvram.devices import cuda_is_here
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.rank_env import Seat
-from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
+from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, chosen_layout
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankOptions:
+class RankOptions(LayoutOptions):
     """As they come from the command line; None leaves the choice to ``chosen_layout``."""
 
     gpus: int | None = None
-    num_gpus_dit: int | None = None
-    ulysses_size: int | None = None
-    enable_vae_parallel: bool | None = None
     port: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "num_gpus_dit", "ulysses_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; expected 1 or more")
+        super().__post_init__()
+        if self.gpus is not None and self.gpus < 1:
+            raise ConfigError(f"--gpus is {self.gpus}; expected 1 or more")
         if self.port is not None and (self.gpus or 1) < 2:
             raise ConfigError("--port has an effect with --gpus 2 or more only; torchrun has --master-port")
 
@@ -56,12 +52,7 @@ class RankOptions:
             )
         try:
             return chosen_layout(
-                world,
-                sample_steps=sample_steps,
-                heads=artifact.component("dit").config["num_heads"],
-                num_gpus_dit=self.num_gpus_dit,
-                ulysses_size=self.ulysses_size,
-                vae_rank=self.enable_vae_parallel,
+                world, self, sample_steps=sample_steps, heads=artifact.component("dit").config["num_heads"]
             )
         except ConfigError as error:
             raise ConfigError(f"{error}{seat.hint if seat else ''}") from error

@@ -18,6 +18,7 @@ from lowvram.offload.layers import layer_slab
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.rank_env import Seat, rank_device
 from lowvram.parallel.rank_team import EndedFromOutside, RankTeam
+from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram.runtime import Runtime
@@ -26,9 +27,13 @@ from lowvram_quantize.format import Artifact
 
 @contextlib.contextmanager
 def joined(
-    seat: Seat, layout: ParallelLayout, device: str, settle: Callable[[RankTeam, torch.device], None] | None = None
-) -> Iterator[tuple[RankTeam, str]]:
-    """Be one of the ranks: gives the team and the rank's device. ``settle`` may give it another layout.
+    seat: Seat,
+    layout: ParallelLayout,
+    device: str,
+    settle: Callable[[RankTeam, torch.device], Machines | None] | None = None,
+) -> Iterator[tuple[RankTeam, str, Machines | None]]:
+    """Be one of the ranks: gives the team, the rank's device, and what ``settle`` found that all ranks run on; it may
+    give the team another layout.
 
     Of a failure all ranks are told, and where another rank is at fault, that is what is raised.
 
@@ -39,10 +44,9 @@ def joined(
         team = RankTeam(seat, layout)
         try:
             where = rank_device(device, seat)
-            if settle is not None:
-                settle(team, torch.device(where))
+            machines = settle(team, torch.device(where)) if settle is not None else None
             team.connect(torch.device(where))
-            yield team, where
+            yield team, where, machines
             team.leave()
         except BaseException as error:
             if (found := team.explain(error)) is not None:

@@ -26,7 +26,6 @@ from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
-from lowvram.planning.layout_choice import Machines
 from lowvram.planning.measure import CudaRunner
 from lowvram.planning.nccl_memory import CudaTaken, measuring_group
 from lowvram.planning.rank_layout import ParallelLayout
@@ -62,7 +61,6 @@ class RankTeam:
         self._watch.begin()
         self._told = False  # that this rank fails
         self.host_weights: Shared | None = None
-        self.there: Machines | None = None
 
     def settle(self, layout: ParallelLayout) -> None:
         """Take another layout than the one that was met with; before ``connect``."""

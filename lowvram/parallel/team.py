@@ -15,7 +15,6 @@ import torch
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
 from lowvram.parallel.sequence import Sequence, Whole
-from lowvram.planning.layout_choice import Machines
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
 
@@ -63,14 +62,12 @@ LatentSize = tuple[int, int]
 
 class Team(Protocol):
     """``layout`` says what each rank does, ``role`` what this one does, ``sequence`` its part of tokens and heads;
-    ``host_weights`` is where streamed layers lie once for all ranks of a machine, ``there`` what all ranks run on,
-    where several of them are GPUs."""
+    ``host_weights`` is where streamed layers lie once for all ranks of a machine."""
 
     layout: ParallelLayout
     role: Role
     sequence: Sequence
     host_weights: Shared | None
-    there: Machines | None
 
     def share(self, what: str, value: Any) -> list[Any]:
         """Every rank tells ``value``, of which JSON has to be able; all ranks' values in order."""
@@ -113,7 +110,6 @@ class Solo:
         self.role = self.layout.role(0)
         self.sequence: Sequence = Whole()
         self.host_weights: Shared | None = None
-        self.there: Machines | None = None
 
     def share(self, what: str, value: Any) -> list[Any]:
         return [value]

@@ -9,9 +9,44 @@ from collections.abc import Sequence
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
 from lowvram.planning.memory import MachineParts, host_parts, machine_parts
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import Budgets
 from lowvram.planning.search import Job, candidates, fastest, fewest_host_rings, least_placement
 from lowvram.planning.timing import slowest
+from lowvram_kernels.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What ranks run on: each rank's card, the bytes that it may take of it, and the index of its machine; and bytes of
+    each machine's memory that its ranks may take together.
+
+    ``grouped``: whether ``vram_bytes`` were told when NCCL had taken its part of the cards already.
+    """
+
+    cards: Sequence[Card]
+    vram_bytes: Sequence[int]
+    machines: Sequence[int]
+    ram_bytes: Sequence[int]
+    grouped: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return len(self.cards)
+
+    def check(self, layout: ParallelLayout) -> None:
+        """Raises: ConfigError where these are not the ranks of ``layout``."""
+        counts = {"cards": len(self.cards), "budgets": len(self.vram_bytes), "machines": len(self.machines)}
+        for name, count in counts.items():
+            if count != layout.world_size:
+                raise ConfigError(
+                    f"{count} {name} for {layout.words()}; expected {layout.world_size}, one for each rank"
+                )
+        if set(self.machines) != set(range(len(self.ram_bytes))):
+            raise ConfigError(
+                f"ranks are on machines {sorted(set(self.machines))}, but memory is given of {len(self.ram_bytes)}; "
+                "expected machines counted from 0, and the memory of each"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +69,7 @@ class Member:
         if not self.job.share.denoises:
             return least_placement(self.job)
         found: list[tuple[int, int]] = []
-        for count in {layers} if self.job.offload_model else {0, layers}:
+        for count in {layers} if self.job.options.offload_model else {0, layers}:
             rings = fewest_host_rings(self.job, count, wave, self.budgets.usable)
             found += [] if rings is None else [(rings, count)]
         if not found:
@@ -71,11 +106,11 @@ def settle(members: Sequence[Member], ram_bytes: Sequence[int]) -> tuple[Placeme
     Each rank first takes what is fastest on its card. Where that is too much for a machine, all its ranks stream the
     same layers, which lie on the host once: each of them makes room for rings on every card. Every wave is tried then.
     """
-    wishes = _fastest_on_cards(members)
-    if wishes is None:
+    fast = _fastest_on_cards(members)
+    if fast is None:
         return _too_large(members)
-    found = _within(members, wishes, ram_bytes)
-    if found == tuple(wishes) or members[0].job.wave:
+    found = _within(members, fast, ram_bytes)
+    if found == tuple(fast) or members[0].job.wave:
         return found
     waves = range(1, max(len(member.waves) for member in members) + 1)
     others = [found, *(_with_wave(members, wave, ram_bytes) for wave in waves)]
@@ -96,8 +131,8 @@ def _fastest_on_cards(members: Sequence[Member]) -> list[Placement] | None:
 def _with_wave(members: Sequence[Member], wave: int, ram_bytes: Sequence[int]) -> tuple[Placement, ...] | Shortfall:
     """The same, with so many steps in a pass wherever there are so many."""
     settled = [member.with_wave(wave) for member in members]
-    wishes = _fastest_on_cards(settled)
-    return _too_large(settled) if wishes is None else _within(settled, wishes, ram_bytes)
+    fast = _fastest_on_cards(settled)
+    return _too_large(settled) if fast is None else _within(settled, fast, ram_bytes)
 
 
 def _rank(members: Sequence[Member], placements: Sequence[Placement]) -> tuple[float, float, int]:
@@ -150,11 +185,11 @@ def _within(
     return tuple(result)
 
 
-def _lean(here: Sequence[Member], wishes: Sequence[Placement], there: int) -> list[Placement]:
-    """The fastest where all ranks of a machine stream the same layers; the leanest, or the wishes, where none fits."""
-    job, options = here[0].job, [list(wishes)]
-    for layers in [job.layers] if job.offload_model else range(job.layers + 1):
-        found = [member.streaming(layers, wish.wave) for member, wish in zip(here, wishes, strict=True)]
+def _lean(here: Sequence[Member], fast: Sequence[Placement], there: int) -> list[Placement]:
+    """The fastest where all ranks of a machine stream the same layers; the leanest, or ``fast``, where none fits."""
+    job, options = here[0].job, [list(fast)]
+    for layers in [job.layers] if job.options.offload_model else range(job.layers + 1):
+        found = [member.streaming(layers, each.wave) for member, each in zip(here, fast, strict=True)]
         placements = [placement for placement in found if placement is not None]
         if len(placements) == len(here):
             options.append(placements)

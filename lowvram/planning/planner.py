@@ -1,4 +1,4 @@
-"""From a model, a workload and budgets to what one rank or several of them do; refused before anything loads."""
+"""Planner: from a model, a workload and budgets to what one rank or several do; refused before anything loads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from lowvram.byte_sizes import gib
-from lowvram.offload.placement import Placement
+from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
-from lowvram.planning.members import Member, Shortfall, host_of, settle
+from lowvram.planning.members import Machines, Member, Shortfall, host_of, settle
 from lowvram.planning.memory import MachineParts
 from lowvram.planning.model_sizes import ModelFacts, facts_of
 from lowvram.planning.rank_layout import ParallelLayout
@@ -28,7 +28,6 @@ from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, slowest
 from lowvram.planning.workload import Workload
 from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
-from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
 
 
@@ -109,151 +108,88 @@ def _through(plan: Plan, seconds: Seconds) -> float:
 def plan(
     artifact: Artifact | ModelFacts,
     workload: Workload,
+    options: PlanOptions | None = None,
     *,
     vram_bytes: int,
     ram_bytes: int,
     card: Card,
-    kv: str = "auto",
-    wave: str | int = "auto",
-    offload_model: bool = False,
-    offload_kv: bool = False,
-    cuda_graphs: bool = False,
-    t5_cpu: bool = False,
 ) -> Plan:
     """The fastest predicted placement of an artifact's model on one card: ``plan_team`` of a rank that does everything.
 
     Args:
         artifact: what ``convert`` wrote, or its sizes (``facts_of``); only headers are read.
+        options: what is not left to the plan.
         vram_bytes: what may be taken of the device, reserve included.
         ram_bytes: what may be taken of the host.
         card: its rates decide what is fastest, and what was measured on it what is kept free.
-        kv: how rings and sink are kept: "int8", "bf16", or "auto" (int8 where the DiT is 8-bit).
-        wave: steps of different blocks that share a pass over the layers: 1 to ``sample_steps``, or "auto".
-        offload_model: all layers on the host.
-        offload_kv: all rings on the host.
-        cuda_graphs: leave room for graphs of the layers that stay on the device.
-        t5_cpu: let the text encoder run on the host, whether or not it fits on the device.
 
     Raises:
-        ConfigError: an unknown ``kv``, or a wave beyond the steps.
+        ConfigError: a wave beyond the steps.
         DoesNotFit: (an OutOfMemoryError) nothing fits; the message has bytes needed, bytes there, and what would fit.
     """
-    team = plan_team(
-        artifact,
-        workload,
-        ParallelLayout(),
-        cards=[card],
-        vram_bytes=[vram_bytes],
-        machines=[0],
-        ram_bytes=[ram_bytes],
-        kv=kv,
-        wave=wave,
-        offload_model=offload_model,
-        offload_kv=offload_kv,
-        cuda_graphs=cuda_graphs,
-        t5_cpu=t5_cpu,
-    )
-    return team.ranks[0]
+    there = Machines(cards=[card], vram_bytes=[vram_bytes], machines=[0], ram_bytes=[ram_bytes])
+    return plan_team(artifact, workload, ParallelLayout(), there, options).ranks[0]
 
 
 def plan_team(
     artifact: Artifact | ModelFacts,
     workload: Workload,
     layout: ParallelLayout,
+    there: Machines,
+    options: PlanOptions | None = None,
     *,
-    cards: Sequence[Card],
-    vram_bytes: Sequence[int],
-    machines: Sequence[int],
-    ram_bytes: Sequence[int],
-    kv: str = "auto",
-    wave: str | int = "auto",
-    offload_model: bool = False,
-    offload_kv: bool = False,
-    cuda_graphs: bool = False,
-    t5_cpu: bool = False,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
-    grouped: bool = False,
 ) -> TeamPlan:
     """The fastest predicted placements of all ranks of a layout; of the same arguments always the same.
 
     Args:
         artifact: what ``convert`` wrote, or its sizes; only headers are read.
-        cards, vram_bytes, machines: each rank's card, the bytes that it may take of it, and the index of its machine.
-        ram_bytes: bytes of each machine's memory that its ranks may take together.
-        kv, offload_model, offload_kv, cuda_graphs, t5_cpu: for all ranks; as ``plan`` has them.
-        wave: as there; a stage with fewer steps than that shares a pass among all it has.
+        there: what the ranks run on, and what they may take of it.
+        options: for all ranks; a stage with fewer steps than ``wave`` shares a pass among all it has.
         link_bytes_per_s: what a rank sends the others of its stage in a second, while it receives as much.
-        grouped: whether ``vram_bytes`` were told when NCCL had taken its part of the cards already.
 
     Raises:
         ConfigError: a layout that does not suit the model, or an option that cannot be used.
         DoesNotFit: (an OutOfMemoryError) nothing fits; names the rank or the machine, bytes needed and bytes there.
     """
     facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
+    options = options or PlanOptions()
     layout.check(
         sample_steps=workload.sample_steps, heads=facts.config.num_heads, tokens_per_frame=workload.tokens_per_frame
     )
-    _check_ranks(layout, cards, vram_bytes, machines, ram_bytes)
+    there.check(layout)
     job = Job(
         facts=facts,
         work=workload,
-        kv=kv_scheme(kv, facts),
-        wave=wave_of(wave, workload.sample_steps),
-        offload_model=offload_model,
-        offload_kv=offload_kv,
-        cuda_graphs=cuda_graphs,
-        t5_cpu=t5_cpu,
+        kv=kv_scheme(options.kv, facts),
+        wave=wave_of(options.wave, workload.sample_steps),
+        options=options,
         layout=layout,
         link_bytes_per_s=link_bytes_per_s,
     )
-    jobs = [dataclasses.replace(job, rank=rank) for rank in range(layout.world_size)]
-    members = [
-        _member(
-            job,
-            card,
-            Budgets(
-                vram=vram,
-                ram=ram_bytes[machine],
-                reserve=reserve_of(card, workload, job.share, grouped=grouped),
-            ),
-            machine,
-        )
-        for job, card, vram, machine in zip(jobs, cards, vram_bytes, machines, strict=True)
-    ]
-    found = settle(members, ram_bytes)
+    members = [_member(dataclasses.replace(job, rank=rank), there) for rank in range(layout.world_size)]
+    found = settle(members, there.ram_bytes)
     if isinstance(found, Shortfall):
-        raise _refusal(members, found, ram_bytes)
+        raise _refusal(members, found, there.ram_bytes)
     ranks = tuple(describe(m.job, p, m.budgets, m.card) for m, p in zip(members, found, strict=True))
     return TeamPlan(
         layout=layout,
         workload=workload,
         ranks=ranks,
-        machines=tuple(machines),
-        host=tuple(_machine(members, found, machine) for machine in range(len(ram_bytes))),
-        ram_bytes=tuple(ram_bytes),
+        machines=tuple(there.machines),
+        host=tuple(_machine(members, found, machine) for machine in range(len(there.ram_bytes))),
+        ram_bytes=tuple(there.ram_bytes),
         notes=_notes(job, ranks),
     )
 
 
-def _check_ranks(
-    layout: ParallelLayout,
-    cards: Sequence[Card],
-    vram_bytes: Sequence[int],
-    machines: Sequence[int],
-    ram_bytes: Sequence[int],
-) -> None:
-    counts = {"cards": len(cards), "budgets": len(vram_bytes), "machines": len(machines)}
-    for name, count in counts.items():
-        if count != layout.world_size:
-            raise ConfigError(f"{count} {name} for {layout.words()}; expected {layout.world_size}, one for each rank")
-    if set(machines) != set(range(len(ram_bytes))):
-        raise ConfigError(
-            f"ranks are on machines {sorted(set(machines))}, but memory is given of {len(ram_bytes)}; expected "
-            "machines counted from 0, and the memory of each"
-        )
-
-
-def _member(job: Job, card: Card, budgets: Budgets, machine: int) -> Member:
+def _member(job: Job, there: Machines) -> Member:
+    card, machine = there.cards[job.rank], there.machines[job.rank]
+    budgets = Budgets(
+        vram=there.vram_bytes[job.rank],
+        ram=there.ram_bytes[machine],
+        reserve=reserve_of(card, job.work, job.share, grouped=there.grouped),
+    )
     member = Member(job=place_text_encoder(job, budgets.usable), card=card, budgets=budgets, machine=machine)
     return member.with_wave(job.wave) if job.wave else member
 

@@ -113,6 +113,21 @@ class ParallelLayout:
         return f"{self.num_gpus_dit} for the DiT ({stages})" + (", 1 for the VAE" if self.vae_rank else "")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """What a user says of how ranks share the work; None leaves it to the choice. Validated at construction."""
+
+    num_gpus_dit: int | None = None
+    ulysses_size: int | None = None
+    enable_vae_parallel: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_gpus_dit", "ulysses_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; expected 1 or more")
+
+
 def layouts(gpus: int, *, sample_steps: int, heads: int) -> Iterator[ParallelLayout]:
     """Every layout of so many GPUs, with and without a rank for the VAE."""
     for vae_rank in (False, True):
@@ -122,22 +137,16 @@ def layouts(gpus: int, *, sample_steps: int, heads: int) -> Iterator[ParallelLay
                 yield ParallelLayout(num_gpus_dit=dit, ulysses_size=ulysses_size, vae_rank=vae_rank)
 
 
-def chosen_layout(
-    gpus: int,
-    *,
-    sample_steps: int,
-    heads: int,
-    num_gpus_dit: int | None = None,
-    ulysses_size: int | None = None,
-    vae_rank: bool | None = None,
-) -> ParallelLayout:
-    """The layout of ``gpus`` ranks, with what is None chosen: 4 are 3 and one for the VAE, 5 are 4 and one, 1 to 3 are
-    all for the DiT. Of stages and ``ulysses_size`` those with the least work for the busiest rank; of equal ones more
-    stages, which exchange nothing but latents.
+def chosen_layout(gpus: int, options: LayoutOptions | None = None, *, sample_steps: int, heads: int) -> ParallelLayout:
+    """The layout of ``gpus`` ranks, with what no option says chosen: 4 are 3 and one for the VAE, 5 are 4 and one, 1 to
+    3 are all for the DiT. Of stages and ``ulysses_size`` those with the least work for the busiest rank; of equal ones
+    more stages, which exchange nothing but latents.
 
     Raises:
         ConfigError: what is given does not add up to ``gpus``, or to nothing that works.
     """
+    options = options or LayoutOptions()
+    num_gpus_dit, ulysses_size, vae_rank = options.num_gpus_dit, options.ulysses_size, options.enable_vae_parallel
     if num_gpus_dit is not None and vae_rank is None:
         vae_rank = gpus == num_gpus_dit + 1
     vae_rank = gpus >= RANKS_WITH_VAE if vae_rank is None else vae_rank

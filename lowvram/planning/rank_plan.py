@@ -142,8 +142,6 @@ def kv_scheme(kv: str, facts: ModelFacts) -> str:
     """How rings are kept where a user says ``kv``, as ``Placement`` has it."""
     if kv == "auto":
         return "int8" if facts.quantized else "plain"
-    if kv not in KV_NAMES:
-        raise ConfigError(f"--kv is {kv!r}; expected auto, {' or '.join(KV_NAMES)}")
     return KV_NAMES[kv]
 
 
@@ -159,7 +157,7 @@ def wave_of(wave: str | int, steps: int) -> int | None:
 def place_text_encoder(job: Job, usable_bytes: int) -> Job:
     """On the host where that is asked for, or where it does not fit on the device: it runs once a video."""
     needed = job.stage_peaks(least_placement(job)).get("encode_text", 0)
-    return dataclasses.replace(job, text_device="cpu") if job.t5_cpu or needed > usable_bytes else job
+    return dataclasses.replace(job, text_device="cpu") if job.options.t5_cpu or needed > usable_bytes else job
 
 
 def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
@@ -204,7 +202,7 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
     reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
     notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}", *card.notes]
     if job.text_device == "cpu":
-        reason = "is to run on the host" if job.t5_cpu else "does not fit on the device: it runs on the host"
+        reason = "is to run on the host" if job.options.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")
     if job.facts.precision == "fp8" and not card.has_fp8:
         widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-from lowvram.offload.placement import Placement
+from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory import DeviceParts, device_parts, host_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
@@ -23,9 +23,8 @@ _ENCODERS = ("encode_text", "encode_audio", "encode_image")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One rank's part of a model and a workload, with what is settled about it: ``kv`` "plain" or "int8", ``wave`` None
-    for any, all layers or all rings on the host, where the text encoder runs ("cuda" or "cpu"; ``t5_cpu`` asks for the
-    host), and whether layers that stay on the device are replayed as CUDA graphs.
+    """One rank's part of a model and a workload, with ``options`` and what is settled of them: ``kv`` "plain" or
+    "int8", ``wave`` None for any, and where the text encoder runs, "cuda" or "cpu".
 
     ``link_bytes_per_s`` is what it sends other ranks in a second, while it receives as much."""
 
@@ -33,11 +32,8 @@ class Job:
     work: Workload
     kv: str
     wave: int | None = None
-    offload_model: bool = False
-    offload_kv: bool = False
     text_device: str = "cuda"
-    t5_cpu: bool = False
-    cuda_graphs: bool = False
+    options: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     layout: ParallelLayout = dataclasses.field(default_factory=ParallelLayout)
     rank: int = 0
     link_bytes_per_s: float = LINK_BYTES_PER_S
@@ -70,7 +66,7 @@ class Job:
         return stage_peaks(self.facts, self.work, placement, parts, self.text_device, self.share)
 
     def device_parts(self, placement: Placement) -> DeviceParts:
-        return device_parts(self.facts, self.work, placement, self.share, cuda_graphs=self.cuda_graphs)
+        return device_parts(self.facts, self.work, placement, self.share, cuda_graphs=self.options.cuda_graphs)
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())
@@ -109,7 +105,7 @@ def candidates(job: Job, budget_bytes: int) -> Iterator[Placement]:
         yield from [placement] if job.peak(placement) <= budget_bytes else []
         return
     for wave in [job.wave] if job.wave else range(1, len(job.share.steps) + 1):
-        for streamed in [job.layers] if job.offload_model else range(job.layers + 1):
+        for streamed in [job.layers] if job.options.offload_model else range(job.layers + 1):
             hosted = fewest_host_rings(job, streamed, wave, budget_bytes)
             if hosted is not None:
                 yield job.placement(streamed, hosted, wave)
@@ -117,7 +113,7 @@ def candidates(job: Job, budget_bytes: int) -> Iterator[Placement]:
 
 def fewest_host_rings(job: Job, streamed: int, wave: int, budget_bytes: int) -> int | None:
     """How many rings have to lie on the host; None where nothing helps."""
-    if job.offload_kv:
+    if job.options.offload_kv_cache:
         return job.cells if job.peak(job.placement(streamed, job.cells, wave)) <= budget_bytes else None
     peaks = job.stage_peaks(job.placement(streamed, 0, wave))
     if max(peaks.get(stage, 0) for stage in _ENCODERS) > budget_bytes:
@@ -140,7 +136,7 @@ def least_placement(job: Job) -> Placement:
     options = [
         job.placement(streamed, hosted, job.wave or 1)
         for streamed, hosted in counts
-        if (streamed or not job.offload_model) and (hosted or not job.offload_kv)
+        if (streamed or not job.options.offload_model) and (hosted or not job.options.offload_kv_cache)
     ]
     return min(options, key=job.peak)
 

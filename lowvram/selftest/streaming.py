@@ -142,7 +142,7 @@ def graphs(subject: Subject, device: torch.device) -> Result:
         model = tiny_model(Path(folder), steps=STEPS, clips=5)
         plain, _ = _run(device, model, Placement(kv="int8"), graphs=False)
         replayed, pipeline = _run(device, model, Placement(kv="int8"), graphs=True)
-    counts = pipeline.runtime.cuda_graphs or {}
+    counts = pipeline.run.graphs
     if not counts.get("replayed"):
         return Result(subject=subject, status="failed", message=f"nothing was replayed ({counts}); leave --cuda-graphs")
     return compared(subject, plain, replayed)

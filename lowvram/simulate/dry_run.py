@@ -93,7 +93,7 @@ def dry_run(
         peak_reserved=max(stage.peak_vram_reserved_bytes for stage in stages.values()),
         block_in=sum(inward for inward, _ in last) // len(last),
         block_out=sum(outward for _, outward in last) // len(last),
-        given_up=tuple(pipeline.runtime.relief.events),
+        given_up=tuple(pipeline.run.ladder.events),
         sent=sum(team.sent_bytes().values()),
     )
 

@@ -17,7 +17,6 @@ from lowvram.offload.layers import Shared
 from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.team import LATENT_CHANNELS, Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
-from lowvram.planning.layout_choice import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
 
@@ -51,7 +50,6 @@ class PretendTeam:
         self.layout, self.role = layout, layout.role(rank)
         self._latent_size, self._conditions = latent_size, conditions
         self.host_weights: Shared | None = None
-        self.there: Machines | None = None
         self.exchange = PretendExchange(self.role.index or 0)
         alone = self.role.index is None or layout.ulysses_size == 1
         index = self.role.index or 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowvram import devices
 from lowvram.devices import choose_device, computing_on, cuda_is_here, current, each_within
 from lowvram.offload.copy_engine import Engine
+from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning.measure import CudaRunner
 from lowvram.runtime import Runtime
 from lowvram_kernels.errors import HardwareError
+from lowvram_quantize.format import Artifact
 
 
 class Cards:
@@ -108,6 +111,19 @@ def test_an_engine_is_made_where_it_works(tiny, cards, monkeypatch):
     Runtime(artifact, torch.device("cuda", 1), "auto", memory)
     assert made_at == [1]
     assert cards.current == 0
+
+
+@pytest.mark.parametrize(("nbytes", "share"), [(None, 1.0), (20 << 30, 0.25), (90 << 30, 1.0)])
+def test_a_process_is_capped_on_its_card_alone(tiny, cards, monkeypatch, nbytes, share):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *asked: seen.append(asked))
+    artifact, memory = Artifact.open(tiny.artifact("int8")), MemoryOptions()
+    Runtime(artifact, torch.device("cpu"), "auto", memory).cap(nbytes)
+    assert not seen
+    card = torch.device("cuda", 1)
+    Runtime(artifact, card, "auto", memory, Engine(torch.device("cpu"))).cap(nbytes)
+    assert seen == [(share, card)]
 
 
 def test_a_card_is_measured_where_it_is(cards, monkeypatch):

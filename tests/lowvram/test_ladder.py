@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lowvram.denoise.rollout import Rollout
+from lowvram.offload.placement import PlanOptions
 from lowvram.planning import CARDS, Workload
+from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
@@ -50,12 +52,13 @@ def run(artifact, dtype: torch.dtype, monkeypatch, layout: ParallelLayout = APAR
         artifact,
         work,
         layout,
-        cards=[CARDS["rtx4090"]] * layout.world_size,
-        vram_bytes=[22 * GIB] * layout.world_size,
-        machines=[0] * layout.world_size,
-        ram_bytes=[64 * GIB],
-        offload_model=True,
-        kv="bf16",
+        Machines(
+            cards=[CARDS["rtx4090"]] * layout.world_size,
+            vram_bytes=[22 * GIB] * layout.world_size,
+            machines=[0] * layout.world_size,
+            ram_bytes=[64 * GIB],
+        ),
+        PlanOptions(offload_model=True, kv="bf16"),
     ).ranks[0]
     assert len(planned.placement.streamed_layers) == LAYERS
     assert not planned.placement.host_rings

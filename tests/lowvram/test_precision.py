@@ -44,7 +44,7 @@ def test_a_run_that_fails_leaves_settings_as_they_were(tiny, monkeypatch):
         assert in_effect() == EXACT
         raise RuntimeError("no")
 
-    monkeypatch.setattr("lowvram.pipeline.encode_text", fail)
+    monkeypatch.setattr("lowvram.encode.conditions.encode_text", fail)
     frames = AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu").stream(tiny.request())
     with pytest.raises(RuntimeError, match="no"):
         next(frames)

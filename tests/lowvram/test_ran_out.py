@@ -15,7 +15,7 @@ from lowvram.devices import allocator_refusals, is_out_of_memory
 from lowvram.infer import infer
 from lowvram.loading import encoders
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Layout, Relief, attempted, first_sentences, free_cached
+from lowvram.offload.oom import Attempt, Ladder, Rung, first_sentences
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
@@ -97,9 +97,11 @@ def test_a_convolution_without_an_engine_ran_out_where_the_allocator_has_refused
         refused[0] += refusals
         raise NO_ENGINE
 
-    assert attempted("decode", lambda: convolve(2), free_cached).reason == str(NO_ENGINE)
-    with pytest.raises(RuntimeError, match="unable to find an engine"):
-        attempted("decode", lambda: convolve(0), free_cached)
+    with Attempt() as attempt:
+        convolve(2)
+    assert attempt.reason == str(NO_ENGINE)
+    with pytest.raises(RuntimeError, match="unable to find an engine"), Attempt():
+        convolve(0)
 
 
 def test_hints_are_left_out_of_what_is_said():
@@ -120,11 +122,12 @@ def test_a_run_goes_on_slower_whoever_ran_out(tiny, monkeypatch, error):
     monkeypatch.setattr(CausalDiT, "layer", layer)
     frames, pipeline = frames_of(tiny)
     assert np.array_equal(frames, plain)
-    assert pipeline.runtime.relief.events == ["denoise: 1 of 4 layers are streamed now"]
+    assert pipeline.run.ladder.events == ["denoise: 1 of 4 layers are streamed now"]
 
 
-def relief() -> Relief:
-    return Relief(Layout(placement=Placement(), online_decode=True), layers=4, steps=range(1), allowed=True)
+def ladder(**more) -> Ladder:
+    rung = Rung(placement=Placement(), online_decode=True)
+    return Ladder(rung, layers=4, steps=range(1), allowed=True, **more)
 
 
 def fail(error: Exception) -> None:
@@ -141,35 +144,44 @@ def test_a_device_that_does_not_answer_any_more_is_said_and_not_tried_again(monk
     monkeypatch.setattr(torch.cuda, broken, lambda: fail(OTHERS[0]))
     tried = []
 
-    def work() -> None:
-        tried.append(1)
-        raise CUDA
-
-    with pytest.raises(DeviceError, match=r"ran out in denoise .*does not answer since .*illegal memory.*start again"):
-        relief().attempt("denoise", work, lambda layout: None)
+    words = r"ran out in denoise .*does not answer since .*illegal memory.*start again"
+    with pytest.raises(DeviceError, match=words):  # noqa: PT012
+        for attempt in ladder().attempts("denoise"):
+            with attempt:
+                tried.append(1)
+                raise CUDA
     assert tried == [1]
 
 
 @pytest.mark.parametrize("error", [TRITON, CUDA])
 def test_ranks_that_work_together_step_down_for_it_too(error):
-    told, left = [], [1]
-
-    def work() -> str:
-        return fail(error) if left and left.pop() else "done"
+    told, left, done = [], [1], []
 
     def any_ran_out(here: bool) -> bool:
         told.append(here)
         return here
 
-    found = relief().attempt_together("denoise", work, lambda _: 0, keep_up=lambda: None, any_ran_out=any_ran_out)
-    assert (found, told) == ("done", [True, False])
+    together = ladder().attempts_together("denoise", lambda _: 0, keep_up=lambda: None, any_ran_out=any_ran_out)
+    for attempt in together:
+        with attempt:
+            if left and left.pop():
+                raise error
+            done.append(1)
+    assert (done, told) == ([1], [True, False])
 
 
 def test_what_can_run_on_the_host():
-    found = relief().on_host_instead(
-        "encode_text", lambda device: fail(CUDA) if device.type == "meta" else device.type, torch.device("meta")
-    )
-    assert found == "cpu"
+    tried = []
+    for where, attempt in ladder().devices("encode_text", torch.device("meta")):
+        with attempt:
+            tried.append(where.type)
+            if where.type == "meta":
+                raise CUDA
+    assert tried == ["meta", "cpu"]
+    with pytest.raises(torch.AcceleratorError):  # noqa: PT012
+        for _, attempt in ladder().devices("encode_text", torch.device("meta")):
+            with attempt:
+                raise CUDA
 
 
 def test_a_copy_without_memory_is_no_failed_copy(monkeypatch):
@@ -219,7 +231,11 @@ def test_the_command_line_says_which_it_was(monkeypatch, error, words):
     assert (result.exit_code, words in result.stderr) == (1, True)
 
 
-def test_relief_gives_back_what_failed_before_it_tries_again():
-    freed = []
-    attempted("denoise", lambda: fail(CUDA), lambda: freed.append(1))
-    assert freed == [1]
+def test_what_failed_is_given_back_before_it_is_tried_again():
+    done: list[str] = []
+    for attempt in ladder(empty_cache=lambda: done.append("freed")).attempts("denoise"):
+        with attempt:
+            done.append("tried")
+            if len(done) == 1:
+                raise CUDA
+    assert done == ["tried", "freed", "tried"]

@@ -20,11 +20,11 @@ from lowvram.denoise.denoiser import Denoiser
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Layout, Relief
+from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.sequence import Whole
 from lowvram.parallel.team import Alone, Solo
-from lowvram.runtime import Runtime
+from lowvram.runtime import Run, Runtime, memory_report
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError
 from lowvram_models.config import DiTConfig
@@ -57,8 +57,8 @@ class Pools(list):
 def faked(monkeypatch, pools: Pools) -> None:
     """Let runs have graphs on a CPU, from ``pools``."""
 
-    def graphs(engine, sequence, placement, cells, gave_up) -> LayerGraphs:
-        return LayerGraphs(pools, engine, gave_up)
+    def graphs(engine, sequence, placement, cells, gave_up, facts) -> LayerGraphs:
+        return LayerGraphs(pools, engine, gave_up, facts)
 
     monkeypatch.setattr(denoiser_module, "layer_graphs", graphs)
 
@@ -68,11 +68,15 @@ class Made:
     """What came of a run: all latents, and what the run says of itself."""
 
     latents: torch.Tensor
-    runtime: Runtime
+    run: Run
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.run.runtime
 
     @property
     def facts(self) -> dict[str, float]:
-        return self.runtime.memory_report()["cuda_graphs"]
+        return memory_report(self.runtime, self.run)["cuda_graphs"]
 
 
 def run(
@@ -91,14 +95,12 @@ def run(
         "auto",
         MemoryOptions(cuda_graphs=graphs, fallback=fallback),
     )
-    layout = Layout(placement=placement, online_decode=True)
-    runtime.relief = Relief(layout, layers=LAYERS, steps=range(STEPS), allowed=fallback)
+    rung = Rung(placement=placement, online_decode=True)
+    one = Run(runtime=runtime, ladder=Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=fallback))
     request = tiny.request(sample_steps=STEPS, infer_frames=FRAMES, cond_rope_distance="random")
-    denoiser = Denoiser(
-        runtime, request, SIZE, conditions(DiTConfig.from_dict(runtime.dit_config)), Solo(), range(STEPS)
-    )
+    denoiser = Denoiser(one, request, SIZE, conditions(DiTConfig.from_dict(runtime.dit_config)), Solo(), range(STEPS))
     blocks = blocks_of(CLIPS, latent_frames_per_clip(FRAMES))
-    return Made(torch.cat([latent.flatten() for _, latent in denoiser.run(blocks, Alone())]), runtime)
+    return Made(torch.cat([latent.flatten() for _, latent, _ in denoiser.run(blocks, Alone())]), one)
 
 
 def in_lanes(kernels: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
@@ -163,8 +165,8 @@ def test_moving_weights_and_rings_begins_anew(tiny, monkeypatch):
         if next(passes) == 2 * 2 * STEPS + 3:  # of the third clip's two blocks the second has taken a step
             lanes = list(self.rollout.graphs._lanes.values())
             assert any(lane.captured for lane in lanes)
-            self._runtime.relief._step_down("denoise", "made up")
-            self.give_way(self._runtime.layout)
+            self._run.ladder._step_down("denoise", "made up")
+            self.degrade(self._run.rung)
             assert not any(lane.captured for lane in lanes)
         real(self, tick, latent)
 
@@ -172,7 +174,7 @@ def test_moving_weights_and_rings_begins_anew(tiny, monkeypatch):
     replayed = run(tiny, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
     assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
-    assert len(replayed.runtime.layout.placement.streamed_layers) == 1
+    assert len(replayed.run.rung.placement.streamed_layers) == 1
     assert len(pools) == 2
     assert pools[1].graphs
 
@@ -191,7 +193,7 @@ def test_a_pass_that_fails_behind_its_replays_is_repeated(tiny, monkeypatch):
     monkeypatch.setattr(Head, "forward", forward)
     replayed = run(tiny, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.relief.events == ["denoise: 1 of 4 layers are streamed now"]
+    assert replayed.run.ladder.events == ["denoise: 1 of 4 layers are streamed now"]
 
 
 @pytest.mark.parametrize("fails_at", [0, 9])
@@ -206,8 +208,8 @@ def test_memory_that_runs_out_in_a_capture_ends_all_graphs(tiny, monkeypatch, ca
     for key, calls in plain.runtime.kernels.items():
         assert calls <= replayed.runtime.kernels[key] <= most[key], key
     assert (len(pools), pools.captures) == (1, fails_at + 1)
-    assert replayed.runtime.relief.events == ["cuda_graphs: layers run without graphs from here on"]
-    assert replayed.runtime.layout.placement == Placement(wave=wave)
+    assert replayed.run.ladder.events == ["cuda_graphs: layers run without graphs from here on"]
+    assert replayed.run.rung.placement == Placement(wave=wave)
     assert sum("9.00 GiB): layers run without graphs" in record.getMessage() for record in caplog.records) == 1
 
 
@@ -269,7 +271,7 @@ def test_cuda_graphs_share_a_pool_and_a_stream_and_come_back_from_it(monkeypatch
 
 
 def graphs_on(device: str, placement: Placement = RESIDENT, sequence: object = None) -> LayerGraphs | None:
-    return layer_graphs(Engine(torch.device(device)), sequence or Whole(), placement, CELLS, print)
+    return layer_graphs(Engine(torch.device(device)), sequence or Whole(), placement, CELLS, print, {})
 
 
 def test_where_graphs_have_no_effect_they_are_warned_about(caplog):
@@ -316,4 +318,4 @@ def test_on_the_card(tiny, precision, kv, wave):
     assert torch.equal(replayed.latents, plain.latents)
     assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
     assert (replayed.facts["captured"], replayed.facts["replayed"]) == (GRAPHS * 3 // 4, GRAPHS * 3 // 4 * (CLIPS - 2))
-    assert replayed.runtime.relief.events == []
+    assert replayed.run.ladder.events == []

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from lowvram import pipeline as pipeline_module
 from lowvram.denoise import denoiser as denoiser_module
 from lowvram.denoise import rollout as rollout_module
-from lowvram.offload import oom as relief_module
-from lowvram.offload.oom import MOST_TILES, Layout, Relief, next_rung, smaller_request
+from lowvram.encode import conditions
+from lowvram.offload.oom import MOST_TILES, Ladder, Rung, next_rung, smaller_request
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels.errors import OutOfMemoryError
@@ -51,9 +51,9 @@ def plain(tiny) -> np.ndarray:
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "said"),
     [
-        (pipeline_module, "encode_text", (0,), ["encode_text: it runs on the host"]),
-        (pipeline_module, "encode_audio", (0,), ["encode_audio: it runs on the host"]),
-        (pipeline_module, "encode_image", (0,), ["encode_image: it runs on the host"]),
+        (conditions, "encode_text", (0,), ["encode_text: it runs on the host"]),
+        (conditions, "encode_audio", (0,), ["encode_audio: it runs on the host"]),
+        (conditions, "encode_image", (0,), ["encode_image: it runs on the host"]),
         (denoiser_module, "load_shared", (0,), ["load_dit: 1 of 4 layers"]),
         (rollout_module.Rollout, "prefill", (0, 1), ["prefill_sink: 1 of 4", "prefill_sink: 2 of 4"]),
         (CausalDiT, "layer", (2,), ["prefill_sink: 1 of 4 layers"]),
@@ -69,10 +69,10 @@ def test_memory_that_runs_out_once_changes_nothing_but_the_speed(
     fail_at(monkeypatch, owner, name, *calls)
     frames, pipeline = frames_of(tiny)
     assert np.array_equal(frames, plain)
-    assert [event.startswith(start) for event, start in zip(pipeline.runtime.relief.events, said, strict=True)]
+    assert [event.startswith(start) for event, start in zip(pipeline.run.ladder.events, said, strict=True)]
     assert all(SAYS.rstrip(".") in record.getMessage() for record in caplog.records if "ran out" in record.message)
     assert sum("ran out" in record.getMessage() for record in caplog.records) == len(said)
-    assert pipeline.memory_report()["given_up"] == pipeline.runtime.relief.events
+    assert pipeline.memory_report()["given_up"] == pipeline.run.ladder.events
 
 
 @pytest.mark.parametrize("wave", [1, 2])
@@ -80,7 +80,7 @@ def test_a_pass_that_fails_over_and_over_moves_everything_to_the_host(tiny, plai
     # Each repetition gets as far as its first layer; two steps and four layers make 2 * 4 rings.
     fail_at(monkeypatch, CausalDiT, "layer", *range(20, 28))
     frames, pipeline = frames_of(tiny, wave=wave)
-    placement = pipeline.runtime.relief.layout.placement
+    placement = pipeline.run.rung.placement
     assert placement.streamed_layers == (0, 1, 2, 3)
     assert len(placement.host_rings) == 8
     assert np.array_equal(frames, plain)
@@ -89,7 +89,7 @@ def test_a_pass_that_fails_over_and_over_moves_everything_to_the_host(tiny, plai
 def test_a_decoder_without_room_works_in_strips_at_last(tiny, plain, monkeypatch):
     fail_at(monkeypatch, StreamingDecoder, "decode", *range(1, 10))
     frames, pipeline = frames_of(tiny)
-    assert pipeline.runtime.relief.layout.vae_tiles == 2
+    assert pipeline.run.rung.vae_tiles == 2
     # At 16 latents a side the margins reach nearly across.
     assert np.abs(frames.astype(int) - plain).mean() < 1
 
@@ -98,7 +98,7 @@ def test_no_fallback_fails_at_once_with_bytes(tiny, monkeypatch):
     fail_at(monkeypatch, CausalDiT, "layer", 6)
     with pytest.raises(OutOfMemoryError, match=r"denoise: .*2\.00 GiB.*0\.50 GiB is free; --no-fallback"):
         frames_of(tiny, fallback=False)
-    fail_at(monkeypatch, pipeline_module, "encode_text", 0)
+    fail_at(monkeypatch, conditions, "encode_text", 0)
     with pytest.raises(OutOfMemoryError, match=r"encode_text.*--no-fallback"):
         frames_of(tiny, fallback=False)
 
@@ -115,15 +115,15 @@ def test_blocks_that_were_made_have_come_before_the_error(tiny, plain, monkeypat
 
 
 def test_rungs_come_in_order_and_end():
-    layout, words = Layout(placement=Placement(wave=2), online_decode=False), []
-    while rung := next_rung(layout, 8, range(2)):
-        layout, said = rung
+    rung, words = Rung(placement=Placement(wave=2), online_decode=False), []
+    while found := next_rung(rung, 8, range(2)):
+        rung, said = found
         words.append(said)
     kinds = [next(k for k in ("layers", "KV rings", "each block", "tiles") if k in said) for said in words]
     assert kinds == ["layers"] * 4 + ["KV rings"] * 4 + ["each block"] + ["tiles"] * 3
-    assert len(layout.placement.streamed_layers) == 8
-    assert len(layout.placement.host_rings) == 16
-    assert (layout.placement.wave, layout.online_decode, layout.vae_tiles) == (2, True, MOST_TILES)
+    assert len(rung.placement.streamed_layers) == 8
+    assert len(rung.placement.host_rings) == 16
+    assert (rung.placement.wave, rung.online_decode, rung.vae_tiles) == (2, True, MOST_TILES)
 
 
 def test_quality_goes_clips_first_steps_last():
@@ -137,47 +137,73 @@ def test_quality_goes_clips_first_steps_last():
     assert (request["infer_frames"], request["sample_steps"]) == (12, 1)
 
 
-def test_a_layout_that_does_not_fit_itself_is_the_next_to_go():
-    layout = Layout(placement=Placement(), online_decode=True)
-    relief = Relief(layout, layers=4, steps=range(1), allowed=True)
-    tried: list[Layout] = []
+def test_a_rung_that_does_not_fit_itself_is_the_next_to_go():
+    ladder = Ladder(Rung(placement=Placement(), online_decode=True), layers=4, steps=range(1), allowed=True)
+    tried: list[Rung] = []
+    done = []
 
-    def give_way(layout: Layout) -> None:
-        tried.append(layout)
+    def degrade(rung: Rung) -> None:
+        tried.append(rung)
         if len(tried) < 3:
             raise full()
 
-    def work() -> str:
-        if not tried:
-            raise full()
-        return "done"
+    for attempt in ladder.attempts("denoise", degrade):
+        with attempt:
+            if not tried:
+                raise full()
+            done.append(1)
+    assert done == [1]
+    assert [len(rung.placement.streamed_layers) for rung in tried] == [1, 2, 3]
 
-    assert relief.attempt("denoise", work, give_way) == "done"
-    assert [len(layout.placement.streamed_layers) for layout in tried] == [1, 2, 3]
+
+def test_what_failed_holds_nothing_when_it_is_tried_again():
+    """What an attempt made is gone before the next begins, so that its memory is there again."""
+
+    class Big:
+        pass
+
+    def work(seen: list[weakref.ref[Big]]) -> None:
+        big = Big()
+        assert all(each() is None for each in seen)
+        seen.append(weakref.ref(big))
+        if len(seen) < 3:
+            raise full()
+
+    ladder = Ladder(
+        Rung(placement=Placement(), online_decode=True),
+        layers=4,
+        steps=range(1),
+        allowed=True,
+        empty_cache=lambda: None,
+    )
+    seen: list[weakref.ref[Big]] = []
+    for attempt in ladder.attempts("denoise"):
+        with attempt:
+            work(seen)
+    assert len(seen) == 3
 
 
 class Rank:
     """One of several that work in step. What happens in its attempts, here and ``elsewhere`` ("" nothing), and in
-    keeping up and giving way; ``log`` has what it did."""
+    keeping up and degrading; ``log`` has what it did."""
 
-    def __init__(self, here: str, elsewhere: str, *, keeps_up: bool = True, gives_way: str = "+" * 9):
-        self.here, self.elsewhere, self.keeps_up, self.gives_way = (
+    def __init__(self, here: str, elsewhere: str, *, keeps_up: bool = True, degrades: str = "+" * 9):
+        self.here, self.elsewhere, self.keeps_up, self.degrades = (
             iter(here),
             iter(elsewhere),
             keeps_up,
-            iter(gives_way),
+            iter(degrades),
         )
         self.log: list[str] = []
 
-    def work(self) -> str:
+    def work(self) -> None:
         self._do("work", next(self.here) == "+")
-        return "done"
 
     def keep_up(self) -> None:
         self._do("keep up", self.keeps_up)
 
-    def give_way(self, layout: Layout) -> None:
-        self._do(f"{len(layout.placement.streamed_layers)} streamed", next(self.gives_way) == "+")
+    def degrade(self, rung: Rung) -> None:
+        self._do(f"{len(rung.placement.streamed_layers)} streamed", next(self.degrades) == "+")
 
     def any_ran_out(self, here: bool) -> bool:
         self.log.append("tells" if here else "asks")
@@ -188,24 +214,24 @@ class Rank:
         if not fits:
             raise full()
 
-    def attempt(self, *, allowed: bool = True) -> str:
-        layout = Layout(placement=Placement(), online_decode=True)
-        relief = Relief(layout, layers=4, steps=range(1), allowed=allowed)
-        return relief.attempt_together(
-            "denoise", self.work, self.give_way, keep_up=self.keep_up, any_ran_out=self.any_ran_out
+    def attempt(self, *, allowed: bool = True) -> None:
+        ladder = Ladder(
+            Rung(placement=Placement(), online_decode=True),
+            layers=4,
+            steps=range(1),
+            allowed=allowed,
+            empty_cache=lambda: None,  # there is nothing to look for between two attempts
         )
+        for attempt in ladder.attempts_together(
+            "denoise", self.degrade, keep_up=self.keep_up, any_ran_out=self.any_ran_out
+        ):
+            with attempt:
+                self.work()
 
 
 AGAIN = ["work", "asks"]
 
 
-@pytest.fixture
-def nothing_cached(monkeypatch) -> None:
-    """There is nothing to look for between two attempts."""
-    monkeypatch.setattr(relief_module, "free_cached", lambda: None)
-
-
-@pytest.mark.usefixtures("nothing_cached")
 @pytest.mark.parametrize(
     ("rank", "log"),
     [
@@ -214,7 +240,7 @@ def nothing_cached(monkeypatch) -> None:
         (Rank("++", "-+"), [*AGAIN, *AGAIN]),
         (Rank("-+", "-+"), ["work", "keep up", "tells", "1 streamed", *AGAIN]),
         (
-            Rank("-+", "++", gives_way="--+"),
+            Rank("-+", "++", degrades="--+"),
             ["work", "keep up", "tells", *(f"{n} streamed" for n in (1, 2, 3)), *AGAIN],
         ),
         (
@@ -222,14 +248,13 @@ def nothing_cached(monkeypatch) -> None:
             ["work", "keep up", "tells", "1 streamed", "work", "keep up", "tells", "2 streamed", *AGAIN, *AGAIN],
         ),
     ],
-    ids=["nowhere", "here", "elsewhere", "everywhere", "in giving way", "again and again"],
+    ids=["nowhere", "here", "elsewhere", "everywhere", "in degrading", "again and again"],
 )
 def test_ranks_that_work_in_step_do_it_again_together(rank, log):
-    assert rank.attempt() == "done"
+    rank.attempt()
     assert rank.log == log
 
 
-@pytest.mark.usefixtures("nothing_cached")
 def test_a_rank_that_may_not_give_way_lets_nobody_wait_for_nothing():
     rank = Rank("-", "")
     with pytest.raises(OutOfMemoryError, match=r"denoise: .*2\.00 GiB.*; --no-fallback"):
@@ -237,7 +262,6 @@ def test_a_rank_that_may_not_give_way_lets_nobody_wait_for_nothing():
     assert rank.log == ["work"]
 
 
-@pytest.mark.usefixtures("nothing_cached")
 def test_a_rank_without_room_to_keep_up_says_so():
     rank = Rank("-", "", keeps_up=False)
     with pytest.raises(OutOfMemoryError, match="no room either for what the other ranks wait for"):
@@ -245,8 +269,7 @@ def test_a_rank_without_room_to_keep_up_says_so():
     assert rank.log == ["work", "keep up"]
 
 
-@pytest.mark.usefixtures("nothing_cached")
 def test_a_rank_with_nothing_left_says_so():
-    rank = Rank("-", "+", gives_way="-" * 99)
+    rank = Rank("-", "+", degrades="-" * 99)
     with pytest.raises(OutOfMemoryError, match="nothing is left"):
         rank.attempt()

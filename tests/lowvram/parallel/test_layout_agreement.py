@@ -16,6 +16,7 @@ from lowvram.parallel.layout_agreement import Settler
 from lowvram.parallel.options import RankOptions
 from lowvram.planning import CARDS, Card
 from lowvram.planning.library_memory import OutsideAllocator
+from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError
@@ -38,9 +39,10 @@ class Ranks:
     def __init__(self, others: list[dict], machines: list[str]):
         world = len(machines)
         self.said: list[tuple[str, object]] = []
+        self.found: Machines | None = None
         self.layout = chosen_layout(world, sample_steps=4, heads=40)
         self.role = self.layout.role(0)
-        self.others, self.there = others, None
+        self.others = others
         self.people = [Person(name=f"rank {i}", host="h", machine=name, pid=1) for i, name in enumerate(machines)]
 
     def share(self, what: str, value: object) -> list:
@@ -70,14 +72,14 @@ def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, dtype
         memory=memory or MemoryOptions(ram_budget=60 * GIB),
         dtype=dtype,
     )
-    settler.settle(ranks, GPU)
+    ranks.found = settler.settle(ranks, GPU)
     return ranks
 
 
 def test_every_rank_is_told_all_cards_and_machines(artifact, monkeypatch):
     ranks = Ranks([facts("rtx3090", 20, 50), facts("rtx4090", 22, 96)], ["here", "here", "there"])
     memory = MemoryOptions(vram_budget=21 * GIB, ram_budget=60 * GIB)
-    there = settled(artifact, ranks, monkeypatch, memory=memory).there
+    there = settled(artifact, ranks, monkeypatch, memory=memory).found
     assert [card.name for card in there.cards] == ["rtx4090", "rtx3090", "rtx4090"]
     assert there.cards[1].rates == CARDS["rtx3090"].rates
     assert there.cards[0].rates == dataclasses.replace(CARDS["rtx4090"].rates, h2d=5e9)
@@ -106,7 +108,7 @@ def test_ranks_of_a_machine_measure_their_cards_one_after_the_other(artifact, mo
 
 def test_a_card_alone_on_its_machine_copies_at_its_own_rate(artifact, monkeypatch):
     ranks = Ranks([facts("rtx4090", 22.15, 60)], ["here", "there"])
-    assert settled(artifact, ranks, monkeypatch).there.cards[0].rates == CARDS["rtx4090"].rates
+    assert settled(artifact, ranks, monkeypatch).found.cards[0].rates == CARDS["rtx4090"].rates
 
 
 def test_what_was_measured_beside_tensors_is_told_too(artifact, monkeypatch):
@@ -114,7 +116,7 @@ def test_what_was_measured_beside_tensors_is_told_too(artifact, monkeypatch):
     told = facts("rtx4090", 22.15, 60)
     # As JSON leaves pairs.
     told["card"] |= {"outside": dataclasses.asdict(outside), "nccl": [[2, 300], [4, 700]]}
-    there = settled(artifact, Ranks([told], ["here", "there"]), monkeypatch).there
+    there = settled(artifact, Ranks([told], ["here", "there"]), monkeypatch).found
     assert (there.cards[0].outside, there.cards[1].outside) == (None, outside)
     assert (there.cards[0].nccl, there.cards[1].nccl) == ((), ((2, 300), (4, 700)))
 
@@ -143,7 +145,6 @@ def test_the_layout_is_planned_for_what_ranks_compute_in(artifact, monkeypatch, 
 
 def test_on_the_cpu_nothing_is_told(artifact):
     ranks = Ranks([], ["here"])
-    Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions(), dtype="auto").settle(
-        ranks, torch.device("cpu")
-    )
-    assert ranks.there is None
+    settler = Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions(), dtype="auto")
+    assert settler.settle(ranks, torch.device("cpu")) is None
+    assert not ranks.said

@@ -265,7 +265,7 @@ def test_plans_for_usual_cards_say_nothing_more():
 
 def test_a_budget_beyond_the_card_is_said():
     assert (
-        "--vram is 48.00 GiB, more than the 23.99 GiB that rtx4090 has"
+        "--vram-budget is 48.00 GiB, more than the 23.99 GiB that rtx4090 has"
         in planned("--gpu", "4090", "--vram", "48")["notes"]
     )
 

@@ -1,9 +1,8 @@
-"""How options become a placement. The GPU is invented."""
+"""Decisions from options to a placement. The GPU is invented."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ import torch
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.team import Solo
 from lowvram.planning import CARDS, Workload, measure
-from lowvram.planning import decide as laying_out
-from lowvram.planning.cards import Rates
-from lowvram.planning.decide import LaidOut, lay_out
-from lowvram.planning.layout_choice import Machines
+from lowvram.planning import decide as deciding
+from lowvram.planning.cards import Card, Rates
+from lowvram.planning.decide import Decision, decide
 from lowvram.planning.library_memory import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
@@ -32,20 +31,17 @@ def artifact(tmp_path_factory) -> Artifact:
 
 
 @pytest.fixture
-def fractions(monkeypatch) -> list[float]:
-    """A card of 80 GB of which 70 GiB are free; collects what the process is capped to."""
-    seen: list[float] = []
+def card(monkeypatch) -> Card:
+    """A card of 80 GB of which 70 GiB are free."""
     card = dataclasses.replace(CARDS["a100-80gb"], usable_bytes=70 * GIB)
-    monkeypatch.setattr(laying_out, "card_at_hand", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: seen.append(share))
+    monkeypatch.setattr(deciding, "card_at_hand", lambda device: card)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    return seen
+    return card
 
 
 @dataclasses.dataclass
 class Allocator:
-    """torch's, on the card of ``fractions``: bytes that somebody ``holds``, and bytes that are ``cached``. ``others``
+    """torch's, on the card of ``card``: bytes that somebody ``holds``, and bytes that are ``cached``. ``others``
     are taken by other programs."""
 
     holds: int = 0
@@ -65,10 +61,10 @@ class Allocator:
 
 
 @pytest.fixture
-def allocator(fractions, monkeypatch) -> Allocator:
+def allocator(card, monkeypatch) -> Allocator:
     """What ``card_at_hand`` finds is that of the allocator."""
     found = Allocator()
-    monkeypatch.setattr(laying_out, "card_at_hand", measure.card_at_hand)
+    monkeypatch.setattr(deciding, "card_at_hand", measure.card_at_hand)
     monkeypatch.setattr(measure, "rates_of", found.measure)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
@@ -80,49 +76,52 @@ def allocator(fractions, monkeypatch) -> Allocator:
     return found
 
 
-def test_a_budget_caps_process_and_plan(artifact, fractions):
+def test_a_budget_is_the_cap_of_process_and_plan(artifact, card):
     options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
-    found = lay_out(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, Solo())
     plan, placement = found.plan, found.placement
-    assert fractions == [1.0, pytest.approx((20 * GIB - MODULES_BYTES) / (80 * GIB))]
+    assert found.cap_bytes == 20 * GIB - MODULES_BYTES
     assert plan.placement == placement
     assert 0.95 * 20 * GIB < plan.peak_vram_bytes <= 20 * GIB
     assert placement.host_rings
     assert placement.kv == "int8"
 
 
-def test_without_a_budget_the_process_is_capped_a_little_above_the_plan(artifact, fractions):
-    found = lay_out(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), Solo())
+def test_without_a_budget_the_process_is_capped_a_little_above_the_plan(artifact, card):
+    found = decide(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), Solo())
     plan, placement = found.plan, found.placement
-    lifted, cap = fractions  # an old cap first
-    assert lifted == 1.0
-    assert 1.02 * plan.peak_vram_bytes < cap * 80 * GIB < 1.12 * plan.peak_vram_bytes < 70 * GIB
+    assert 1.02 * plan.peak_vram_bytes < found.cap_bytes < 1.12 * plan.peak_vram_bytes < 70 * GIB
     assert plan.vram_budget_bytes == 70 * GIB
     assert (placement.host_rings, placement.streamed_layers) == ((), ())
 
 
-def test_a_budget_beyond_what_is_free_is_not_believed(artifact, fractions):
-    found = lay_out(artifact, WORK, GPU, MemoryOptions(vram_budget=79 * GIB, ram_budget=48 * GIB), Solo())
+def test_a_budget_beyond_what_is_free_is_not_believed(artifact, card):
+    found = decide(artifact, WORK, GPU, MemoryOptions(vram_budget=79 * GIB, ram_budget=48 * GIB), Solo())
     assert found.plan.vram_budget_bytes == 70 * GIB
 
 
 @pytest.mark.parametrize("options", [{"vram_budget": 4 * GIB}, {"ram_budget": 4 * GIB, "vram_budget": 20 * GIB}])
-def test_what_cannot_fit_is_refused_with_bytes(artifact, fractions, options):
+def test_what_cannot_fit_is_refused_with_bytes(artifact, card, options):
     with pytest.raises(OutOfMemoryError, match=r"needed at the least.* GiB there"):
-        lay_out(artifact, WORK, GPU, MemoryOptions(**({"ram_budget": 48 * GIB} | options)), Solo())
+        decide(artifact, WORK, GPU, MemoryOptions(**({"ram_budget": 48 * GIB} | options)), Solo())
 
 
-def test_what_is_to_be_offloaded_is(artifact, fractions):
+def test_what_is_to_be_offloaded_is(artifact, card):
     options = MemoryOptions(ram_budget=64 * GIB, offload_model=True, offload_kv_cache=True, kv="bf16", wave=2)
-    placement = lay_out(artifact, WORK, GPU, options, Solo()).placement
+    placement = decide(artifact, WORK, GPU, options, Solo()).placement
     assert len(placement.streamed_layers) == 40
     assert len(placement.host_rings) == 160
     assert (placement.kv, placement.wave) == ("plain", 2)
 
 
-def test_a_placement_by_hand_is_taken_as_it_is(artifact, fractions):
+def test_a_placement_by_hand_is_taken_as_it_is(artifact, card):
     by_hand = Placement(streamed_layers=(3,))
-    assert lay_out(artifact, WORK, GPU, MemoryOptions(placement=by_hand), Solo()) == LaidOut(placement=by_hand)
+    assert decide(artifact, WORK, GPU, MemoryOptions(placement=by_hand), Solo()) == Decision(placement=by_hand)
+
+
+TWO_CARDS = Machines(
+    cards=[CARDS["rtx4090"]] * 2, vram_bytes=[22 * GIB, 16 * GIB], machines=[0, 0], ram_bytes=[64 * GIB]
+)
 
 
 class Ranks(Solo):
@@ -132,40 +131,34 @@ class Ranks(Solo):
         super().__init__()
         self.layout = ParallelLayout(num_gpus_dit=2, ulysses_size=2)
         self.role = self.layout.role(1)
-        self.there = Machines(
-            cards=[CARDS["rtx4090"]] * 2,
-            vram_bytes=[22 * GIB, 16 * GIB],
-            machines=[0, 0],
-            ram_bytes=[64 * GIB],
-        )
 
     def share(self, what: str, value: int) -> list[int]:
         self.told = value
         return [22 * GIB, value]
 
 
-def test_a_rank_gets_its_part_of_the_plan_of_all(artifact, fractions, monkeypatch):
-    monkeypatch.setattr(laying_out, "free_bytes", lambda device: 60 * GIB)
-    found = lay_out(artifact, WORK, GPU, MemoryOptions(vram_budget=16 * GIB), Ranks())
-    assert fractions == [1.0, pytest.approx((16 * GIB - MODULES_BYTES) / (80 * GIB))]
+def test_a_rank_gets_its_part_of_the_plan_of_all(artifact, card, monkeypatch):
+    monkeypatch.setattr(deciding, "free_bytes", lambda device: 60 * GIB)
+    found = decide(artifact, WORK, GPU, MemoryOptions(vram_budget=16 * GIB), Ranks(), TWO_CARDS)
+    assert found.cap_bytes == 16 * GIB - MODULES_BYTES
     assert found.plan == found.team.ranks[1]
     assert found.plan.vram_budget_bytes == 16 * GIB
     assert len(found.placement.streamed_layers) > len(found.team.ranks[0].placement.streamed_layers)
     assert "plan for 2 ranks" in found.summary()
 
 
-def test_more_ranks_than_heads_are_refused(artifact, fractions):
+def test_more_ranks_than_heads_are_refused(artifact, card):
     ranks = Ranks()
     ranks.layout = ParallelLayout(num_gpus_dit=41, ulysses_size=41)
     with pytest.raises(ConfigError, match="41 for 40 heads"):
-        lay_out(artifact, WORK, GPU, MemoryOptions(), ranks)
+        decide(artifact, WORK, GPU, MemoryOptions(), ranks, TWO_CARDS)
 
 
-def test_ranks_plan_with_what_their_groups_have_left(artifact, fractions, monkeypatch):
+def test_ranks_plan_with_what_their_groups_have_left(artifact, card, monkeypatch):
     """What was told before groups were made is not there any more; nothing is reserved for them a second time."""
-    monkeypatch.setattr(laying_out, "free_bytes", lambda device: 15 * GIB)
+    monkeypatch.setattr(deciding, "free_bytes", lambda device: 15 * GIB)
     ranks = Ranks()
-    found = lay_out(artifact, WORK, GPU, MemoryOptions(), ranks)
+    found = decide(artifact, WORK, GPU, MemoryOptions(), ranks, TWO_CARDS)
     assert ranks.told == found.plan.vram_budget_bytes == 15 * GIB
     assert found.plan.reserve_bytes == FLAT_BYTES + SLACK_BYTES
     assert found.plan.reserve.nccl == 0
@@ -173,42 +166,39 @@ def test_ranks_plan_with_what_their_groups_have_left(artifact, fractions, monkey
 
 def test_what_an_earlier_run_left_in_the_allocator_is_free_for_the_next(artifact, allocator):
     options = MemoryOptions(ram_budget=48 * GIB)
-    first = lay_out(artifact, WORK, GPU, options, Solo())
+    first = decide(artifact, WORK, GPU, options, Solo())
     assert first.plan.vram_budget_bytes == 70 * GIB  # measuring has left nothing behind
     allocator.cached = 55 * GIB
-    assert lay_out(artifact, WORK, GPU, options, Solo()) == first
+    assert decide(artifact, WORK, GPU, options, Solo()) == first
 
 
 @pytest.mark.parametrize("budget", [None, 40 * GIB])
-def test_what_an_earlier_run_still_holds_is_taken(artifact, allocator, fractions, budget):
+def test_what_an_earlier_run_still_holds_is_taken(artifact, allocator, budget):
     allocator.holds, allocator.cached = 15 * GIB, 30 * GIB
     options = MemoryOptions(ram_budget=48 * GIB, vram_budget=budget)
-    found = lay_out(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, Solo())
     expected = (budget or 70 * GIB) - 15 * GIB
     assert found.plan.vram_budget_bytes == expected
     # The cap is of the process, which holds both.
-    cap = fractions[-1] * 80 * GIB
-    assert 15 * GIB + found.plan.peak_vram_bytes - MODULES_BYTES <= cap + 1
-    assert cap <= 15 * GIB + expected
+    assert 15 * GIB + found.plan.peak_vram_bytes - MODULES_BYTES <= found.cap_bytes <= 15 * GIB + expected
 
 
 def test_a_process_that_holds_its_whole_budget_is_refused_more(artifact, allocator):
     allocator.holds = 30 * GIB
     with pytest.raises(OutOfMemoryError, match=r"0\.00 GiB there"):
-        lay_out(artifact, WORK, GPU, MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB), Solo())
+        decide(artifact, WORK, GPU, MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB), Solo())
 
 
-def test_a_placement_by_hand_is_capped_at_the_budget_alone(artifact, fractions):
+def test_a_placement_by_hand_is_capped_at_the_budget_alone(artifact, card):
     by_hand = MemoryOptions(placement=Placement(), vram_budget=20 * GIB)
-    lay_out(artifact, WORK, GPU, by_hand, Solo())
-    assert fractions == [0.25]
+    assert decide(artifact, WORK, GPU, by_hand, Solo()).cap_bytes == 20 * GIB
 
 
-def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, fractions, monkeypatch):
+def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, card, monkeypatch):
     outside = OutsideAllocator(context=GIB, cublas=1 << 20, modules=300 << 20, vae=((WORK.pixels, 200 << 20),))
-    card = dataclasses.replace(CARDS["a100-80gb"], usable_bytes=70 * GIB, outside=outside)
-    monkeypatch.setattr(laying_out, "card_at_hand", lambda device: card)
+    measured = dataclasses.replace(CARDS["a100-80gb"], usable_bytes=70 * GIB, outside=outside)
+    monkeypatch.setattr(deciding, "card_at_hand", lambda device: measured)
     options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
-    found = lay_out(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, Solo())
     assert found.plan.reserve_bytes == SLACK_BYTES + (501 << 20)
-    assert fractions[-1] == pytest.approx((20 * GIB - (300 << 20)) / (80 * GIB))
+    assert found.cap_bytes == 20 * GIB - (300 << 20)

@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from lowvram import pipeline as pipeline_module
 from lowvram.cli import main
 from lowvram.loading.encoders import load_text_encoder
+from lowvram.offload.placement import PlanOptions
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning import CARDS, DoesNotFit, Workload, plan
+from lowvram.planning.members import Machines
 from lowvram.planning.memory import loading
 from lowvram.planning.memory_costs import GIB, MIB
 from lowvram.planning.model_sizes import facts_of
@@ -44,28 +46,26 @@ def work(dtype: torch.dtype, steps: int = 1) -> Workload:
     return Workload.of_size("256*192", infer_frames=12, sample_steps=steps, dtype=dtype)
 
 
-def planned(artifact: Artifact, dtype: torch.dtype, nbytes: int = 40 * GIB, **wishes) -> Plan:
-    return plan(artifact, work(dtype), vram_bytes=nbytes, ram_bytes=200 * GIB, card=CARD, **wishes)
+def planned(artifact: Artifact, dtype: torch.dtype, nbytes: int = 40 * GIB, **asked) -> Plan:
+    options = PlanOptions(**asked)
+    return plan(artifact, work(dtype), options, vram_bytes=nbytes, ram_bytes=200 * GIB, card=CARD)
 
 
-def planned_apart(artifact: Artifact, dtype: torch.dtype, nbytes: int = 40 * GIB, **wishes) -> Plan:
+def planned_apart(artifact: Artifact, dtype: torch.dtype, nbytes: int = 40 * GIB, **asked) -> Plan:
     """Of a rank that denoises and does nothing else, which is soon run."""
-    return planned_team(artifact, dtype, APART, nbytes, **wishes)[0]
+    return planned_team(artifact, dtype, APART, nbytes, **asked)[0]
 
 
 def planned_team(
-    artifact: Artifact, dtype: torch.dtype, layout: ParallelLayout, nbytes: int, **wishes
+    artifact: Artifact, dtype: torch.dtype, layout: ParallelLayout, nbytes: int, **asked
 ) -> tuple[Plan, ...]:
     count = layout.world_size
     team = plan_team(
         artifact,
         work(dtype),
         layout,
-        cards=[CARD] * count,
-        vram_bytes=[nbytes] * count,
-        machines=[0] * count,
-        ram_bytes=[200 * GIB],
-        **wishes,
+        Machines(cards=[CARD] * count, vram_bytes=[nbytes] * count, machines=[0] * count, ram_bytes=[200 * GIB]),
+        PlanOptions(**asked),
     )
     return team.ranks
 
@@ -79,9 +79,9 @@ def assert_as_planned(found: Plan, run: DryRun) -> None:
         assert run.stages[stage] <= peak + found.reserve_bytes, stage
 
 
-AWAY = {"offload_model": True, "offload_kv": True}
+AWAY = {"offload_model": True, "offload_kv_cache": True}
 CASES = [
-    # stored, computed in, wishes
+    # stored, computed in, asked
     ("int8", FP32, {}),
     ("int8", FP32, AWAY | {"kv": "bf16"}),
     ("fp8", FP32, {"offload_model": True}),
@@ -94,18 +94,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("precision", "dtype", "wishes"), CASES)
-def test_a_run_takes_what_is_planned(artifacts, precision, dtype, wishes):
+@pytest.mark.parametrize(("precision", "dtype", "asked"), CASES)
+def test_a_run_takes_what_is_planned(artifacts, precision, dtype, asked):
     artifact = artifacts(precision)
-    found = planned_apart(artifact, dtype, **wishes)
-    assert (len(found.placement.streamed_layers) == LAYERS) == ("offload_model" in wishes)
+    found = planned_apart(artifact, dtype, **asked)
+    assert (len(found.placement.streamed_layers) == LAYERS) == ("offload_model" in asked)
     assert_as_planned(found, dry_run(artifact, found, layout=APART, capacity=found.peak_vram_bytes))
 
 
-@pytest.mark.parametrize(("precision", "wishes"), [("int8", {}), ("bf16", {"offload_model": True})])
-def test_so_does_a_run_with_encoders_and_vae(artifacts, precision, wishes):
+@pytest.mark.parametrize(("precision", "asked"), [("int8", {}), ("bf16", {"offload_model": True})])
+def test_so_does_a_run_with_encoders_and_vae(artifacts, precision, asked):
     artifact = artifacts(precision)
-    found = planned(artifact, FP32, **wishes)
+    found = planned(artifact, FP32, **asked)
     assert set(found.stage_peaks) == {
         "encode_text",
         "encode_audio",
@@ -120,7 +120,7 @@ def test_so_does_a_run_with_encoders_and_vae(artifacts, precision, wishes):
 
 def test_layers_are_streamed_in_part_where_the_card_has_room_for_some(artifacts):
     artifact = artifacts("bf16")
-    least, most = (planned_apart(artifact, FP32, **wishes).peak_vram_bytes for wishes in ({"offload_model": True}, {}))
+    least, most = (planned_apart(artifact, FP32, **asked).peak_vram_bytes for asked in ({"offload_model": True}, {}))
     found = planned_apart(artifact, FP32, (least + most) // 2 + 512 * MIB)
     assert 0 < len(found.placement.streamed_layers) < LAYERS
     assert_as_planned(found, dry_run(artifact, found, layout=APART, capacity=found.peak_vram_bytes))
@@ -200,11 +200,11 @@ def test_a_run_is_planned_for_what_it_computes_in(tiny, monkeypatch, given, dtyp
     """On a CPU, where nothing is planned, "auto" is float32."""
     asked: list[Workload] = []
 
-    def lay_out(artifact, work, *_) -> None:
+    def decide(artifact, work, *_) -> None:
         asked.append(work)
         raise ConfigError("that is enough")
 
-    monkeypatch.setattr(pipeline_module, "lay_out", lay_out)
+    monkeypatch.setattr(pipeline_module, "decide", decide)
     pipeline = AvatarPipeline.from_artifact(tiny.artifact("bf16"), device="cpu", dtype=given)
     with pytest.raises(ConfigError, match="enough"):
         next(pipeline.stream(tiny.request()))

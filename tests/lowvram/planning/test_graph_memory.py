@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from lowvram.offload.placement import Placement
+from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.planner import plan
 from lowvram.planning.rank_layout import ParallelLayout
@@ -20,7 +20,7 @@ WORK = Workload.of_size("704*384")
 
 def test_graphs_take_room_in_a_plan_that_has_them(facts):
     there = {"vram_bytes": 20 * GIB, "ram_bytes": 64 * GIB, "card": CARDS["rtx4090"]}
-    without, having = (plan(facts("int8"), WORK, cuda_graphs=on, **there) for on in (False, True))
+    without, having = (plan(facts("int8"), WORK, PlanOptions(cuda_graphs=on), **there) for on in (False, True))
     assert without.device.graphs == 0
     assert 0.5 * GIB < having.device.graphs < 1.5 * GIB
     assert having.peak_vram_bytes <= 20 * GIB
@@ -55,6 +55,6 @@ def test_int8_rings_want_room_for_rotated_keys(facts):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_ranks_that_exchange_have_none(facts, wanted):
     layout = ParallelLayout(num_gpus_dit=2, ulysses_size=2)
-    job = Job(facts=facts("int8"), work=WORK, kv="int8", layout=layout, cuda_graphs=wanted)
+    job = Job(facts=facts("int8"), work=WORK, kv="int8", layout=layout, options=PlanOptions(cuda_graphs=wanted))
     assert job.device_parts(Placement()).graphs == 0
     assert share_of(job.facts.config, WORK, layout, 0).exchanges

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.planning import CARDS, DoesNotFit, Machines, Wishes, Workload, alternatives, choose_team
+from lowvram.planning import CARDS, DoesNotFit, Machines, Workload, alternatives, choose_team
 from lowvram.planning.layout_choice import Alternative
 from lowvram.planning.memory_costs import GIB
-from lowvram.planning.rank_layout import ParallelLayout, layouts
+from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, layouts
 from lowvram_kernels.errors import ConfigError
 
 WORK = Workload.of_size("704*384")
@@ -47,15 +47,15 @@ def test_of_equally_fast_ones_that_with_more_stages(facts):
 
 
 def test_what_is_given_is_kept(facts):
-    def layout(gpus, **wishes):
-        return choose_team(facts("int8"), WORK, machines(gpus), Wishes(**wishes)).layout
+    def layout(gpus, **asked):
+        return choose_team(facts("int8"), WORK, machines(gpus), None, LayoutOptions(**asked)).layout
 
-    assert layout(4, num_gpus_dit=3, ulysses_size=3, vae_rank=True) == ParallelLayout(
+    assert layout(4, num_gpus_dit=3, ulysses_size=3, enable_vae_parallel=True) == ParallelLayout(
         num_gpus_dit=3, ulysses_size=3, vae_rank=True
     )
-    assert layout(4, vae_rank=False).num_gpus_dit == 4
-    assert layout(4, num_gpus_dit=4) == layout(4, vae_rank=False)
-    assert layout(3, vae_rank=True).num_gpus_dit == 2
+    assert layout(4, enable_vae_parallel=False).num_gpus_dit == 4
+    assert layout(4, num_gpus_dit=4) == layout(4, enable_vae_parallel=False)
+    assert layout(3, enable_vae_parallel=True).num_gpus_dit == 2
     assert layout(5, ulysses_size=2) == ParallelLayout(num_gpus_dit=4, ulysses_size=2, vae_rank=True)
 
 
@@ -78,11 +78,11 @@ def test_one_that_fits_is_taken_before_one_that_does_not(facts):
     assert choose_team(facts("bf16"), WORK, machines(4, ram_gib=42)).layout in fitting
 
 
-def test_wishes_that_do_not_add_up_are_refused(facts):
-    for gpus, wishes in (
+def test_layouts_that_do_not_add_up_are_refused(facts):
+    for gpus, asked in (
         (4, {"num_gpus_dit": 2}),
-        (4, {"num_gpus_dit": 4, "vae_rank": True}),
+        (4, {"num_gpus_dit": 4, "enable_vae_parallel": True}),
         (5, {"ulysses_size": 3}),
     ):
         with pytest.raises(ConfigError, match=r"--num_gpus_dit \d"):
-            choose_team(facts("int8"), WORK, machines(gpus), Wishes(**wishes))
+            choose_team(facts("int8"), WORK, machines(gpus), None, LayoutOptions(**asked))

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lowvram.planning import CARDS, DoesNotFit, Workload, plan_team
+from lowvram.planning import CARDS, DoesNotFit, Machines, PlanOptions, Workload, plan_team
 from lowvram.planning.memory import HOST_BASE_BYTES, pinned_weights
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.rank_layout import ParallelLayout, layouts
@@ -19,7 +19,9 @@ THREE_AND_VAE = ParallelLayout(num_gpus_dit=3, ulysses_size=3, vae_rank=True)
 FOUR_AND_VAE = ParallelLayout(num_gpus_dit=4, ulysses_size=4, vae_rank=True)
 
 
-def team(facts, layout, work=WORK, *, gib=22.15, ram_gib=64.0, machines=None, **wishes):
+def team(
+    facts, layout, work=WORK, *, gib=22.15, ram_gib=64.0, machines=None, link_bytes_per_s=LINK_BYTES_PER_S, **asked
+):
     """All ranks on cards of ``gib`` (a number, or one a rank) GiB, on one machine or on ``machines``."""
     ranks = layout.world_size
     each = [gib] * ranks if isinstance(gib, (int, float)) else gib
@@ -28,11 +30,14 @@ def team(facts, layout, work=WORK, *, gib=22.15, ram_gib=64.0, machines=None, **
         facts,
         work,
         layout,
-        cards=[CARD] * ranks,
-        vram_bytes=[int(value * GIB) for value in each],
-        machines=machines or [0] * ranks,
-        ram_bytes=[int(value * GIB) for value in rams],
-        **wishes,
+        Machines(
+            cards=[CARD] * ranks,
+            vram_bytes=[int(value * GIB) for value in each],
+            machines=machines or [0] * ranks,
+            ram_bytes=[int(value * GIB) for value in rams],
+        ),
+        PlanOptions(**asked),
+        link_bytes_per_s=link_bytes_per_s,
     )
 
 
@@ -71,7 +76,7 @@ def test_without_a_rank_of_its_own_the_vae_is_with_the_first_of_the_last_stage(f
 
 
 def test_rings_on_the_host_are_of_the_ranks_own_steps(facts):
-    found = team(facts("int8"), ParallelLayout(num_gpus_dit=3), offload_kv=True)
+    found = team(facts("int8"), ParallelLayout(num_gpus_dit=3), offload_kv_cache=True)
     for rank in found.ranks:
         steps = set(rank.share.steps)
         assert len(rank.placement.host_rings) == 40 * len(steps) == rank.rings
@@ -219,7 +224,7 @@ def test_what_does_not_describe_the_ranks_is_refused(facts):
         team(facts("int8"), ParallelLayout(num_gpus_dit=2), ram_gib=(64, 64))
     two = dict(cards=[CARD], vram_bytes=[GIB] * 2, machines=[0, 0], ram_bytes=[64 * GIB])
     with pytest.raises(ConfigError, match="1 cards for 2 for the DiT"):
-        plan_team(facts("int8"), WORK, ParallelLayout(num_gpus_dit=2), **two)
+        plan_team(facts("int8"), WORK, ParallelLayout(num_gpus_dit=2), Machines(**two))
 
 
 def test_the_summary_is_a_line_with_the_figures(facts):

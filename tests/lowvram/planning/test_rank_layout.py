@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.planning.rank_layout import ParallelLayout, Role, chosen_layout, layouts, shares, span
+from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, Role, chosen_layout, layouts, shares, span
 from lowvram_kernels.errors import ConfigError
 
 
@@ -62,11 +62,13 @@ def test_defaults(gpus, dit, ulysses, vae):
 
 def test_what_is_given_is_kept():
     chosen = {"sample_steps": 4, "heads": 40}
-    assert chosen_layout(5, num_gpus_dit=4, ulysses_size=4, **chosen).stages == 1
-    assert chosen_layout(4, num_gpus_dit=4, **chosen) == ParallelLayout(num_gpus_dit=4)
-    assert chosen_layout(4, vae_rank=False, **chosen) == ParallelLayout(num_gpus_dit=4)
-    assert chosen_layout(3, vae_rank=True, **chosen) == ParallelLayout(num_gpus_dit=2, vae_rank=True)
-    assert chosen_layout(2, num_gpus_dit=1, **chosen) == ParallelLayout(vae_rank=True)
+    assert chosen_layout(5, LayoutOptions(num_gpus_dit=4, ulysses_size=4), **chosen).stages == 1
+    assert chosen_layout(4, LayoutOptions(num_gpus_dit=4), **chosen) == ParallelLayout(num_gpus_dit=4)
+    assert chosen_layout(4, LayoutOptions(enable_vae_parallel=False), **chosen) == ParallelLayout(num_gpus_dit=4)
+    assert chosen_layout(3, LayoutOptions(enable_vae_parallel=True), **chosen) == ParallelLayout(
+        num_gpus_dit=2, vae_rank=True
+    )
+    assert chosen_layout(2, LayoutOptions(num_gpus_dit=1), **chosen) == ParallelLayout(vae_rank=True)
 
 
 def test_every_layout_of_four_gpus():
@@ -77,17 +79,27 @@ def test_every_layout_of_four_gpus():
 
 
 @pytest.mark.parametrize(
-    ("choice", "words"),
+    ("gpus", "choice", "model", "words"),
     [
-        ({"gpus": 4, "num_gpus_dit": 2}, r"4 ranks were started, but --num_gpus_dit 2 are 2; .*--num_gpus_dit 4"),
-        ({"gpus": 4, "num_gpus_dit": 4, "vae_rank": True}, r"4 and one for the VAE \(--enable_vae_parallel\) are 5"),
-        ({"gpus": 3, "num_gpus_dit": 3, "ulysses_size": 2}, "make no whole number of stages"),
-        ({"gpus": 8, "vae_rank": False, "sample_steps": 3, "heads": 3}, "8 GPUs for the DiT make no layout of 3 steps"),
+        (4, {"num_gpus_dit": 2}, {}, r"4 ranks were started, but --num_gpus_dit 2 are 2; .*--num_gpus_dit 4"),
+        (
+            4,
+            {"num_gpus_dit": 4, "enable_vae_parallel": True},
+            {},
+            r"4 and one for the VAE \(--enable_vae_parallel\) are 5",
+        ),
+        (3, {"num_gpus_dit": 3, "ulysses_size": 2}, {}, "make no whole number of stages"),
+        (
+            8,
+            {"enable_vae_parallel": False},
+            {"sample_steps": 3, "heads": 3},
+            "8 GPUs for the DiT make no layout of 3 steps",
+        ),
     ],
 )
-def test_what_does_not_add_up_is_refused(choice, words):
+def test_what_does_not_add_up_is_refused(gpus, choice, model, words):
     with pytest.raises(ConfigError, match=words):
-        chosen_layout(**{"sample_steps": 4, "heads": 40} | choice)
+        chosen_layout(gpus, LayoutOptions(**choice), **{"sample_steps": 4, "heads": 40} | model)
 
 
 @pytest.mark.parametrize("values", [{"num_gpus_dit": 0}, {"num_gpus_dit": 3, "ulysses_size": 2}, {"ulysses_size": 0}])

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from lowvram.offload.placement import PlanOptions
 from lowvram.planning import CARDS, DoesNotFit, Workload
 from lowvram.planning.library_memory import SLACK_BYTES, OutsideAllocator
 from lowvram.planning.memory_costs import GIB
@@ -16,8 +17,9 @@ CARD = CARDS["rtx4090"]
 WORK = Workload.of_size("704*384")
 
 
-def planned(facts, gib: float, work: Workload = WORK, *, ram_gib: float = 96, card=CARD, **wishes):
-    return plan(facts, work, vram_bytes=int(gib * GIB), ram_bytes=int(ram_gib * GIB), card=card, **wishes)
+def planned(facts, gib: float, work: Workload = WORK, *, ram_gib: float = 96, card=CARD, **asked):
+    options, vram = PlanOptions(**asked), int(gib * GIB)
+    return plan(facts, work, options, vram_bytes=vram, ram_bytes=int(ram_gib * GIB), card=card)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
@@ -44,7 +46,7 @@ def test_12_gib_are_enough_for_a_small_picture(facts):
 
 def test_host_memory_for_int8_is_under_48_gib_and_known_before(facts):
     assert planned(facts("int8"), 22.15).peak_host_bytes < 48 * GIB
-    everything = planned(facts("int8"), 22.15, offload_model=True, offload_kv=True)
+    everything = planned(facts("int8"), 22.15, offload_model=True, offload_kv_cache=True)
     assert everything.peak_host_bytes < 48 * GIB
     assert everything.host.pinned_weights >= sum(facts("int8").layer_bytes)
 

@@ -13,6 +13,7 @@ from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.layout_choice import Compared
 from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.planning.measure import card_at_hand
+from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import GIB, MIB
 from lowvram.planning.nccl_memory import FLAT_BYTES as NCCL_FLAT_BYTES
 from lowvram.planning.nccl_memory import group_bytes, measuring_group
@@ -113,8 +114,8 @@ def test_without_a_card_nothing_is_measured(tmp_path):
 )
 def test_a_plan_says_what_was_measured(facts, card, libraries, nccl):
     team = plan_team(
-        facts("int8"), WORK, ParallelLayout(num_gpus_dit=2, ulysses_size=2), cards=[card] * 2,
-        vram_bytes=[22 * GIB] * 2, machines=[0, 0], ram_bytes=[60 * GIB],
+        facts("int8"), WORK, ParallelLayout(num_gpus_dit=2, ulysses_size=2),
+        Machines(cards=[card] * 2, vram_bytes=[22 * GIB] * 2, machines=[0, 0], ram_bytes=[60 * GIB]),
     )  # fmt: skip
     console = Console(width=200, record=True, file=io.StringIO())
     print_team(Compared(team=team, alternatives=(), refusal=None), console)

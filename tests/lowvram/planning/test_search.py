@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from lowvram.offload.placement import PlanOptions
 from lowvram.planning import Workload
 from lowvram.planning.search import Job, candidates, spread, spread_rings
 
@@ -48,7 +49,12 @@ def test_each_candidate_has_the_fewest_host_rings_that_fit(facts):
 
 
 def test_rings_that_have_to_be_on_the_host_are(facts):
-    job = Job(facts=facts("int8"), work=Workload.of_size("704*384"), kv="int8", offload_kv=True, offload_model=True)
+    job = Job(
+        facts=facts("int8"),
+        work=Workload.of_size("704*384"),
+        kv="int8",
+        options=PlanOptions(offload_kv_cache=True, offload_model=True),
+    )
     for placement in candidates(job, 70 * 2**30):
         assert len(placement.host_rings) == 160
         assert len(placement.streamed_layers) == 40

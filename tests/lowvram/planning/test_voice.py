@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from lowvram.cli import main
+from lowvram.offload.placement import PlanOptions
 from lowvram.planning import workspace
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.memory import host_parts, machine_parts
@@ -62,8 +63,8 @@ def test_its_workspace_is_that_of_a_window():
 def test_a_long_voice_that_does_not_fit_is_refused_before_anything_loads(facts):
     def planned(work: Workload, ram_bytes: int) -> Plan:
         return plan(
-            facts("int8"), work, vram_bytes=8 * GIB, ram_bytes=ram_bytes, card=CARDS["rtx4090"], offload_kv=True,
-            offload_model=True,
+            facts("int8"), work, PlanOptions(offload_kv_cache=True, offload_model=True), vram_bytes=8 * GIB,
+            ram_bytes=ram_bytes, card=CARDS["rtx4090"],
         )  # fmt: skip
 
     short, long = (planned(work, 64 * GIB) for work in (SHORT, LONG))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowvram.planning import CARDS, Workload, plan
+from lowvram.planning.members import Machines
 from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.simulate.dry_run import dry_run, dry_run_team
@@ -81,10 +82,12 @@ def test_every_rank_of_several_fits_as_planned(phantoms, size, layout):
         phantoms["int8"],
         Workload.of_size(size, infer_frames=24),
         layout,
-        cards=[CARDS["rtx4090"]] * count,
-        vram_bytes=[budget] * count,
-        machines=[0] * count,
-        ram_bytes=[64 * GIB],
+        Machines(
+            cards=[CARDS["rtx4090"]] * count,
+            vram_bytes=[budget] * count,
+            machines=[0] * count,
+            ram_bytes=[64 * GIB],
+        ),
     )
     assert team.host[0].peak <= 64 * GIB
     runs = dry_run_team(phantoms["int8"], team)

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram import runtime as runtime_module
 from lowvram.denoise.denoiser import Denoiser
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Layout, Relief
+from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.team import Alone, Solo
 from lowvram.request import Request
-from lowvram.runtime import Runtime
+from lowvram.runtime import Run, Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
@@ -68,15 +67,13 @@ def plain(artifact) -> dict[str, Tensor]:
 
 
 def latents(artifact: Artifact, placement: Placement, engine: Engine) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime_module, "engine_for", lambda device: engine)
-        runtime = Runtime(artifact, torch.device("cpu"), "float32", MemoryOptions())
-    layout = Layout(placement=placement, online_decode=True)
-    runtime.relief = Relief(layout, layers=LAYERS, steps=range(STEPS), allowed=True)
+    runtime = Runtime(artifact, torch.device("cpu"), "float32", MemoryOptions(), engine)
+    rung = Rung(placement=placement, online_decode=True)
+    run = Run(runtime=runtime, ladder=Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=True))
     nowhere: Any = None
     request = Request(image=nowhere, audio=nowhere, prompt="", infer_frames=FRAMES, sample_steps=STEPS)
-    denoiser = Denoiser(runtime, request, SIZE, conditions(runtime.dit_config), Solo(), range(STEPS))
-    made = torch.cat([latent.flatten() for _, latent in denoiser.run(blocks(), Alone())])
+    denoiser = Denoiser(run, request, SIZE, conditions(runtime.dit_config), Solo(), range(STEPS))
+    made = torch.cat([latent.flatten() for _, latent, _ in denoiser.run(blocks(), Alone())])
     assert made.isfinite().all()
     return made
 

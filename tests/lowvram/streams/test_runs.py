@@ -69,7 +69,7 @@ def test_a_run_that_memory_runs_out_in_is_in_order(tiny, monkeypatch):
                 tiny.artifact("fp32"), device="cpu", memory=MemoryOptions(placement=placement)
             )
             frames = [torch.from_numpy(made) for made in pipeline.stream(tiny.request(num_clip=1))]
-        assert len(pipeline.runtime.relief.events) == len(stages)
+        assert len(pipeline.run.ladder.events) == len(stages)
         return torch.cat(frames)
 
     assert_ordered(monkeypatch, work)
