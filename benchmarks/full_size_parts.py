@@ -27,7 +27,7 @@ from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.convert import lay_out
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import RandomFill, phantom_plans, write_phantom
+from lowvram_quantize.phantom import RandomFill, shape_plans, write_shape_artifact
 from lowvram_quantize.presets import PRESETS
 
 CLIPS, INFER_FRAMES, STEPS = 3, 48, 4
@@ -81,7 +81,9 @@ def write_artifact(options: argparse.Namespace, precision: str) -> dict[str, Any
     make_room(options, precision)
     begin = time.perf_counter()
     try:
-        write_phantom(path, precision=precision, preset=options.preset, fill=RandomFill(options.seed), overwrite=True)
+        write_shape_artifact(
+            path, precision=precision, preset=options.preset, fill=RandomFill(options.seed), overwrite=True
+        )
     except BaseException:
         shutil.rmtree(path.with_name(path.name + ".phantom"), ignore_errors=True)
         raise
@@ -98,7 +100,7 @@ def is_there(path: Path) -> bool:
 
 def make_room(options: argparse.Namespace, precision: str) -> None:
     """Where the disk is too small for both artifacts, the other one gives way: its parts are done by now."""
-    plans = phantom_plans(PRESETS[options.preset], precision)
+    plans = shape_plans(PRESETS[options.preset], precision)
     needed = sum(slab.nbytes for plan in plans for slab in lay_out(plan)[1])
     needed += SPARE_DISK_BYTES if options.preset == "14b" else 0
     for other in PRECISIONS:

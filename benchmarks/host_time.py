@@ -55,11 +55,11 @@ def measure(preset: str) -> dict[str, Any]:
     """By rings and kind of stretch: launches, dispatcher calls, synchronisations; host seconds of a block."""
     from host_counts import Counting, Host, as_if_cuda
 
-    from lowvram_quantize.phantom import write_phantom
+    from lowvram_quantize.phantom import write_shape_artifact
 
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        artifact = write_phantom(Path(folder) / preset, preset=preset, precision="int8")
+        artifact = write_shape_artifact(Path(folder) / preset, preset=preset, precision="int8")
         for kv in ("int8", "plain"):
             counting = Counting()
             with as_if_cuda(counting):

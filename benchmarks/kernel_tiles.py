@@ -12,12 +12,12 @@ from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.rows import quantize_rows
 
 Tensor = torch.Tensor
-Watch = Callable[[Callable[[], Any]], float]
+Heartbeat = Callable[[Callable[[], Any]], float]
 """Median milliseconds of a call."""
 
 
 @torch.inference_mode()
-def tuned(watch: Watch, rows: int, queries: Tensor, blocks: list[KVBlock]) -> dict[str, Any]:
+def tuned(watch: Heartbeat, rows: int, queries: Tensor, blocks: list[KVBlock]) -> dict[str, Any]:
     """Times of the alternatives to the tiles in ``TILES``; those that do not fit the chip say so.
 
     ``rows`` of the product; ``queries`` bfloat16 [1, L, N, H] attend to ``blocks``.
@@ -55,7 +55,7 @@ def tuned(watch: Watch, rows: int, queries: Tensor, blocks: list[KVBlock]) -> di
     }
 
 
-def timed(watch: Watch, tiles: list[Any], call: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def timed(watch: Heartbeat, tiles: list[Any], call: Callable[[Any], Any]) -> list[dict[str, Any]]:
     from triton.runtime.errors import OutOfResources
 
     rows = []

@@ -94,12 +94,12 @@ def count(only: list[str] | None) -> dict[str, Any]:
     """Every layout on the tiny model, all of them in one set of processes."""
     from parallel_formulas import compared, same_latents
 
-    from lowvram_quantize.phantom import RandomFill, write_phantom
+    from lowvram_quantize.phantom import RandomFill, write_shape_artifact
 
     with tempfile.TemporaryDirectory() as folder:
         artifacts = {name: Path(folder) / name for name in ("bf16", "int8")}
         for name, path in artifacts.items():
-            write_phantom(path, precision=name, preset="tiny", fill=RandomFill())
+            write_shape_artifact(path, precision=name, preset="tiny", fill=RandomFill())
         jobs = chosen(all_jobs(artifacts), only)
         found = run_jobs(jobs)
         rows = [compared(job, found[job.name]) for job in jobs]

@@ -14,11 +14,11 @@ from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
-from lowvram.planning.model_sizes import ModelFacts, facts_of
+from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import share_of
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 RANKS = (2, 3, 4)
 CARD, VRAM_GIB, RAM_GIB, SIZE = "rtx4090", 22.15, 64, "704*384"
@@ -35,10 +35,10 @@ def layouts() -> Iterator[tuple[str, ParallelLayout]]:
                 yield name, ParallelLayout(num_gpus_dit=ranks, ulysses_size=size, vae_rank=vae_rank)
 
 
-def sent(facts: ModelFacts, work: Workload, layout: ParallelLayout, rank: int) -> dict[str, int]:
+def sent(sizes: ModelSizes, work: Workload, layout: ParallelLayout, rank: int) -> dict[str, int]:
     """Bytes that a rank sends for one block of the steady state: nothing of a parameter."""
-    share = share_of(facts.config, work, layout, rank)
-    exchange = len(share.steps) * step_exchange(facts.config, work, share).sent
+    share = share_of(sizes.config, work, layout, rank)
+    exchange = len(share.steps) * step_exchange(sizes.config, work, share).sent
     return {"exchange": exchange, "latents": _letters(work, layout, rank), "parameters": 0}
 
 
@@ -50,14 +50,14 @@ def _letters(work: Workload, layout: ParallelLayout, rank: int) -> int:
     return sends * LATENT_CHANNELS * work.frames_per_block * math.prod(work.latent_size) * FLOAT32_BYTES
 
 
-def held(facts: ModelFacts, placement: Placement, layout: ParallelLayout, rank: int) -> int:
+def held(sizes: ModelSizes, placement: Placement, layout: ParallelLayout, rank: int) -> int:
     """Bytes of the DiT's parameters on the device: shared ones, resident layers, staging slots."""
     if not layout.role(rank).denoises:
         return 0
     streamed = set(placement.streamed_layers)
-    resident = sum(nbytes for layer, nbytes in enumerate(facts.layer_bytes) if layer not in streamed)
-    slots = placement.weight_slots * max((facts.layer_bytes[layer] for layer in streamed), default=0)
-    return facts.shared.nbytes + resident + slots
+    resident = sum(nbytes for layer, nbytes in enumerate(sizes.layer_bytes) if layer not in streamed)
+    slots = placement.weight_slots * max((sizes.layer_bytes[layer] for layer in streamed), default=0)
+    return sizes.shared.nbytes + resident + slots
 
 
 class Fsdp:
@@ -91,27 +91,27 @@ def published() -> dict[str, Any]:
     work = Workload.of_size(SIZE)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = (
-            Artifact.open(write_phantom(Path(folder) / precision, precision=precision))
+            Artifact.open(write_shape_artifact(Path(folder) / precision, precision=precision))
             for precision in ("int8", "bf16")
         )
-        facts = facts_of(ours)
-        rows = [_published_row(facts, work, name, layout) for name, layout in layouts()]
-        least = Placement(streamed_layers=tuple(range(facts.config.num_layers)))
-        rows += [_published_fsdp(facts, work, theirs, ranks) for ranks in RANKS]
+        sizes = model_sizes(ours)
+        rows = [_published_row(sizes, work, name, layout) for name, layout in layouts()]
+        least = Placement(streamed_layers=tuple(range(sizes.config.num_layers)))
+        rows += [_published_fsdp(sizes, work, theirs, ranks) for ranks in RANKS]
     return {
         "label": "computed from the formulas that the tiny model's counts are compared with; not measured",
         "size": SIZE,
         "sample_steps": work.sample_steps,
         "placements": f"planned for {CARD} with {VRAM_GIB} GiB each and {RAM_GIB} GiB of host memory",
         "rows": rows,
-        "all_layers_streamed_parameter_bytes": held(facts, least, ParallelLayout(), 0),
+        "all_layers_streamed_parameter_bytes": held(sizes, least, ParallelLayout(), 0),
     }
 
 
-def _published_row(facts: ModelFacts, work: Workload, name: str, layout: ParallelLayout) -> dict[str, Any]:
+def _published_row(sizes: ModelSizes, work: Workload, name: str, layout: ParallelLayout) -> dict[str, Any]:
     ranks = range(layout.world_size)
     team = plan_team(
-        facts,
+        sizes,
         work,
         layout,
         Machines(
@@ -126,15 +126,15 @@ def _published_row(facts: ModelFacts, work: Workload, name: str, layout: Paralle
         "name": name,
         "ranks": len(ranks),
         "weights": "int8",
-        "sent_bytes": busiest(sent(facts, work, layout, rank) for rank in ranks),
-        "parameter_bytes": max(held(facts, placements[rank], layout, rank) for rank in ranks),
+        "sent_bytes": busiest(sent(sizes, work, layout, rank) for rank in ranks),
+        "parameter_bytes": max(held(sizes, placements[rank], layout, rank) for rank in ranks),
         "streamed_layers": max(len(placement.streamed_layers) for placement in placements),
     }
 
 
-def _published_fsdp(facts: ModelFacts, work: Workload, artifact: Artifact, ranks: int) -> dict[str, Any]:
+def _published_fsdp(sizes: ModelSizes, work: Workload, artifact: Artifact, ranks: int) -> dict[str, Any]:
     fsdp, layout = Fsdp.of(artifact, ranks), ParallelLayout(num_gpus_dit=ranks, ulysses_size=ranks)
-    exchanged = busiest(sent(facts, work, layout, rank) for rank in range(ranks))
+    exchanged = busiest(sent(sizes, work, layout, rank) for rank in range(ranks))
     return {
         "name": f"fsdp-{ranks}",
         "ranks": ranks,
@@ -152,13 +152,13 @@ def busiest(ranks: Iterator[dict[str, int]]) -> dict[str, int]:
 def compared(job: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """A layout's row: what was counted on each rank beside what the formulas say."""
     artifact, work = Artifact.open(Path(job.artifact)), job.work
-    facts, steps = facts_of(artifact), range(work.sample_steps)
+    sizes, steps = model_sizes(artifact), range(work.sample_steps)
     options = MemoryOptions(offload_model=job.offload)
-    placement = placement_on_cpu(options, facts.config.num_layers, steps, work.sample_steps)
+    placement = placement_on_cpu(options, sizes.config.num_layers, steps, work.sample_steps)
     rows = []
     for rank, counted in enumerate(ranks):
-        expected = {"sent_bytes": sent(facts, work, job.layout, rank)}
-        expected["parameter_bytes"] = held(facts, placement, job.layout, rank)
+        expected = {"sent_bytes": sent(sizes, work, job.layout, rank)}
+        expected["parameter_bytes"] = held(sizes, placement, job.layout, rank)
         if job.fsdp:
             fsdp = Fsdp.of(artifact, job.layout.world_size)
             expected["sent_bytes"]["parameters"] = fsdp.sent(work.sample_steps)
@@ -174,7 +174,7 @@ def compared(job: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": job.name,
         "ranks": len(ranks),
-        "weights": facts.precision,
+        "weights": sizes.precision,
         "sent_bytes": busiest(row["counted"]["sent_bytes"] for row in rows),
         "parameter_bytes": max(row["counted"]["parameter_bytes"] for row in rows),
         "as_expected": all(row["counted"] == row["formula"] and agrees(row) for row in rows),

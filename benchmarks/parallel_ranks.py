@@ -22,7 +22,7 @@ from lowvram.encode.voice import WholeVoice
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.rank import joined
-from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_env import RankEnv
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning import Workload
 from lowvram.planning.decide import decide
@@ -91,8 +91,8 @@ def be_rank(rank: int, jobs: Path, answer: Path) -> None:
 
 
 def take_part(job: Job, rank: int) -> dict[str, Any]:
-    seat = Seat(rank=rank, world_size=job.layout.world_size, local_rank=rank, address=ADDRESS, port=job.port)
-    with joined(seat, job.layout, job.device) as (team, where, _):
+    env = RankEnv(rank=rank, world_size=job.layout.world_size, local_rank=rank, address=ADDRESS, port=job.port)
+    with joined(env, job.layout, job.device) as (team, where, _):
         book = Book(team, torch.device(where), counts=job.counts)
         with torch.inference_mode(), mock.patch.object(Component, "read_slab", copied(Component.read_slab)):
             run(job, team, book)

@@ -139,11 +139,11 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
 
 def published(folder: Path, precision: str) -> Any:
     from lowvram_quantize.format import Artifact
-    from lowvram_quantize.phantom import write_phantom
+    from lowvram_quantize.phantom import write_shape_artifact
 
     path = folder / precision
     if not path.exists():
-        write_phantom(path, precision=precision)
+        write_shape_artifact(path, precision=precision)
     return Artifact.open(path)
 
 

@@ -192,7 +192,7 @@ def plan(
     Exits with 1 where it does not fit.
     """
     from lowvram.commands.plan import make_plan_request, show_cards, show_plan
-    from lowvram_quantize.phantom import write_phantom
+    from lowvram_quantize.phantom import write_shape_artifact
 
     if options["gpu"] == "list":
         show_cards(as_json=as_json)
@@ -203,7 +203,7 @@ def plan(
             "--preset and --precision stand for a model that is not here: with --model leave them out"
         )
     with scratch("plan") as folder:
-        path = model or write_phantom(folder / "preset", preset=preset or "14b", precision=precision or "int8")
+        path = model or write_shape_artifact(folder / "preset", preset=preset or "14b", precision=precision or "int8")
         if not show_plan(path, asked, dry=dry, as_json=as_json):
             sys.exit(1)
 
@@ -257,7 +257,7 @@ def doctor(gpus: int | None, port: int, model: Path | None, no_measure: bool, as
     from lowvram.doctor.machine import this_machine
 
     options = Options(
-        facts=lambda: sizes_of(model), converted=model is not None, gpus=gpus, port=port, measure=not no_measure
+        sizes=lambda: sizes_of(model), converted=model is not None, gpus=gpus, port=port, measure=not no_measure
     )
     findings = examine(this_machine(), options)
     if as_json:
@@ -303,12 +303,12 @@ def selftest(device: str, report: Path | None, overwrite: bool, as_json: bool) -
 
 def sizes_of(model: Path | None) -> Any:
     """Sizes of an artifact's parts, or those of the published shapes in int8."""
-    from lowvram.planning.model_sizes import facts_of
+    from lowvram.planning.model_sizes import model_sizes
     from lowvram_quantize.format import Artifact
-    from lowvram_quantize.phantom import write_phantom
+    from lowvram_quantize.phantom import write_shape_artifact
 
     with scratch("doctor") as folder:
-        return facts_of(Artifact.open(model or write_phantom(folder / "preset")))
+        return model_sizes(Artifact.open(model or write_shape_artifact(folder / "preset")))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from lowvram.encode.voice import listening
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import LatentSize, Solo, Team
+from lowvram.parallel.team import LatentSize, SingleRank, Team
 from lowvram.planning.decide import decide
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
@@ -57,7 +57,7 @@ class AvatarPipeline:
         engine: Engine | None = None,
     ):
         self.runtime = Runtime(artifact, device, dtype, memory or MemoryOptions(), engine)
-        self.team: Team = team or Solo()
+        self.team: Team = team or SingleRank()
         self._machines = machines
         self._latest: Run | None = None
 

@@ -61,7 +61,7 @@ PIECE_BYTES = 1 << 24
 _WRITERS = 4
 
 
-def write_phantom(
+def write_shape_artifact(
     out: Path,
     *,
     precision: str = "int8",
@@ -95,14 +95,14 @@ def write_phantom(
         for folder in (AUDIO_ENCODER, TOKENIZER):
             (partial / folder).mkdir(parents=True)
         write_tokenizer(partial / TOKENIZER)
-    plans = phantom_plans(shapes, precision, text_encoder)
+    plans = shape_plans(shapes, precision, text_encoder)
     facts = {plan.name: _write_component(plan, partial, fill) for plan in plans}
     _write_audio_encoder(shapes, partial / AUDIO_ENCODER, fill)
     publish(partial, out, _manifest(preset, facts, partial, "random values" if fill else "no values"))
     return out
 
 
-def phantom_plans(shapes: Preset, precision: str, text_encoder: str | None = None) -> list[Plan]:
+def shape_plans(shapes: Preset, precision: str, text_encoder: str | None = None) -> list[Plan]:
     """What ``convert`` would plan for a checkpoint of these shapes; its items have no source to read."""
     config = DiTConfig.from_dict(shapes.dit)
     vae, text = {"base_dim": shapes.vae_base_dim}, dict(shapes.text_encoder)
@@ -254,4 +254,4 @@ def _ring(pool: Tensor) -> Tensor:
     return torch.cat([pool, pool[:PIECE_BYTES]])
 
 
-__all__ = ["PIECE_BYTES", "Fill", "RandomFill", "phantom_plans", "write_phantom"]
+__all__ = ["PIECE_BYTES", "Fill", "RandomFill", "shape_plans", "write_shape_artifact"]

@@ -180,9 +180,9 @@ def test_ranks_send_and_hold_what_formulas_say(parallel, monkeypatch):
 def test_a_count_that_differs_is_told(parallel, tmp_path):
     import parallel_formulas
 
-    from lowvram_quantize.phantom import write_phantom
+    from lowvram_quantize.phantom import write_shape_artifact
 
-    path = write_phantom(tmp_path / "tiny", precision="bf16", preset="tiny")
+    path = write_shape_artifact(tmp_path / "tiny", precision="bf16", preset="tiny")
     (job,) = parallel.chosen(parallel.all_jobs({"bf16": path, "int8": path}), ["stages-2"])
     first = {"exchange": 0, "latents": 16 * 3 * 16 * 16 * 4, "parameters": 0}
     reports = [

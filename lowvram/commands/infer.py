@@ -21,7 +21,7 @@ from lowvram.commands.shared_options import (
 from lowvram.infer import infer
 from lowvram.outputs import Outputs
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_env import RankEnv
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact
@@ -39,16 +39,16 @@ def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | 
     Raises:
         LowvramError: an option that cannot be used, or a run that failed.
     """
-    seat, ranks = Seat.from_environ(os.environ), make_rank_options(options)
-    refuse_seeds_of_their_own(options["base_seed"], 1 if seat is None else seat.world_size)
+    env, ranks = RankEnv.from_environ(os.environ), make_rank_options(options)
+    refuse_seeds_of_their_own(options["base_seed"], 1 if env is None else env.world_size)
     request = make_request(options)
     outputs = _outputs(options, request)
-    if seat is None and (file := prompt_file(options["prompt"])) is not None:
+    if env is None and (file := prompt_file(options["prompt"])) is not None:
         log.info("the prompt is what stands in %s", file)
-    layout = ranks.layout(seat, Artifact.open(options["model"]), request.sample_steps)
+    layout = ranks.layout(env, Artifact.open(options["model"]), request.sample_steps)
     if layout.world_size > 1:
         several = _rank_run(options, request, outputs, ranks)
-        return _as_ranks(several, seat, layout, arguments)
+        return _as_ranks(several, env, layout, arguments)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
     infer(open_pipeline(options), request, outputs, quiet=options["quiet"])
     return outputs.video
@@ -76,15 +76,15 @@ def _rank_run(options: dict[str, Any], request: Request, outputs: Outputs, ranks
     )
 
 
-def _as_ranks(several: RankRun, seat: Seat | None, layout: ParallelLayout, arguments: Sequence[str]) -> Path | None:
-    if seat is None:
+def _as_ranks(several: RankRun, env: RankEnv | None, layout: ParallelLayout, arguments: Sequence[str]) -> Path | None:
+    if env is None:
         seed = ["--base_seed", str(several.request.base_seed)]  # one for all, also where it was drawn
         several.start(layout, [*arguments, *seed])
         return None
-    if seat.by_hand:
-        log.info("this is rank %d of %d, and waits for the others%s", seat.rank, seat.world_size, seat.hint)
-    _log_as(f"rank {seat.rank}: ")
-    return several.outputs.video if several.take_part(seat, layout) else None
+    if env.by_hand:
+        log.info("this is rank %d of %d, and waits for the others%s", env.rank, env.world_size, env.hint)
+    _log_as(f"rank {env.rank}: ")
+    return several.outputs.video if several.take_part(env, layout) else None
 
 
 def _log_as(prefix: str) -> None:

@@ -12,10 +12,10 @@ from lowvram.infer import infer
 from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.parallel.launch import launch
-from lowvram.parallel.layout_agreement import Settler
+from lowvram.parallel.layout_agreement import LayoutAgreement
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
 from lowvram.parallel.rank import facts_to_agree_on, joined, share_weights
-from lowvram.parallel.rank_env import Seat, rank_device
+from lowvram.parallel.rank_env import RankEnv, rank_device
 from lowvram.pipeline import AvatarPipeline
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request, read_inputs
@@ -54,19 +54,19 @@ class RankRun:
         layout.check(sample_steps=self.request.sample_steps, heads=heads, tokens_per_frame=height // 2 * (width // 2))
         launch(layout.world_size, arguments, port=self.options.port or 0)
 
-    def take_part(self, seat: Seat, layout: ParallelLayout) -> bool:
+    def take_part(self, env: RankEnv, layout: ParallelLayout) -> bool:
         """Be one of the ranks, to the end of the run; whether it is the one that writes.
 
         Raises:
             LowvramError: this rank failed, or another one did.
         """
         check_for_ranks(layout, self.memory)
-        self._examine_card(seat)
+        self._examine_card(env)
         artifact = Artifact.open(self.model)
-        settler = Settler(
+        agreement = LayoutAgreement(
             options=self.options, artifact=artifact, request=self.request, memory=self.memory, dtype=self.dtype
         )
-        with joined(seat, layout, self.device, settler.settle) as (team, device, machines):
+        with joined(env, layout, self.device, agreement.settle) as (team, device, machines):
             if team.role.media:
                 self._check_outputs()
             pipeline = AvatarPipeline.from_artifact(
@@ -83,12 +83,12 @@ class RankRun:
             infer(pipeline, self.request, self.outputs, quiet=self.quiet)
         return team.role.media
 
-    def _examine_card(self, seat: Seat) -> None:
+    def _examine_card(self, env: RankEnv) -> None:
         """Before the ranks meet: from then on they watch how long each takes."""
         if not self.examine:
             return
         try:
-            where = rank_device(self.device, seat)
+            where = rank_device(self.device, env)
         except LowvramError:
             return  # raised again when the ranks have met, so that all of them hear it
         get_ready(torch.device(where))

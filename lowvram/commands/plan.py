@@ -23,7 +23,7 @@ from lowvram.planning.layout_choice import Compared, alternatives, choose_team
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import GIB
-from lowvram.planning.model_sizes import facts_of
+from lowvram.planning.model_sizes import model_sizes
 from lowvram.planning.planner import plan
 from lowvram.planning.rank_layout import LayoutOptions
 from lowvram.planning.rank_plan import DoesNotFit, Plan
@@ -192,7 +192,7 @@ def plan_team_for(model: Path, request: PlanRequest) -> Compared:
         CheckpointError: no artifact.
         ConfigError, InputError: an option that cannot be used.
     """
-    facts, gpus = facts_of(Artifact.open(model)), request.gpus or 1
+    sizes, gpus = model_sizes(Artifact.open(model)), request.gpus or 1
     at_hand = request.gpu == "auto" and cuda_is_here()
     cards = _cards(request.gpu, gpus)
     there = Machines(
@@ -204,14 +204,14 @@ def plan_team_for(model: Path, request: PlanRequest) -> Compared:
     work, options = request.workload, request.options
     team, refusal = None, None
     try:
-        team = choose_team(facts, work, there, options, request.layout)
+        team = choose_team(sizes, work, there, options, request.layout)
     except DoesNotFit as error:
         refusal = error
     if team is not None:
         said = [_not_here(cards[0])] if request.gpu == "auto" and not at_hand else []
         said += _beyond(cards[0], there.vram_bytes[0])
         team = dataclasses.replace(team, notes=(*said, *team.notes, *request.notes))
-    return Compared(team=team, refusal=refusal, alternatives=alternatives(facts, work, there, options))
+    return Compared(team=team, refusal=refusal, alternatives=alternatives(sizes, work, there, options))
 
 
 def _cards(name: str, gpus: int) -> list[Card]:

@@ -14,7 +14,7 @@ import torch
 from lowvram.denoise.kv_format import Bytes, KVFormat, Own
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.events import DONE, Moment
-from lowvram.offload.prefetch import Conveyor, Fill, Moments
+from lowvram.offload.prefetch import Fill, Moments, Prefetcher
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_models.attention import Heads
@@ -111,7 +111,7 @@ class Rings:
         self._device: dict[Cell, Tensor] = {}
         self._host: dict[Cell, Tensor] = {}
         self._written: dict[Cell, Moment] = {}
-        self._conveyor = Conveyor(engine, [])
+        self._prefetcher = Prefetcher(engine, [])
         # Slots of each slab, by its id: as long as the slabs stay, until the next ``place``.
         self._cut: dict[int, list[Bytes]] = {}
 
@@ -124,7 +124,7 @@ class Rings:
 
     def place(self, on_host: Collection[Cell], staging: int) -> None:
         """Keep the cells ``on_host`` there and the others on the device; what they hold moves with them."""
-        self._conveyor = Conveyor(self._engine, [])
+        self._prefetcher = Prefetcher(self._engine, [])
         self._cut.clear()
         for cell in sorted(set(on_host) - set(self._host)):
             self._host[cell] = self._engine.host_buffer(self.cell_nbytes)
@@ -137,7 +137,7 @@ class Rings:
         if self._host:
             device = self._engine.device
             slots = [torch.empty(self.cell_nbytes, dtype=torch.uint8, device=device) for _ in range(staging)]
-            self._conveyor = Conveyor(self._engine, slots)
+            self._prefetcher = Prefetcher(self._engine, slots)
 
     def on_device(self, cell: Cell) -> bool:
         return cell in self._device
@@ -145,11 +145,11 @@ class Rings:
     def expect(self, cells: Iterable[tuple[Cell, Window]]) -> None:
         """Say which cells the coming pass uses, in order, so that those on the host are on their way in time."""
         if self._host:
-            self._conveyor.load(self._jobs(list(cells)))
+            self._prefetcher.load(self._jobs(list(cells)))
 
     def open(self, cell: Cell) -> list[Bytes]:
         """The cell's slots on the device; what is computed from here on waits for them."""
-        slab = self._conveyor.take(cell) if cell in self._host else self._device[cell]
+        slab = self._prefetcher.take(cell) if cell in self._host else self._device[cell]
         return self._slots(slab)
 
     def close(self, cell: Cell, window: Window, slots: list[Bytes]) -> None:
@@ -158,7 +158,7 @@ class Rings:
             target = self._slots(self._host[cell])[window.slot][0]
             moment = self._engine.copy_out(target, slots[window.slot][0], self._engine.now())
             self._written[cell] = moment
-            self._conveyor.release(cell, moment)
+            self._prefetcher.release(cell, moment)
 
     def snapshot(self, step: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A whole cell's keys and values [capacity, N, H] as attention sees them."""

@@ -12,7 +12,7 @@ from lowvram.doctor import cards, memory, ranks, software
 from lowvram.doctor.findings import Finding, ok, problem
 from lowvram.doctor.probes import CardState, Gpu, Probes
 from lowvram.doctor.wants import Room, Wants, wants_of
-from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.model_sizes import ModelSizes
 from lowvram_kernels.errors import ConfigError
 
 T = TypeVar("T")
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """``gpus`` None: all that are here. ``facts`` gives the model's sizes; ``converted``: its artifact is here."""
+    """``gpus`` None: all that are here. ``sizes`` gives the model's sizes; ``converted``: its artifact is here."""
 
-    facts: Callable[[], ModelFacts]
+    sizes: Callable[[], ModelSizes]
     converted: bool = False
     gpus: int | None = None
     port: int = 29500
@@ -60,13 +60,13 @@ def examine(probes: Probes, options: Options) -> list[Finding]:
         CheckpointError: the artifact that the user named cannot be read.
     """
     findings: list[Finding] = []
-    facts = options.facts() if options.converted else _asked("plan", options.facts, None, findings)
+    sizes = options.sizes() if options.converted else _asked("plan", options.sizes, None, findings)
     none: tuple[Gpu, ...] = ()
     gpus = _asked("cuda", probes.gpus, none, findings)
     nothing: Mapping[int, CardState] = {}
     states = _asked("nvidia-smi", probes.card_states, nothing, findings) if gpus else nothing
     count = options.gpus or max(1, len(gpus))
-    wants = _asked("plan", lambda: _wants(probes, facts, gpus[:count], count), None, findings)
+    wants = _asked("plan", lambda: _wants(probes, sizes, gpus[:count], count), None, findings)
     seen = _Seen(gpus=gpus, states=states, wants=wants, ranks=count)
     for name, check in _checks(probes, options, seen):
         findings.extend(_asked(name, check, [], findings))
@@ -88,16 +88,16 @@ def _asked(name: str, question: Callable[[], T], otherwise: T, findings: list[Fi
         return otherwise
 
 
-def _wants(probes: Probes, facts: ModelFacts | None, gpus: tuple[Gpu, ...], count: int) -> Wants | None:
-    if facts is None:
+def _wants(probes: Probes, sizes: ModelSizes | None, gpus: tuple[Gpu, ...], count: int) -> Wants | None:
+    if sizes is None:
         return None
     available, _ = probes.ram()
     if not gpus:
-        return wants_of(facts, [None] * count, ram_bytes=available)
+        return wants_of(sizes, [None] * count, ram_bytes=available)
     rooms = [Room(gpu=gpu.name, vram_bytes=gpu.free_bytes) for gpu in gpus]
     # That there are too few cards is said elsewhere; those that are missing are taken for ones like the smallest.
     smallest = min(rooms, key=lambda room: room.vram_bytes)
-    return wants_of(facts, rooms + [smallest] * (count - len(rooms)), ram_bytes=available)
+    return wants_of(sizes, rooms + [smallest] * (count - len(rooms)), ram_bytes=available)
 
 
 Named = tuple[str, Callable[[], list[Finding]]]

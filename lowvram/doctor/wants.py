@@ -13,7 +13,7 @@ from lowvram.planning.card_table import CARDS
 from lowvram.planning.cards import Card
 from lowvram.planning.layout_choice import choose_team
 from lowvram.planning.members import Machines
-from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.workload import Workload
 
@@ -54,7 +54,7 @@ class Room:
     vram_bytes: int
 
 
-def wants_of(facts: ModelFacts, rooms: Sequence[Room | None], *, ram_bytes: int) -> Wants:
+def wants_of(sizes: ModelSizes, rooms: Sequence[Room | None], *, ram_bytes: int) -> Wants:
     """Plan for as many ranks as there are ``rooms``, each on a card, or on the processor (None), which keeps everything
     in host memory. Where nothing fits, the plans that come nearest say what is missing.
 
@@ -70,18 +70,18 @@ def wants_of(facts: ModelFacts, rooms: Sequence[Room | None], *, ram_bytes: int)
     )
     try:
         dtype = choose_dtype("auto", torch.device("cpu" if on_cpu else "cuda"))
-        team = choose_team(facts, Workload.of_size(SIZE, dtype=dtype), there)
+        team = choose_team(sizes, Workload.of_size(SIZE, dtype=dtype), there)
         ranks, host = team.ranks, team.host[0]
     except DoesNotFit as refused:
         ranks, host = refused.ranks, refused.host[0]
     # On the processor there is one memory, and what would lie on the device lies there too.
     beside = sum(plan.peak_vram_bytes - plan.reserve_bytes for plan in ranks) if on_cpu else 0
     return Wants(
-        what=f"a DiT of {facts.parameters / 1e9:.3g} billion weights in {facts.precision} at {SIZE}",
+        what=f"a DiT of {sizes.parameters / 1e9:.3g} billion weights in {sizes.precision} at {SIZE}",
         ranks=tuple(_of_rank(plan, on_cpu=on_cpu, alone=len(rooms) == 1) for plan in ranks),
         host_bytes=host.peak + beside,
         pinned_bytes=0 if on_cpu else max(_pinned(plan) for plan in ranks),
-        artifact_bytes=_artifact_bytes(facts),
+        artifact_bytes=_artifact_bytes(sizes),
     )
 
 
@@ -106,5 +106,5 @@ def _pinned(plan: Plan) -> int:
     return plan.host.pinned_weights + plan.host.pinned_rings + plan.host.pinned_cache
 
 
-def _artifact_bytes(facts: ModelFacts) -> int:
-    return facts.weight_bytes + facts.text_bytes + facts.vae_bytes + facts.audio.parameters * _FLOAT32
+def _artifact_bytes(sizes: ModelSizes) -> int:
+    return sizes.weight_bytes + sizes.text_bytes + sizes.vae_bytes + sizes.audio.parameters * _FLOAT32

@@ -13,7 +13,7 @@ import torch
 
 from lowvram.loading.weights import bind, converted, unbind
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.prefetch import Conveyor, Fill, Moments
+from lowvram.offload.prefetch import Fill, Moments, Prefetcher
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 
@@ -64,7 +64,7 @@ class Layers:
         self._present: set[int] = set()
         self._on_host: dict[int, Tensor] = {}
         self._copied: dict[int, list[str]] = {}
-        self._conveyor = Conveyor(engine, [])
+        self._prefetcher = Prefetcher(engine, [])
 
     @property
     def count(self) -> int:
@@ -72,7 +72,7 @@ class Layers:
 
     def place(self, streamed: Collection[int], slots: int) -> None:
         """Keep ``streamed`` on the host and the others on the device; can be called again between two passes."""
-        self._conveyor = Conveyor(self._engine, [])
+        self._prefetcher = Prefetcher(self._engine, [])
         # Streamed layers are bound to slots of before, which would stay beside the new ones.
         for index in sorted(self._on_host.keys() | (self._present & set(streamed))):
             unbind(self._dit, [spec.name for spec in self._component.slab_specs(layer_slab(index))])
@@ -86,8 +86,8 @@ class Layers:
         if self._on_host:
             nbytes = max(slab.numel() for slab in self._on_host.values())
             buffers = [torch.empty(nbytes, dtype=torch.uint8, device=self._engine.device) for _ in range(slots)]
-            self._conveyor = Conveyor(self._engine, buffers)
-            self._conveyor.load(_jobs(self._engine, self._on_host))
+            self._prefetcher = Prefetcher(self._engine, buffers)
+            self._prefetcher.load(_jobs(self._engine, self._on_host))
 
     def resident(self, index: int) -> bool:
         """Whether the layer's weights stay where they are until the next ``place``."""
@@ -96,7 +96,7 @@ class Layers:
     def enter(self, index: int) -> None:
         """Make the layer's weights those of the model; what is computed from here on waits for them."""
         if index in self._on_host:
-            slot = self._conveyor.take(index)
+            slot = self._prefetcher.take(index)
             self._bind(index, slot[: self._on_host[index].numel()])
 
     def leave(self, index: int) -> None:
@@ -104,7 +104,7 @@ class Layers:
         if index in self._on_host:
             # They lie beside the slot: left bound, copies of all streamed layers would be there at once.
             unbind(self._dit, self._copied[index])
-            self._conveyor.release(index)
+            self._prefetcher.release(index)
 
     def _load(self, index: int) -> None:
         source = self._read(index)

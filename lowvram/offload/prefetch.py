@@ -20,7 +20,7 @@ _Free = deque[tuple[int, Moments]]
 _Coming = deque[tuple[Hashable, int, Moments]]
 
 
-class Conveyor:
+class Prefetcher:
     """``take`` gives the next thing of ``jobs``, which is already on its way; ``release`` frees its slot for another.
 
     Things have to be taken in the order of ``jobs`` and released in that order too. ``slots`` come from the device's

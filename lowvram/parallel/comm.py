@@ -55,7 +55,7 @@ class StageExchange:
         return Received(work, out, flat)
 
 
-class Mail:
+class Comm:
     """Tensors from one rank to another through host memory, told apart by their tags; they are counted as what is
     ``sent``. One thread of a process may use it."""
 

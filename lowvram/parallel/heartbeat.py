@@ -45,7 +45,7 @@ class Store(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Person:
+class Peer:
     """A rank as others know it. ``machine`` is the same for ranks that see each other's processes."""
 
     name: str
@@ -54,7 +54,7 @@ class Person:
     pid: int
 
     @classmethod
-    def me(cls, name: str) -> Person:
+    def me(cls, name: str) -> Peer:
         return cls(name=name, host=socket.gethostname(), machine=machine_id(), pid=os.getpid())
 
     @property
@@ -90,22 +90,22 @@ class _Work:
     idle: bool = False
 
 
-class Watch:
-    """Watches the ranks ``people`` as number ``rank`` of them.
+class Heartbeat:
+    """Watches the ranks ``peers`` as number ``rank`` of them.
 
     Args:
         store: a connection of its own: a store answers one question at a time.
         leave: ends the process at once; takes the exit code.
     """
 
-    def __init__(self, store: Store, rank: int, people: list[Person], leave: Callable[[int], None] = os._exit):
-        self._store, self._rank, self._people, self._leave = store, rank, people, leave
+    def __init__(self, store: Store, rank: int, peers: list[Peer], leave: Callable[[int], None] = os._exit):
+        self._store, self._rank, self._people, self._leave = store, rank, peers, leave
         self._work = _Work("starting", time.monotonic(), idle=True)
         self._longest: dict[str, float] = {}
         self._count = 0
         self._parent = os.getppid()
         now = time.monotonic()
-        self._heard = {other: _Heard(0, "starting", now) for other in range(len(people)) if other != rank}
+        self._heard = {other: _Heard(0, "starting", now) for other in range(len(peers)) if other != rank}
         self._cause: str | None = None
         self._caused = threading.Event()
         self._over = threading.Event()
@@ -207,20 +207,20 @@ class Watch:
             count, heard.doing = json.loads(self._store.get(f"beat/{other}"))
             if count != heard.count:
                 heard.count, heard.seen = count, time.monotonic()
-        person = self._people[other]
-        if person.machine == self._people[self._rank].machine and not _lives(person.pid):
+        peer = self._people[other]
+        if peer.machine == self._people[self._rank].machine and not _lives(peer.pid):
             return f"died; last it was {heard.doing}"
         silent = time.monotonic() - heard.seen
         if silent > SILENCE_S:
-            self._end_silent(person)
+            self._end_silent(peer)
             return f"has given no sign of life for {silent:.0f} s; last it was {heard.doing}"
         return None
 
-    def _end_silent(self, person: Person) -> None:
+    def _end_silent(self, peer: Peer) -> None:
         """A process that is stopped or stuck would stay behind, with its memory of the card."""
-        if person.machine == self._people[self._rank].machine:
+        if peer.machine == self._people[self._rank].machine:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(person.pid, signal.SIGKILL)
+                os.kill(peer.pid, signal.SIGKILL)
 
     def _found(self, cause: str) -> None:
         self._cause = cause

@@ -25,7 +25,7 @@ from lowvram_quantize.format import Artifact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settler:
+class LayoutAgreement:
     """What the layout of a run on GPUs follows from, beside the cards."""
 
     options: RankOptions
@@ -69,8 +69,8 @@ def machines_of(team: RankTeam, device: torch.device, memory: MemoryOptions) -> 
             "ram": memory.ram_budget or psutil.virtual_memory().available,
         },
     )
-    names = list(dict.fromkeys(person.machine for person in team.people))
-    machines = [names.index(person.machine) for person in team.people]
+    names = list(dict.fromkeys(peer.machine for peer in team.peers))
+    machines = [names.index(peer.machine) for peer in team.peers]
     return Machines(
         cards=[_card(facts["card"]) for facts in told],
         vram_bytes=[facts["vram"] for facts in told],
@@ -82,7 +82,7 @@ def machines_of(team: RankTeam, device: torch.device, memory: MemoryOptions) -> 
 def _card_in_turn(team: RankTeam, device: torch.device) -> Card:
     """This rank's card. Its own rates, which single runs read too, are measured while no other card of the machine
     works; copies of a run on several are those that it reaches while all of them copy."""
-    machines = [person.machine for person in team.people]
+    machines = [peer.machine for peer in team.peers]
     mine, here = machines[team.role.rank], max(machines.count(machine) for machine in machines)
     place = machines[: team.role.rank].count(mine)
     card: Card | None = None

@@ -8,7 +8,7 @@ import torch
 
 from lowvram.devices import cuda_is_here
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_env import RankEnv
 from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, chosen_layout
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
@@ -28,22 +28,20 @@ class RankOptions(LayoutOptions):
         if self.port is not None and (self.gpus or 1) < 2:
             raise ConfigError("--port has an effect with --gpus 2 or more only; torchrun has --master-port")
 
-    def layout(self, seat: Seat | None, artifact: Artifact, sample_steps: int) -> ParallelLayout:
+    def layout(self, env: RankEnv | None, artifact: Artifact, sample_steps: int) -> ParallelLayout:
         """The layout of the ranks that were started, or are to be.
 
         Raises:
             ConfigError: the options do not fit them.
         """
-        if seat is not None and self.gpus not in (None, seat.world_size):
+        if env is not None and self.gpus not in (None, env.world_size):
             raise ConfigError(
-                f"--gpus is {self.gpus}, but {seat.world_size} ranks were started; leave --gpus out{seat.hint}"
+                f"--gpus is {self.gpus}, but {env.world_size} ranks were started; leave --gpus out{env.hint}"
             )
-        if seat is not None and self.port not in (None, 0, seat.port):
-            raise ConfigError(
-                f"--port is {self.port}, but the ranks were told {seat.port}; leave --port out{seat.hint}"
-            )
-        world = seat.world_size if seat else self.gpus or 1
-        if seat is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
+        if env is not None and self.port not in (None, 0, env.port):
+            raise ConfigError(f"--port is {self.port}, but the ranks were told {env.port}; leave --port out{env.hint}")
+        world = env.world_size if env else self.gpus or 1
+        if env is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
             wanted = (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel)
             vae = " and one for the VAE" if self.enable_vae_parallel else ""
             raise ConfigError(
@@ -55,7 +53,7 @@ class RankOptions(LayoutOptions):
                 world, self, sample_steps=sample_steps, heads=artifact.component("dit").config["num_heads"]
             )
         except ConfigError as error:
-            raise ConfigError(f"{error}{seat.hint if seat else ''}") from error
+            raise ConfigError(f"{error}{env.hint if env else ''}") from error
 
 
 def check_for_ranks(layout: ParallelLayout, memory: MemoryOptions) -> None:

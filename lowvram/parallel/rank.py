@@ -16,7 +16,7 @@ import torch
 
 from lowvram.offload.layers import layer_slab
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.rank_env import Seat, rank_device
+from lowvram.parallel.rank_env import RankEnv, rank_device
 from lowvram.parallel.rank_team import EndedFromOutside, RankTeam
 from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
@@ -27,7 +27,7 @@ from lowvram_quantize.format import Artifact
 
 @contextlib.contextmanager
 def joined(
-    seat: Seat,
+    env: RankEnv,
     layout: ParallelLayout,
     device: str,
     settle: Callable[[RankTeam, torch.device], Machines | None] | None = None,
@@ -41,9 +41,9 @@ def joined(
         DistributedError: another rank failed, died or hung; or the ranks did not meet.
     """
     with _ended_in_order():
-        team = RankTeam(seat, layout)
+        team = RankTeam(env, layout)
         try:
-            where = rank_device(device, seat)
+            where = rank_device(device, env)
             machines = settle(team, torch.device(where)) if settle is not None else None
             team.connect(torch.device(where))
             yield team, where, machines

@@ -14,7 +14,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seat:
+class RankEnv:
     """What the starter (torchrun, or ``infer --gpus``) says to a rank in its environment. ``by_hand``: neither of them
     did, so that somebody has set it, or an earlier run left it behind."""
 
@@ -26,7 +26,7 @@ class Seat:
     by_hand: bool = False
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Seat | None:
+    def from_environ(cls, environ: Mapping[str, str]) -> RankEnv | None:
         """None where nobody started ranks.
 
         Raises:
@@ -83,7 +83,7 @@ def for_one(names: Iterable[str]) -> str:
     return f"where nobody started ranks, unset {' '.join(names)}"
 
 
-def rank_device(name: str, seat: Seat) -> str:
+def rank_device(name: str, env: RankEnv) -> str:
     """The device of a rank: its own GPU, or the CPU.
 
     Raises:
@@ -93,12 +93,12 @@ def rank_device(name: str, seat: Seat) -> str:
     if name == "cpu" or (name == "auto" and not cuda_is_here()):
         return "cpu"
     if name not in ("auto", "cuda"):
-        raise ConfigError(f"--device is {name!r}; expected auto, cuda or cpu where {seat.world_size} ranks run")
+        raise ConfigError(f"--device is {name!r}; expected auto, cuda or cpu where {env.world_size} ranks run")
     count = torch.cuda.device_count()
-    if seat.local_rank >= count:
+    if env.local_rank >= count:
         raise HardwareError(
-            f"rank {seat.rank} is number {seat.local_rank} of this machine, but {count} GPUs are here; start fewer "
+            f"rank {env.rank} is number {env.local_rank} of this machine, but {count} GPUs are here; start fewer "
             "ranks, or give --device cpu"
         )
-    torch.cuda.set_device(seat.local_rank)
-    return f"cuda:{seat.local_rank}"
+    torch.cuda.set_device(env.local_rank)
+    return f"cuda:{env.local_rank}"

@@ -16,16 +16,16 @@ from lowvram.devices import is_out_of_memory
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
 from lowvram.offload.layers import Shared
-from lowvram.parallel.comm import Mail, Sent, StageExchange
-from lowvram.parallel.heartbeat import Person, Watch
-from lowvram.parallel.rank_env import Seat
-from lowvram.parallel.rendezvous import MEETING_S, Meeting
+from lowvram.parallel.comm import Comm, Sent, StageExchange
+from lowvram.parallel.heartbeat import Heartbeat, Peer
+from lowvram.parallel.rank_env import RankEnv
+from lowvram.parallel.rendezvous import RENDEZVOUS_S, Rendezvous
 from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
-from lowvram.parallel.voice_windows import SentPieces, VoiceFacts, send_windows
+from lowvram.parallel.voice_windows import SentPieces, VoiceExtent, send_windows
 from lowvram.planning.measure import CudaRunner
 from lowvram.planning.nccl_memory import CudaTaken, measuring_group
 from lowvram.planning.rank_layout import ParallelLayout
@@ -50,25 +50,23 @@ class EndedFromOutside(DistributedError):
 class RankTeam:
     """This process among the ranks of ``layout``, met and watched: a ``Team`` once it is connected."""
 
-    def __init__(self, seat: Seat, layout: ParallelLayout):
-        self.seat, self.layout, self.role = seat, layout, layout.role(seat.rank)
+    def __init__(self, env: RankEnv, layout: ParallelLayout):
+        self.env, self.layout, self.role = env, layout, layout.role(env.rank)
         self.sent = Sent()
-        self._meeting = Meeting(seat)
-        me = dataclasses.asdict(Person.me(self.role.name))
-        people = self._meeting.tell("people", me, cause=self._meeting.gone, within_s=MEETING_S)
-        self.people = [Person(**person) for person in people]
-        self._watch = Watch(self._meeting.another_connection(), seat.rank, self.people)
-        self._watch.begin()
+        self._rendezvous = Rendezvous(env)
+        me = dataclasses.asdict(Peer.me(self.role.name))
+        peers = self._rendezvous.tell("peers", me, cause=self._rendezvous.gone, within_s=RENDEZVOUS_S)
+        self.peers = [Peer(**peer) for peer in peers]
+        self._heartbeat = Heartbeat(self._rendezvous.another_connection(), env.rank, self.peers)
+        self._heartbeat.begin()
         self._told = False  # that this rank fails
         self.host_weights: Shared | None = None
 
     def settle(self, layout: ParallelLayout) -> None:
         """Take another layout than the one that was met with; before ``connect``."""
-        self.layout, self.role = layout, layout.role(self.seat.rank)
+        self.layout, self.role = layout, layout.role(self.env.rank)
         # In place: the watch has the same list.
-        self.people[:] = [
-            dataclasses.replace(person, name=layout.role(rank).name) for rank, person in enumerate(self.people)
-        ]
+        self.peers[:] = [dataclasses.replace(peer, name=layout.role(rank).name) for rank, peer in enumerate(self.peers)]
 
     def connect(self, device: torch.device) -> None:
         """Make the ways that tensors go, and try them.
@@ -76,15 +74,15 @@ class RankTeam:
         Raises:
             DistributedError: what arrives is not what was sent.
         """
-        self._mail, self._stage_group, self.sequence = self._groups(device)
+        self._comm, self._stage_group, self.sequence = self._groups(device)
 
-    def _groups(self, device: torch.device) -> tuple[Mail, Any, Sequence]:
+    def _groups(self, device: torch.device) -> tuple[Comm, Any, Sequence]:
         """Make the groups, which every rank does for all of them in the same order; and try them."""
-        seat, layout = self.seat, self.layout
-        with self._watch.doing("meeting the other ranks", "meet", limit_s=MEETING_S):
-            store = dist.distributed_c10d.PrefixStore("groups", self._meeting.store)
-            dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.world_size, timeout=_PATIENCE)
-        mail = Mail(_group(range(seat.world_size), "gloo"), self.sent)
+        env, layout = self.env, self.layout
+        with self._heartbeat.doing("meeting the other ranks", "meet", limit_s=RENDEZVOUS_S):
+            store = dist.distributed_c10d.PrefixStore("groups", self._rendezvous.store)
+            dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size, timeout=_PATIENCE)
+        comm = Comm(_group(range(env.world_size), "gloo"), self.sent)
         mine: Any = None
         meeting: Any = None
         if layout.ulysses_size > 1:
@@ -95,15 +93,15 @@ class RankTeam:
                 if stage == self.role.stage:
                     mine, meeting = exchange, control
         if mine is None or self.role.index is None:
-            return mail, None, Whole()
+            return comm, None, Whole()
         sequence = Ulysses(self.role.index, layout.ulysses_size, StageExchange(mine, self.role.index, self.sent))
         card = CudaTaken(device, CudaRunner(device).key) if device.type == "cuda" else None
         with (
-            self._watch.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S),
+            self._heartbeat.doing("trying the exchange with its stage", "handshake", limit_s=_HANDSHAKE_S),
             measuring_group(card, layout.ulysses_size),
         ):
             _try_exchange(sequence, device)
-        return mail, meeting, sequence
+        return comm, meeting, sequence
 
     def share(self, what: str, value: Any) -> list[Any]:
         """Every rank tells ``value``; all ranks' values.
@@ -111,8 +109,8 @@ class RankTeam:
         Raises:
             DistributedError: a rank is gone.
         """
-        with self._watch.waiting(f"the others' {what.replace('_', ' ')}"):
-            return self._meeting.tell(what, value, cause=lambda: self._watch.cause)
+        with self._heartbeat.waiting(f"the others' {what.replace('_', ' ')}"):
+            return self._rendezvous.tell(what, value, cause=lambda: self._heartbeat.cause)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Let no rank go on with another artifact, other settings or another version than the rest.
@@ -125,22 +123,22 @@ class RankTeam:
             if differing := [name for name in facts if other.get(name) != told[0].get(name)]:
                 name = differing[0]
                 raise ConfigError(
-                    f"{self.people[rank].words} has {name} {other.get(name)!r}, rank 0 has {told[0].get(name)!r}; "
+                    f"{self.peers[rank].words} has {name} {other.get(name)!r}, rank 0 has {told[0].get(name)!r}; "
                     "expected the same on all ranks: start them with one command, and with copies of one artifact"
                 )
 
     def keep_weights_once(self, sizes: list[int]) -> None:
         """Let the ranks of each machine share one host copy of the layers, of so many bytes each, that they stream."""
-        machines = [person.machine for person in self.people]
-        mine = machines[self.seat.rank]
+        machines = [peer.machine for peer in self.peers]
+        mine = machines[self.env.rank]
         first = machines.index(mine)
-        own = _shared_slabs(sizes) if first == self.seat.rank else None
+        own = _shared_slabs(sizes) if first == self.env.rank else None
         paths = self.share("weights", own.path if own else None)
         if own is None and paths[first] is not None and machines.count(mine) > 1:
             try:
                 own = SharedSlabs.open(paths[first], sizes)
             except OSError as error:
-                log.warning("rank %d keeps its own host copy of the weights: %s", self.seat.rank, error)
+                log.warning("rank %d keeps its own host copy of the weights: %s", self.env.rank, error)
         self.host_weights = own
 
     def share_conditions(self, conditions: Conditions | None) -> Conditions:
@@ -152,48 +150,48 @@ class RankTeam:
         facts = None
         if own is not None and conditions is not None:
             shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
-            facts = {"tensors": shapes, "voice": dataclasses.asdict(VoiceFacts.of(conditions.audio))}
+            facts = {"tensors": shapes, "voice": dataclasses.asdict(VoiceExtent.of(conditions.audio))}
         told = self.share("conditions", facts)[self.layout.media_rank]
-        with self._watch.waiting("the conditions"):
+        with self._heartbeat.waiting("the conditions"):
             tensors = own or {
                 name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in told["tensors"].items()
             }
             for name in tensors:
                 tensors[name] = tensors[name].contiguous()
-                self._mail.broadcast(tensors[name], self.layout.media_rank)
+                self._comm.broadcast(tensors[name], self.layout.media_rank)
         audio = tensors.pop("audio", None)
         here = conditions.audio if conditions is not None else None
-        voice = self._share_windows(VoiceFacts(**told["voice"]), here) if audio is None else WholeVoice(audio)
+        voice = self._share_windows(VoiceExtent(**told["voice"]), here) if audio is None else WholeVoice(audio)
         return conditions or Conditions(**tensors, audio=voice)
 
-    def _share_windows(self, facts: VoiceFacts, here: Voice | None) -> Voice:
+    def _share_windows(self, facts: VoiceExtent, here: Voice | None) -> Voice:
         """A long voice, which the media rank has ``here``; the others take from it what they need, when they do."""
         # A group of its own: windows are sent in a thread of their own.
-        with self._watch.waiting("the others' way for the voice"):
-            group = _group(range(self.seat.world_size), "gloo")
-        mail, media = Mail(group, self.sent, "voice"), self.layout.media_rank
+        with self._heartbeat.waiting("the others' way for the voice"):
+            group = _group(range(self.env.world_size), "gloo")
+        comm, media = Comm(group, self.sent, "voice"), self.layout.media_rank
         if isinstance(here, VoiceInWindows):
-            others = [rank for rank in range(self.seat.world_size) if rank != media]
-            send_windows(here, mail, others, self._failing, taken_here=self.role.denoises)
+            others = [rank for rank in range(self.env.world_size) if rank != media]
+            send_windows(here, comm, others, self._failing, taken_here=self.role.denoises)
             return here
-        return VoiceInWindows(facts.ends, SentPieces(facts, mail, media, self._watch.waiting))
+        return VoiceInWindows(facts.ends, SentPieces(facts, comm, media, self._heartbeat.waiting))
 
     def _failing(self, error: BaseException) -> None:
         """Tell the others, from another thread than the one that waits for them and will fail too."""
         self._told = True
-        self._watch.failed(_words(error))
+        self._heartbeat.failed(_words(error))
 
     def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
         return StageChain(
-            self._mail, self.layout, self.role, blocks, latent_size, clips=clips, waiting=self._watch.waiting
+            self._comm, self.layout, self.role, blocks, latent_size, clips=clips, waiting=self._heartbeat.waiting
         )
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
-        return arriving(self._mail, self.layout, blocks, latent_size, self._watch.waiting)
+        return arriving(self._comm, self.layout, blocks, latent_size, self._heartbeat.waiting)
 
     def doing(self, what: str, kind: str) -> contextlib.AbstractContextManager[None]:
         """Say what this rank does, for the others and for those who look for what went wrong."""
-        return self._watch.doing(what, kind)
+        return self._heartbeat.doing(what, kind)
 
     def sent_bytes(self) -> dict[str, int]:
         return dataclasses.asdict(self.sent)
@@ -201,23 +199,23 @@ class RankTeam:
     def meet(self) -> None:
         """Wait for the ranks of this stage: work they do together is not held up by what one did before it."""
         if self._stage_group is not None:
-            with self._watch.waiting("the other ranks of its stage"):
+            with self._heartbeat.waiting("the other ranks of its stage"):
                 dist.barrier(group=self._stage_group)
 
     def any_ran_out(self, here: bool) -> bool:
         if self._stage_group is None:
             return here
         told = torch.tensor([int(here)])
-        with self._watch.waiting("the other ranks of its stage"):
+        with self._heartbeat.waiting("the other ranks of its stage"):
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._stage_group)
         return bool(told.item())
 
     def leave(self) -> None:
         """Wait until all that was sent is received and all ranks are done; no rank is missed from here on."""
-        with self._watch.waiting("the others to finish"):
-            self._mail.settle()
-            self._meeting.tell("leave", True, cause=lambda: self._watch.cause)
-        self._watch.done()
+        with self._heartbeat.waiting("the others to finish"):
+            self._comm.settle()
+            self._rendezvous.tell("leave", True, cause=lambda: self._heartbeat.cause)
+        self._heartbeat.done()
         dist.destroy_process_group()
 
     def explain(self, error: BaseException) -> LowvramError | None:
@@ -225,14 +223,14 @@ class RankTeam:
         if self._told:
             return None
         if isinstance(error, EndedFromOutside):
-            self._watch.wait_for_cause(_TOLD_S)
+            self._heartbeat.wait_for_cause(_TOLD_S)
         elif isinstance(error, DistributedError) or (isinstance(error, RuntimeError) and not _own(error)):
-            self._watch.wait_for_cause(_CAUSE_S)
+            self._heartbeat.wait_for_cause(_CAUSE_S)
         # What has to change before a run can succeed is no other rank's doing, whoever found it first.
         to_change = isinstance(error, LowvramError) and error.exit_code == 2
-        if (cause := self._watch.cause) is not None and not to_change:
+        if (cause := self._heartbeat.cause) is not None and not to_change:
             return DistributedError(f"the run ended: {cause}")
-        self._watch.failed(_words(error))
+        self._heartbeat.failed(_words(error))
         return None
 
 

@@ -12,16 +12,16 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
-from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_env import RankEnv
 from lowvram_kernels.errors import DistributedError
 
-MEETING_S = 60
+RENDEZVOUS_S = 60
 _POLL_S = 0.02
 GONE = "gone"
 """Where the starter leaves word of a rank that has ended."""
 
 
-class Meeting:
+class Rendezvous:
     """One rank's connection to the store. A starter that keeps the store itself says so in torchrun's way; without
     one, rank 0 keeps it.
 
@@ -29,10 +29,10 @@ class Meeting:
         DistributedError: the store is out of reach, or its port is taken.
     """
 
-    def __init__(self, seat: Seat):
-        self.seat = seat
+    def __init__(self, env: RankEnv):
+        self.env = env
         starter = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.store = self._connect(keeps=seat.rank == 0 and not starter)
+        self.store = self._connect(keeps=env.rank == 0 and not starter)
         self._told = 0
 
     def gone(self) -> str | None:
@@ -52,8 +52,8 @@ class Meeting:
             DistributedError: there is a ``cause`` to wait no longer, or the others did not come in time.
         """
         self._told += 1
-        keys = [f"told/{self._told}/{what}/{rank}" for rank in range(self.seat.world_size)]
-        self.store.set(keys[self.seat.rank], json.dumps(value))
+        keys = [f"told/{self._told}/{what}/{rank}" for rank in range(self.env.world_size)]
+        self.store.set(keys[self.env.rank], json.dumps(value))
         begin = time.monotonic()
         while not self.store.check(keys):
             if (found := cause()) is not None:
@@ -61,22 +61,22 @@ class Meeting:
             if time.monotonic() - begin > within_s:
                 missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
                 raise DistributedError(
-                    f"ranks {missing} of {self.seat.world_size} did not come within {within_s:.0f} s; start as many as "
-                    f"the layout has, all with the same address and port{self.seat.hint}"
+                    f"ranks {missing} of {self.env.world_size} did not come within {within_s:.0f} s; start as many as "
+                    f"the layout has, all with the same address and port{self.env.hint}"
                 )
             time.sleep(_POLL_S)
         return [json.loads(self.store.get(key)) for key in keys]
 
     def _connect(self, *, keeps: bool) -> Store:
-        seat, patience = self.seat, datetime.timedelta(seconds=MEETING_S)
+        env, patience = self.env, datetime.timedelta(seconds=RENDEZVOUS_S)
         try:
-            store = TCPStore(seat.address, seat.port, is_master=keeps, timeout=patience, wait_for_workers=False)
+            store = TCPStore(env.address, env.port, is_master=keeps, timeout=patience, wait_for_workers=False)
         except (DistError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             advice = "it is taken: give another" if keeps else "check that rank 0 runs there and that the port is open"
             raise DistributedError(
-                f"rank {seat.rank} cannot meet the others at {seat.address} port {seat.port} ({reason[:200]}); {advice}"
-                f"{seat.hint}"
+                f"rank {env.rank} cannot meet the others at {env.address} port {env.port} ({reason[:200]}); {advice}"
+                f"{env.hint}"
             ) from error
         return PrefixStore(prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
 

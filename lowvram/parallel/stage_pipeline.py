@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from lowvram.parallel.comm import Mail, Received
+from lowvram.parallel.comm import Comm, Received
 from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
@@ -28,7 +28,7 @@ class StageChain:
 
     def __init__(
         self,
-        mail: Mail,
+        comm: Comm,
         layout: ParallelLayout,
         role: Role,
         blocks: Iterable[Block],
@@ -39,14 +39,14 @@ class StageChain:
     ):
         if role.stage is None or role.index is None:
             raise ValueError(f"{role.name} denoises nothing; expected a rank of a stage")
-        self._mail, self._layout, self._latent_size, self._clips = mail, layout, latent_size, clips
+        self._comm, self._layout, self._latent_size, self._clips = comm, layout, latent_size, clips
         self._waiting = waiting
         self._stage, self._index = role.stage, role.index
         self._last = layout.stages - 1
         self._reference: Tensor | None = None
         self._arriving: Iterator[tuple[Block, Tensor]] | None = None
         if role.stage > 0:
-            self._arriving = _ahead(mail, self._rank(role.stage - 1), blocks, latent_size, waiting)
+            self._arriving = _ahead(comm, self._rank(role.stage - 1), blocks, latent_size, waiting)
 
     def take(self, block: Block) -> Tensor | None:
         if self._arriving is None:
@@ -58,19 +58,19 @@ class StageChain:
 
     def pass_on(self, block: Block, latent_CFhw: Tensor) -> None:
         if self._stage < self._last:
-            self._mail.send(latent_CFhw, self._rank(self._stage + 1), _tag(block))
+            self._comm.send(latent_CFhw, self._rank(self._stage + 1), _tag(block))
             return
         if block.index == 0 and self._clips > 1:
             self._reference = latent_CFhw[:, :1]
             for stage in range(self._last):
-                self._mail.send(self._reference, self._rank(stage), _REFERENCE)
+                self._comm.send(self._reference, self._rank(stage), _REFERENCE)
         if self._layout.vae_rank and self._index == 0:
-            self._mail.send(latent_CFhw, self._layout.media_rank, _tag(block))
+            self._comm.send(latent_CFhw, self._layout.media_rank, _tag(block))
 
     def reference(self) -> Tensor:
         if self._reference is None:
             shape = (LATENT_CHANNELS, 1, *self._latent_size)
-            coming = self._mail.expect(shape, self._rank(self._last), _REFERENCE)
+            coming = self._comm.expect(shape, self._rank(self._last), _REFERENCE)
             with self._waiting("the first latent frame"):
                 self._reference = coming.wait()
         return self._reference
@@ -80,14 +80,14 @@ class StageChain:
 
 
 def arriving(
-    mail: Mail, layout: ParallelLayout, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
+    comm: Comm, layout: ParallelLayout, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
 ) -> Iterator[tuple[Block, Tensor]]:
     """Finished blocks as they reach the VAE's rank."""
-    return _ahead(mail, layout.members(layout.stages - 1)[0], blocks, latent_size, waiting)
+    return _ahead(comm, layout.members(layout.stages - 1)[0], blocks, latent_size, waiting)
 
 
 def _ahead(
-    mail: Mail, sender: int, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
+    comm: Comm, sender: int, blocks: Iterable[Block], latent_size: tuple[int, int], waiting: Waiting
 ) -> Iterator[tuple[Block, Tensor]]:
     """Receive each block's latent; the next is on its way while one is worked on."""
 
@@ -97,7 +97,7 @@ def _ahead(
 
     last = None
     for block in blocks:
-        coming = mail.expect((LATENT_CHANNELS, block.frames, *latent_size), sender, _tag(block))
+        coming = comm.expect((LATENT_CHANNELS, block.frames, *latent_size), sender, _tag(block))
         if last is not None:
             yield arrived(*last)
         last = block, coming

@@ -102,7 +102,7 @@ class Team(Protocol):
         ...
 
 
-class Solo:
+class SingleRank:
     """One rank does everything."""
 
     def __init__(self) -> None:

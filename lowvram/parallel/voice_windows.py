@@ -15,13 +15,13 @@ import torch
 
 from lowvram.encode.voice import VoiceInWindows, WholeVoice
 from lowvram.encode.voice_windows import BackgroundPieces
-from lowvram.parallel.comm import Mail
+from lowvram.parallel.comm import Comm
 
 Tensor = torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VoiceFacts:
+class VoiceExtent:
     """What ranks have to know of a voice beforehand: the ``layers`` and ``dim`` of its features, and behind which video
     frame each of its windows ends; a short voice has one window."""
 
@@ -30,7 +30,7 @@ class VoiceFacts:
     ends: list[int]
 
     @classmethod
-    def of(cls, voice: Any) -> VoiceFacts:
+    def of(cls, voice: Any) -> VoiceExtent:
         """Of a voice that is encoded here."""
         if isinstance(voice, WholeVoice):
             layers, dim, frames = voice.features.shape[1:]
@@ -49,15 +49,15 @@ class VoiceFacts:
 
 
 def send_windows(
-    voice: VoiceInWindows, mail: Mail, others: Iterable[int], failed: Callable[[BaseException], None], taken_here: bool
+    voice: VoiceInWindows, comm: Comm, others: Iterable[int], failed: Callable[[BaseException], None], taken_here: bool
 ) -> None:
     """Let the thread that encodes ``voice`` send each window to ``others``, one window ahead of the last of them."""
     ranks = list(others)
 
     def send(index: int, piece: Tensor) -> None:
         for rank in ranks:
-            mail.send(piece, rank, index)
-        mail.settle()
+            comm.send(piece, rank, index)
+        comm.settle()
 
     if not isinstance(voice.pieces, BackgroundPieces):
         raise TypeError(f"{type(voice.pieces).__name__} has no thread; expected a voice that is encoded here")
@@ -70,13 +70,13 @@ class SentPieces:
     failure: BaseException | None = None
 
     def __init__(
-        self, facts: VoiceFacts, mail: Mail, sender: int, waiting: Callable[[str], AbstractContextManager[None]]
+        self, facts: VoiceExtent, comm: Comm, sender: int, waiting: Callable[[str], AbstractContextManager[None]]
     ):
-        self._facts, self._mail, self._sender, self._waiting = facts, mail, sender, waiting
+        self._facts, self._comm, self._sender, self._waiting = facts, comm, sender, waiting
 
     def take(self, index: int) -> Tensor:
         with self._waiting("the voice"):
-            return self._mail.expect(self._facts.empty(index), self._sender, index).wait()
+            return self._comm.expect(self._facts.empty(index), self._sender, index).wait()
 
     def close(self) -> None:
         """What nobody takes any more ends with the run."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lowvram.offload.placement import PlanOptions
 from lowvram.planning.members import Machines
-from lowvram.planning.model_sizes import ModelFacts, facts_of
+from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram.planning.planner import TeamPlan, plan_team
 from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, chosen_layout, layouts
 from lowvram.planning.rank_plan import DoesNotFit
@@ -39,19 +39,19 @@ class Compared:
 
 
 def alternatives(
-    artifact: Artifact | ModelFacts, workload: Workload, there: Machines, options: PlanOptions | None = None
+    artifact: Artifact | ModelSizes, workload: Workload, there: Machines, options: PlanOptions | None = None
 ) -> tuple[Alternative, ...]:
     """Every layout of all GPUs, planned.
 
     Raises:
         ConfigError: an option that cannot be used.
     """
-    facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
-    return _planned(_layouts(facts, workload, there), facts, workload, there, options)
+    sizes = artifact if isinstance(artifact, ModelSizes) else model_sizes(artifact)
+    return _planned(_layouts(sizes, workload, there), sizes, workload, there, options)
 
 
 def choose_team(
-    artifact: Artifact | ModelFacts,
+    artifact: Artifact | ModelSizes,
     workload: Workload,
     there: Machines,
     options: PlanOptions | None = None,
@@ -64,13 +64,13 @@ def choose_team(
         ConfigError: ``layout`` does not add up to the GPUs, or an option cannot be used.
         DoesNotFit: no layout that was allowed fits; of the one that ``chosen_layout`` would take.
     """
-    facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
-    first = chosen_layout(there.gpus, layout, sample_steps=workload.sample_steps, heads=facts.config.num_heads)
+    sizes = artifact if isinstance(artifact, ModelSizes) else model_sizes(artifact)
+    first = chosen_layout(there.gpus, layout, sample_steps=workload.sample_steps, heads=sizes.config.num_heads)
     allowed = [first]
     if layout is None or layout.ulysses_size is None:
-        every = _layouts(facts, workload, there)
+        every = _layouts(sizes, workload, there)
         allowed += [each for each in every if each.vae_rank == first.vae_rank and each != first]
-    found = _planned(allowed, facts, workload, there, options)
+    found = _planned(allowed, sizes, workload, there, options)
     best = min(found, key=lambda alternative: alternative.rank)
     if best.plan is not None:
         return best.plan
@@ -78,18 +78,18 @@ def choose_team(
     raise found[0].refusal
 
 
-def _layouts(facts: ModelFacts, workload: Workload, there: Machines) -> list[ParallelLayout]:
-    every = layouts(there.gpus, sample_steps=workload.sample_steps, heads=facts.config.num_heads)
+def _layouts(sizes: ModelSizes, workload: Workload, there: Machines) -> list[ParallelLayout]:
+    every = layouts(there.gpus, sample_steps=workload.sample_steps, heads=sizes.config.num_heads)
     return [layout for layout in every if layout.ulysses_size <= workload.tokens_per_frame]
 
 
 def _planned(
-    every: Iterable[ParallelLayout], facts: ModelFacts, workload: Workload, there: Machines, options: PlanOptions | None
+    every: Iterable[ParallelLayout], sizes: ModelSizes, workload: Workload, there: Machines, options: PlanOptions | None
 ) -> tuple[Alternative, ...]:
     found = []
     for layout in every:
         try:
-            found.append(Alternative(layout=layout, plan=plan_team(facts, workload, layout, there, options)))
+            found.append(Alternative(layout=layout, plan=plan_team(sizes, workload, layout, there, options)))
         except DoesNotFit as refusal:
             found.append(Alternative(layout=layout, plan=None, refusal=refusal))
     return tuple(found)

@@ -10,7 +10,7 @@ import torch
 from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
-from lowvram.planning.model_sizes import ModelFacts, SlabFacts
+from lowvram.planning.model_sizes import ModelSizes, SlabSizes
 from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import graph_bytes
@@ -43,38 +43,38 @@ class DeviceParts:
 
 
 def device_parts(
-    facts: ModelFacts, work: Workload, placement: Placement, share: Share, *, cuda_graphs: bool = False
+    sizes: ModelSizes, work: Workload, placement: Placement, share: Share, *, cuda_graphs: bool = False
 ) -> DeviceParts:
-    config, streamed = facts.config, placement.streamed_layers
-    vae = allocated(sum(slab.bound(work.dtype) for slab in facts.vae)) if share.media else 0
-    cache = workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0
+    config, streamed = sizes.config, placement.streamed_layers
+    vae = allocated(sum(slab.bound(work.dtype) for slab in sizes.vae)) if share.media else 0
+    cache = workspace.decoder_cache(sizes.vae_base_dim, work) if share.media else 0
     if not share.denoises:
         return DeviceParts(vae=vae, decoder_cache=cache)
     ring = ring_costs(config, work, placement.kv, share)
     sink = kv_bytes(config, work.sink_tokens, placement.kv, share.heads, work.value_bytes)
-    slot = max((facts.layer_bytes[i] for i in streamed), default=0)
+    slot = max((sizes.layer_bytes[i] for i in streamed), default=0)
     return DeviceParts(
-        shared_weights=allocated(facts.shared.bound(work.dtype)),
-        resident_layers=sum(allocated(slab.bound(work.dtype)) for slab in resident(facts, placement)),
+        shared_weights=allocated(sizes.shared.bound(work.dtype)),
+        resident_layers=sum(allocated(slab.bound(work.dtype)) for slab in resident(sizes, placement)),
         weight_slots=placement.weight_slots * allocated(slot),
         rings=(ring.cells - len(placement.host_rings)) * allocated(ring.cell),
         ring_slots=placement.ring_slots * allocated(ring.cell) if placement.host_rings else 0,
         sink=allocated(config.num_layers * sink.block),
         rollout_inputs=workspace.rollout_inputs(config, work, placement.wave, share)
         + workspace.rotated_keys(config, work, placement.kv, share),
-        graphs=graph_bytes(facts, work, placement, share) if cuda_graphs else 0,
+        graphs=graph_bytes(sizes, work, placement, share) if cuda_graphs else 0,
         vae=vae,
         decoder_cache=cache,
     )
 
 
-def resident(facts: ModelFacts, placement: Placement) -> list[SlabFacts]:
+def resident(sizes: ModelSizes, placement: Placement) -> list[SlabSizes]:
     """The layers that stay on the device."""
     streamed = set(placement.streamed_layers)
-    return [slab for index, slab in enumerate(facts.layers) if index not in streamed]
+    return [slab for index, slab in enumerate(sizes.layers) if index not in streamed]
 
 
-def loading(slabs: Iterable[SlabFacts], dtype: torch.dtype) -> int:
+def loading(slabs: Iterable[SlabSizes], dtype: torch.dtype) -> int:
     """The most that slabs take while they are loaded one after the other: the one that is bound just now stands beside
     all copies that are made of it."""
     there = peak = 0
@@ -85,30 +85,30 @@ def loading(slabs: Iterable[SlabFacts], dtype: torch.dtype) -> int:
 
 
 def stage_peaks(
-    facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts, text_device: str, share: Share
+    sizes: ModelSizes, work: Workload, placement: Placement, parts: DeviceParts, text_device: str, share: Share
 ) -> dict[str, int]:
     """Device bytes at the worst moment of each stage that the rank has, without the reserve."""
-    encoding = _encoding_peaks(facts, work, parts, text_device) if share.media else {}
-    denoising = _denoising_peaks(facts, work, placement, parts, share) if share.denoises else {}
-    decode = parts.total + workspace.decode_workspace(facts.vae_base_dim, work)
+    encoding = _encoding_peaks(sizes, work, parts, text_device) if share.media else {}
+    denoising = _denoising_peaks(sizes, work, placement, parts, share) if share.denoises else {}
+    decode = parts.total + workspace.decode_workspace(sizes.vae_base_dim, work)
     return encoding | denoising | ({"decode": decode} if share.media else {})
 
 
-def _encoding_peaks(facts: ModelFacts, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
-    text = allocated(sum(slab.bound(work.dtype) for slab in facts.text))
-    text = max(loading(facts.text, work.dtype), text + workspace.text_workspace(facts, work.value_bytes))
-    image = parts.vae + workspace.encode_workspace(facts.vae_base_dim, work)
+def _encoding_peaks(sizes: ModelSizes, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
+    text = allocated(sum(slab.bound(work.dtype) for slab in sizes.text))
+    text = max(loading(sizes.text, work.dtype), text + workspace.text_workspace(sizes, work.value_bytes))
+    image = parts.vae + workspace.encode_workspace(sizes.vae_base_dim, work)
     return {
         "encode_text": text if text_device == "cuda" else 0,
-        "encode_audio": facts.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(facts.audio),
-        "encode_image": max(loading(facts.vae, work.dtype), image),
+        "encode_audio": sizes.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(sizes.audio),
+        "encode_image": max(loading(sizes.vae, work.dtype), image),
     }
 
 
 def _denoising_peaks(
-    facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts, share: Share
+    sizes: ModelSizes, work: Workload, placement: Placement, parts: DeviceParts, share: Share
 ) -> dict[str, int]:
-    config, quantized, seen = facts.config, facts.quantized, work.ring_tokens + work.sink_tokens
+    config, quantized, seen = sizes.config, sizes.quantized, work.ring_tokens + work.sink_tokens
     block_of, sink_of = (
         workspace.Attended(tokens=tokens, heads=share.heads) if share.exchanges else None
         for tokens in (work.block_tokens, work.sink_tokens)
@@ -131,19 +131,19 @@ def _denoising_peaks(
     )
     sink_residual = share.sink_tokens * config.dim * FLOAT32_BYTES
     # Of a streamed layer, while it runs, beside its slot.
-    copies = max((facts.layers[index].copies(work.dtype) for index in placement.streamed_layers), default=0)
+    copies = max((sizes.layers[index].copies(work.dtype) for index in placement.streamed_layers), default=0)
     return {
-        "load_dit": _loading_peak(facts, work, placement, parts),
+        "load_dit": _loading_peak(sizes, work, placement, parts),
         "prefill_sink": parts.total + sink_residual + max(sink.embed, copies + sink.layer),
         "denoise": parts.total + max(block.embed, copies + block.layer),
     }
 
 
-def _loading_peak(facts: ModelFacts, work: Workload, placement: Placement, parts: DeviceParts) -> int:
+def _loading_peak(sizes: ModelSizes, work: Workload, placement: Placement, parts: DeviceParts) -> int:
     """Once everything is there, what goes before the first block included; or while weights are loaded, which comes
     before slots and rings."""
-    whole = parts.total - parts.decoder_cache + allocated(facts.start.bound(work.dtype))
-    return max(whole, loading([facts.start, facts.shared, *resident(facts, placement)], work.dtype) + parts.sink)
+    whole = parts.total - parts.decoder_cache + allocated(sizes.start.bound(work.dtype))
+    return max(whole, loading([sizes.start, sizes.shared, *resident(sizes, placement)], work.dtype) + parts.sink)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,20 +165,20 @@ class HostParts:
         return self.base + max(pinned + self.voice_encoder, self.text_encoder)
 
 
-def host_parts(facts: ModelFacts, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
+def host_parts(sizes: ModelSizes, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
     """Of one rank's process; what it streams lies there once for all ranks of a machine. A text encoder computes in
     float32 there, and so does the audio encoder, which stays beside everything else for the windows of a long voice."""
-    cell = ring_costs(facts.config, work, placement.kv, share).cell
+    cell = ring_costs(sizes.config, work, placement.kv, share).cell
     return HostParts(
         base=HOST_BASE_BYTES,
-        pinned_weights=pinned_weights(facts, placement.streamed_layers),
+        pinned_weights=pinned_weights(sizes, placement.streamed_layers),
         pinned_rings=len(placement.host_rings) * _pages(cell),
-        pinned_cache=workspace.decoder_cache(facts.vae_base_dim, work) if share.media else 0,
-        text_encoder=sum(slab.bound(torch.float32) for slab in facts.text)
+        pinned_cache=workspace.decoder_cache(sizes.vae_base_dim, work) if share.media else 0,
+        text_encoder=sum(slab.bound(torch.float32) for slab in sizes.text)
         if share.media and text_device == "cpu"
         else 0,
-        voice_encoder=facts.audio.parameters * FLOAT32_BYTES
-        + workspace.audio_workspace(facts.audio, workspace.WINDOW_S)
+        voice_encoder=sizes.audio.parameters * FLOAT32_BYTES
+        + workspace.audio_workspace(sizes.audio, workspace.WINDOW_S)
         if share.media and work.voice_on_host
         else 0,
     )
@@ -206,7 +206,7 @@ class MachineParts:
         return self.base + max(self.pinned + self.voice_encoder, self.text_encoder + self.beside_text)
 
 
-def machine_parts(facts: ModelFacts, ranks: Sequence[HostParts], streamed: Sequence[tuple[int, ...]]) -> MachineParts:
+def machine_parts(sizes: ModelSizes, ranks: Sequence[HostParts], streamed: Sequence[tuple[int, ...]]) -> MachineParts:
     """Of a machine's ``ranks``, and the layers that each of them streams."""
     reading = [bool(rank.text_encoder) for rank in ranks]
     others = [rank for rank, reads in zip(ranks, reading, strict=True) if not reads]
@@ -216,18 +216,18 @@ def machine_parts(facts: ModelFacts, ranks: Sequence[HostParts], streamed: Seque
     kept = sum(rank.pinned_rings + rank.pinned_cache for rank in others)
     return MachineParts(
         base=sum(rank.base for rank in ranks),
-        pinned_weights=pinned_weights(facts, {index for layers in streamed for index in layers}),
+        pinned_weights=pinned_weights(sizes, {index for layers in streamed for index in layers}),
         pinned_rings=sum(rank.pinned_rings for rank in ranks),
         pinned_cache=sum(rank.pinned_cache for rank in ranks),
         text_encoder=sum(rank.text_encoder for rank in ranks),
         voice_encoder=sum(rank.voice_encoder for rank in ranks),
-        beside_text=pinned_weights(facts, streamed_by_others) + kept if any(reading) else 0,
+        beside_text=pinned_weights(sizes, streamed_by_others) + kept if any(reading) else 0,
     )
 
 
-def pinned_weights(facts: ModelFacts, streamed: Iterable[int]) -> int:
+def pinned_weights(sizes: ModelSizes, streamed: Iterable[int]) -> int:
     """Bytes of the layers ``streamed`` on the host."""
-    return sum(_pages(facts.layer_bytes[index]) for index in streamed)
+    return sum(_pages(sizes.layer_bytes[index]) for index in streamed)
 
 
 def _pages(nbytes: int) -> int:
@@ -251,19 +251,19 @@ class ReferenceParts:
         return sum(dataclasses.asdict(self).values())
 
 
-def reference_parts(facts: ModelFacts, work: Workload) -> ReferenceParts:
-    config, base_dim = facts.config, facts.vae_base_dim
+def reference_parts(sizes: ModelSizes, work: Workload) -> ReferenceParts:
+    config, base_dim = sizes.config, sizes.vae_base_dim
     work = dataclasses.replace(work, dtype=torch.bfloat16)
     ring = ring_costs(config, work, "plain", whole(config, work))
     sink = kv_bytes(config, work.sink_tokens, "plain", config.num_heads, work.value_bytes)
     seen = work.ring_tokens + work.sink_tokens
     layer = workspace.layer_workspace(config, work.block_tokens, quantized=False, seen_tokens=seen)
     return ReferenceParts(
-        dit=facts.parameters * BFLOAT16_BYTES,
+        dit=sizes.parameters * BFLOAT16_BYTES,
         kv_rings=ring.cells * ring.payload,
         sink=sink.payload * config.num_layers,
-        text_encoder=facts.text_parameters * BFLOAT16_BYTES,
-        audio_encoder=facts.audio.parameters * FLOAT32_BYTES,
-        vae=facts.vae_parameters * BFLOAT16_BYTES,
+        text_encoder=sizes.text_parameters * BFLOAT16_BYTES,
+        audio_encoder=sizes.audio.parameters * FLOAT32_BYTES,
+        vae=sizes.vae_parameters * BFLOAT16_BYTES,
         workspace=workspace.decoder_cache(base_dim, work) + max(layer.peak, workspace.decode_workspace(base_dim, work)),
     )

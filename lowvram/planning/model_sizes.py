@@ -21,7 +21,7 @@ _SCALES_AS_STORED = ("weight_scale", ".absmax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlabFacts:
+class SlabSizes:
     """A slab of ``nbytes``: whether a part of it is used ``as_stored`` whatever is computed in, and how many values of
     the others it has in bfloat16 and in float32."""
 
@@ -42,7 +42,7 @@ class SlabFacts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AudioFacts:
+class AudioSizes:
     """wav2vec2's shapes: all that its workspace depends on."""
 
     parameters: int
@@ -54,7 +54,7 @@ class AudioFacts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelSizes:
     """Sizes of the artifact's slabs; ``parameters`` are counts.
 
     ``layers`` has each layer's slab; ``start`` goes before the first block. ``precision`` is the DiT's.
@@ -62,19 +62,19 @@ class ModelFacts:
 
     config: DiTConfig
     precision: str
-    layers: tuple[SlabFacts, ...]
-    shared: SlabFacts
-    start: SlabFacts
+    layers: tuple[SlabSizes, ...]
+    shared: SlabSizes
+    start: SlabSizes
     parameters: int
-    text: tuple[SlabFacts, ...]
+    text: tuple[SlabSizes, ...]
     text_parameters: int
     text_width: int
     text_ffn: int
     text_heads: int
-    vae: tuple[SlabFacts, ...]
+    vae: tuple[SlabSizes, ...]
     vae_base_dim: int
     vae_parameters: int
-    audio: AudioFacts
+    audio: AudioSizes
 
     @property
     def weight_bytes(self) -> int:
@@ -101,7 +101,7 @@ class ModelFacts:
         return self.precision in EIGHT_BIT
 
 
-def facts_of(artifact: Artifact) -> ModelFacts:
+def model_sizes(artifact: Artifact) -> ModelSizes:
     """Read an artifact's sizes.
 
     Raises:
@@ -112,7 +112,7 @@ def facts_of(artifact: Artifact) -> ModelFacts:
         config = DiTConfig.from_dict(dit.config)
     except ValueError as error:
         raise CheckpointError(f"the artifact's DiT configuration cannot be used: {error}") from error
-    return ModelFacts(
+    return ModelSizes(
         config=config,
         precision=dit.precision,
         layers=_slabs(dit, (f"layer.{index}" for index in range(config.num_layers))),
@@ -127,19 +127,19 @@ def facts_of(artifact: Artifact) -> ModelFacts:
         vae=_slabs(vae, vae.slab_names),
         vae_base_dim=int(vae.config["base_dim"]),
         vae_parameters=_parameters(vae),
-        audio=_audio_facts(artifact),
+        audio=_audio_sizes(artifact),
     )
 
 
-def _slabs(component: Component, names: Iterable[str]) -> tuple[SlabFacts, ...]:
+def _slabs(component: Component, names: Iterable[str]) -> tuple[SlabSizes, ...]:
     return tuple(_slab(component, name) for name in names)
 
 
-def _slab(component: Component, name: str) -> SlabFacts:
+def _slab(component: Component, name: str) -> SlabSizes:
     specs = component.slab_specs(name)
     values = [spec for spec in specs if spec.dtype not in _AS_STORED and not spec.name.endswith(_SCALES_AS_STORED)]
     counts = [sum(math.prod(s.shape) for s in values if s.dtype is dtype) for dtype in (torch.bfloat16, torch.float32)]
-    return SlabFacts(
+    return SlabSizes(
         nbytes=component.slab_nbytes(name),
         as_stored=len(values) < len(specs),
         bf16_values=counts[0],
@@ -156,12 +156,12 @@ def _parameters(component: Component) -> int:
     return total
 
 
-def _audio_facts(artifact: Artifact) -> AudioFacts:
+def _audio_sizes(artifact: Artifact) -> AudioSizes:
     folder = artifact.path / "audio_encoder"
     header, _ = read_header(folder / "model.safetensors")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return AudioFacts(
+        return AudioSizes(
             parameters=sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"),
             width=int(config["hidden_size"]),
             layers=int(config["num_hidden_layers"]),

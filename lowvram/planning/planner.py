@@ -10,7 +10,7 @@ from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.members import Machines, Member, Shortfall, host_of, settle
 from lowvram.planning.memory import MachineParts
-from lowvram.planning.model_sizes import ModelFacts, facts_of
+from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import (
     Budgets,
@@ -106,7 +106,7 @@ def _through(plan: Plan, seconds: Seconds) -> float:
 
 
 def plan(
-    artifact: Artifact | ModelFacts,
+    artifact: Artifact | ModelSizes,
     workload: Workload,
     options: PlanOptions | None = None,
     *,
@@ -117,7 +117,7 @@ def plan(
     """The fastest predicted placement of an artifact's model on one card: ``plan_team`` of a rank that does everything.
 
     Args:
-        artifact: what ``convert`` wrote, or its sizes (``facts_of``); only headers are read.
+        artifact: what ``convert`` wrote, or its sizes (``model_sizes``); only headers are read.
         options: what is not left to the plan.
         vram_bytes: what may be taken of the device, reserve included.
         ram_bytes: what may be taken of the host.
@@ -132,7 +132,7 @@ def plan(
 
 
 def plan_team(
-    artifact: Artifact | ModelFacts,
+    artifact: Artifact | ModelSizes,
     workload: Workload,
     layout: ParallelLayout,
     there: Machines,
@@ -152,16 +152,16 @@ def plan_team(
         ConfigError: a layout that does not suit the model, or an option that cannot be used.
         DoesNotFit: (an OutOfMemoryError) nothing fits; names the rank or the machine, bytes needed and bytes there.
     """
-    facts = artifact if isinstance(artifact, ModelFacts) else facts_of(artifact)
+    sizes = artifact if isinstance(artifact, ModelSizes) else model_sizes(artifact)
     options = options or PlanOptions()
     layout.check(
-        sample_steps=workload.sample_steps, heads=facts.config.num_heads, tokens_per_frame=workload.tokens_per_frame
+        sample_steps=workload.sample_steps, heads=sizes.config.num_heads, tokens_per_frame=workload.tokens_per_frame
     )
     there.check(layout)
     job = Job(
-        facts=facts,
+        sizes=sizes,
         work=workload,
-        kv=kv_scheme(options.kv, facts),
+        kv=kv_scheme(options.kv, sizes),
         wave=wave_of(options.wave, workload.sample_steps),
         options=options,
         layout=layout,

@@ -20,7 +20,7 @@ from lowvram.planning.memory import (
     stage_peaks,
 )
 from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
-from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.reserve import Reserve
 from lowvram.planning.search import Job, least_placement
 from lowvram.planning.share import Share
@@ -138,10 +138,10 @@ class Budgets:
         return self.vram - self.reserve.total
 
 
-def kv_scheme(kv: str, facts: ModelFacts) -> str:
+def kv_scheme(kv: str, sizes: ModelSizes) -> str:
     """How rings are kept where a user says ``kv``, as ``Placement`` has it."""
     if kv == "auto":
-        return "int8" if facts.quantized else "plain"
+        return "int8" if sizes.quantized else "plain"
     return KV_NAMES[kv]
 
 
@@ -162,20 +162,20 @@ def place_text_encoder(job: Job, usable_bytes: int) -> Job:
 
 def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Plan:
     """Everything that is predicted of a placement."""
-    facts, work, share = job.facts, job.work, job.share
+    sizes, work, share = job.sizes, job.work, job.share
     parts = job.device_parts(placement)
-    host = host_parts(facts, work, placement, job.text_device, share)
-    ring = ring_costs(facts.config, work, placement.kv, share)
-    sink = sink_bytes(facts.config, work, placement.kv, share)
-    peaks = stage_peaks(facts, work, placement, parts, job.text_device, share)
+    host = host_parts(sizes, work, placement, job.text_device, share)
+    ring = ring_costs(sizes.config, work, placement.kv, share)
+    sink = sink_bytes(sizes.config, work, placement.kv, share)
+    peaks = stage_peaks(sizes, work, placement, parts, job.text_device, share)
     return Plan(
         placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
         workload=work,
         share=share,
         card=card,
-        precision=facts.precision,
-        layers=facts.config.num_layers,
-        operations=step_operations(facts.config, work, share),
+        precision=sizes.precision,
+        layers=sizes.config.num_layers,
+        operations=step_operations(sizes.config, work, share),
         fits=max(peaks.values()) <= budgets.usable and host.peak <= budgets.ram,
         vram_budget_bytes=budgets.vram,
         ram_budget_bytes=budgets.ram,
@@ -184,15 +184,15 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
         stage_peaks=peaks,
         device=parts,
         host=host,
-        reference=reference_parts(facts, work),
-        weight_bytes=facts.weight_bytes if share.denoises else 0,
+        reference=reference_parts(sizes, work),
+        weight_bytes=sizes.weight_bytes if share.denoises else 0,
         kv_ring_bytes=ring.cells * ring.payload,
         kv_scale_bytes=ring.cells * ring.scales,
         sink_bytes=sink.payload,
         sink_scale_bytes=sink.scales,
-        traffic=traffic(facts, work, placement, share),
+        traffic=traffic(sizes, work, placement, share),
         seconds=job.seconds(placement, card.rates),
-        limits=limits(facts, work, card.rates),
+        limits=limits(sizes, work, card.rates),
         notes=_notes(job, card),
     )
 
@@ -204,10 +204,10 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
     if job.text_device == "cpu":
         reason = "is to run on the host" if job.options.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")
-    if job.facts.precision == "fp8" and not card.has_fp8:
+    if job.sizes.precision == "fp8" and not card.has_fp8:
         widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"
         notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to {widened} at use; int8 is faster there")
-    if job.facts.precision == "fp32":
+    if job.sizes.precision == "fp32":
         notes.append("weights stored in float32 cross PCIe at twice the bytes of bf16; convert with --precision bf16")
     if job.work.dtype is torch.float32:
         notes.append(

@@ -11,7 +11,7 @@ from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory import DeviceParts, device_parts, host_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
-from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import Share, share_of
 from lowvram.planning.timing import Seconds, seconds_of
@@ -28,7 +28,7 @@ class Job:
 
     ``link_bytes_per_s`` is what it sends other ranks in a second, while it receives as much."""
 
-    facts: ModelFacts
+    sizes: ModelSizes
     work: Workload
     kv: str
     wave: int | None = None
@@ -40,11 +40,11 @@ class Job:
 
     @functools.cached_property
     def share(self) -> Share:
-        return share_of(self.facts.config, self.work, self.layout, self.rank)
+        return share_of(self.sizes.config, self.work, self.layout, self.rank)
 
     @property
     def layers(self) -> int:
-        return self.facts.config.num_layers
+        return self.sizes.config.num_layers
 
     @property
     def cells(self) -> int:
@@ -63,20 +63,20 @@ class Job:
     def stage_peaks(self, placement: Placement) -> dict[str, int]:
         """Device bytes of each stage, without the reserve."""
         parts = self.device_parts(placement)
-        return stage_peaks(self.facts, self.work, placement, parts, self.text_device, self.share)
+        return stage_peaks(self.sizes, self.work, placement, parts, self.text_device, self.share)
 
     def device_parts(self, placement: Placement) -> DeviceParts:
-        return device_parts(self.facts, self.work, placement, self.share, cuda_graphs=self.options.cuda_graphs)
+        return device_parts(self.sizes, self.work, placement, self.share, cuda_graphs=self.options.cuda_graphs)
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())
 
     def host_peak(self, placement: Placement) -> int:
-        return host_parts(self.facts, self.work, placement, self.text_device, self.share).peak
+        return host_parts(self.sizes, self.work, placement, self.text_device, self.share).peak
 
     def seconds(self, placement: Placement, rates: Rates) -> Seconds:
         """Of a block, in the steady state."""
-        return seconds_of(self.facts, self.work, placement, rates, self.share, self.link_bytes_per_s)
+        return seconds_of(self.sizes, self.work, placement, rates, self.share, self.link_bytes_per_s)
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ def fewest_host_rings(job: Job, streamed: int, wave: int, budget_bytes: int) -> 
     if beyond <= 0:
         return 0
     # Each ring that goes frees its bytes, but the first of them needs staging slots.
-    cell = allocated(ring_costs(job.facts.config, job.work, job.kv, job.share).cell)
+    cell = allocated(ring_costs(job.sizes.config, job.work, job.kv, job.share).cell)
     hosted = Placement().ring_slots + -(-beyond // cell)
     return hosted if hosted <= job.cells else None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory_costs import decode_operations, ring_costs, step_exchange, step_operations
-from lowvram.planning.model_sizes import ModelFacts
+from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.share import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
@@ -31,7 +31,7 @@ class Traffic:
         return self.h2d + self.d2h
 
 
-def traffic(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> Traffic:
+def traffic(sizes: ModelSizes, work: Workload, placement: Placement, share: Share) -> Traffic:
     """A pass over the layers serves ``wave`` steps, so weights cross ``steps / wave`` times a block, rings once.
 
     Outwards goes also the decoder's cache, kept on the host in case that a block has to be decoded again.
@@ -39,12 +39,12 @@ def traffic(facts: ModelFacts, work: Workload, placement: Placement, share: Shar
     Copies go around the clock, except that a pass has to begin before its first ring is asked for: a ring's bytes are
     taken as exposed wherever anything streams.
     """
-    weights, steps = sum(facts.layer_bytes[index] for index in placement.streamed_layers), len(share.steps)
-    ring, rings = ring_costs(facts.config, work, placement.kv, share), len(placement.host_rings)
-    exchanged = step_exchange(facts.config, work, share)
+    weights, steps = sum(sizes.layer_bytes[index] for index in placement.streamed_layers), len(share.steps)
+    ring, rings = ring_costs(sizes.config, work, placement.kv, share), len(placement.host_rings)
+    exchanged = step_exchange(sizes.config, work, share)
     return Traffic(
         h2d=weights * steps // placement.wave + rings * ring.read,
-        d2h=rings * ring.written + (decoder_cache(facts.vae_base_dim, work) if share.media else 0),
+        d2h=rings * ring.written + (decoder_cache(sizes.vae_base_dim, work) if share.media else 0),
         exposed=ring.read if rings or weights else 0,
         sent=steps * exchanged.sent,
         received=steps * exchanged.received,
@@ -83,7 +83,7 @@ def slowest(every: Iterable[Seconds]) -> Seconds:
 
 
 def seconds_of(
-    facts: ModelFacts,
+    sizes: ModelSizes,
     work: Workload,
     placement: Placement,
     rates: Rates,
@@ -92,14 +92,14 @@ def seconds_of(
 ) -> Seconds:
     """Attention over 8-bit rings computes in bf16 whatever is computed in around it. A step takes as long as the card
     computes, or as it reads weights and rings of its own memory, where that is longer."""
-    step, reached = step_operations(facts.config, work, share), rates.efficiency
-    linear = step.linear / (rates.of(facts.precision, work.dtype) * reached["linear"])
+    step, reached = step_operations(sizes.config, work, share), rates.efficiency
+    linear = step.linear / (rates.of(sizes.precision, work.dtype) * reached["linear"])
     attended = rates.bf16 if placement.kv == "int8" else rates.values(work.dtype)
     attention = step.attention / (attended * reached["attention"])
-    decoding = decode_operations(facts.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])
+    decoding = decode_operations(sizes.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])
     decode = decoding if share.media else 0.0
-    reading = _read_bytes(facts, work, placement, share) / rates.memory if rates.memory else 0.0
-    bytes_ = traffic(facts, work, placement, share)
+    reading = _read_bytes(sizes, work, placement, share) / rates.memory if rates.memory else 0.0
+    bytes_ = traffic(sizes, work, placement, share)
     # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
     beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)
     return Seconds(
@@ -111,12 +111,12 @@ def seconds_of(
     )
 
 
-def _read_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> int:
+def _read_bytes(sizes: ModelSizes, work: Workload, placement: Placement, share: Share) -> int:
     """What one step reads of the card's memory at the least: every layer's weights and ring once."""
     if not share.denoises:
         return 0
-    ring = ring_costs(facts.config, work, placement.kv, share)
-    return sum(facts.layer_bytes) + facts.config.num_layers * (ring.payload + ring.scales)
+    ring = ring_costs(sizes.config, work, placement.kv, share)
+    return sum(sizes.layer_bytes) + sizes.config.num_layers * (ring.payload + ring.scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,13 +129,13 @@ class Limits:
     pcie_once_s: float
 
 
-def limits(facts: ModelFacts, work: Workload, rates: Rates) -> Limits:
-    share = whole(facts.config, work)
-    step = step_operations(facts.config, work, share)
+def limits(sizes: ModelSizes, work: Workload, rates: Rates) -> Limits:
+    share = whole(sizes.config, work)
+    step = step_operations(sizes.config, work, share)
     operations = work.sample_steps * (step.linear + step.attention)
-    ring = ring_costs(facts.config, work, "int8", share)
+    ring = ring_costs(sizes.config, work, "int8", share)
     return Limits(
         int8_arithmetic_s=operations / rates.int8,
         bf16_arithmetic_s=operations / rates.bf16,
-        pcie_once_s=(facts.parameters + ring.cells * ring.payload) / rates.h2d,
+        pcie_once_s=(sizes.parameters + ring.cells * ring.payload) / rates.h2d,
     )

@@ -12,7 +12,7 @@ import dataclasses
 from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, kv_bytes
-from lowvram.planning.model_sizes import AudioFacts, ModelFacts
+from lowvram.planning.model_sizes import AudioSizes, ModelSizes
 from lowvram.planning.share import Share
 from lowvram.planning.workload import Workload
 from lowvram_models import voice_lengths
@@ -25,20 +25,20 @@ STREAM_BYTES = 32 * MIB
 """cuBLAS's workspace for the stream that captures, on Hopper; less before."""
 
 
-def graph_bytes(facts: ModelFacts, work: Workload, placement: Placement, share: Share) -> int:
+def graph_bytes(sizes: ModelSizes, work: Workload, placement: Placement, share: Share) -> int:
     """The graphs themselves, one for each ring that stays on the device with its layer and each of its slots; the pool
     in which a layer works, beside that of layers without a graph; and what a call reads, once for each step.
 
     0 where nothing is captured.
     """
-    config, streamed = facts.config, set(placement.streamed_layers)
+    config, streamed = sizes.config, set(placement.streamed_layers)
     hosted = sum(layer not in streamed for _, layer in placement.host_rings)
     cells = len(share.steps) * (config.num_layers - len(streamed)) - hosted
     if not cells or share.exchanges:
         return 0
     seen = work.ring_tokens + work.sink_tokens
     pool = workspace.layer_workspace(
-        config, share.block_tokens, quantized=facts.quantized, seen_tokens=seen, value_bytes=work.value_bytes
+        config, share.block_tokens, quantized=sizes.quantized, seen_tokens=seen, value_bytes=work.value_bytes
     ).peak
     inputs = [workspace.rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
     # A clip that is no multiple of a block has shorter blocks, with inputs of their own.
@@ -171,16 +171,16 @@ def _frames(work: Workload) -> int:
     return (work.frames_per_block - 1) * _FRAMES_PER_LATENT * _RGB * work.pixels * FLOAT32_BYTES
 
 
-def text_workspace(facts: ModelFacts, value_bytes: int) -> int:
+def text_workspace(sizes: ModelSizes, value_bytes: int) -> int:
     """UMT5 over ``text_len`` tokens: scores and biases of all heads in float32, and one Linear's weight dequantized."""
-    tokens = facts.config.text_len
+    tokens = sizes.config.text_len
     copy = FLOAT32_BYTES if value_bytes != FLOAT32_BYTES else 0  # scores go through the softmax in float32
-    scores = tokens**2 * facts.text_heads * (4 * value_bytes + copy)
-    hidden = tokens * (6 * facts.text_width + 2 * facts.text_ffn) * value_bytes
-    return scores + hidden + 2 * facts.text_width * facts.text_ffn * value_bytes
+    scores = tokens**2 * sizes.text_heads * (4 * value_bytes + copy)
+    hidden = tokens * (6 * sizes.text_width + 2 * sizes.text_ffn) * value_bytes
+    return scores + hidden + 2 * sizes.text_width * sizes.text_ffn * value_bytes
 
 
-def audio_workspace(audio: AudioFacts, seconds: int = AUDIO_S) -> int:
+def audio_workspace(audio: AudioSizes, seconds: int = AUDIO_S) -> int:
     """wav2vec2 in float32 over a stretch, the longest by default: its first convolution, or all hidden states with one
     layer's scores before and after the softmax."""
     features = seconds * FEATURES_PER_S

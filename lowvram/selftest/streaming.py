@@ -16,7 +16,7 @@ from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.team import LATENT_CHANNELS, Alone, Chain, LatentSize, Solo
+from lowvram.parallel.team import LATENT_CHANNELS, Alone, Chain, LatentSize, SingleRank
 from lowvram.pipeline import AvatarPipeline
 from lowvram.request import Request
 from lowvram.schedule import Block
@@ -68,7 +68,7 @@ def copies(subject: Subject, device: torch.device, pinned: bool) -> Result:
     return Result(subject=subject, status="failed" if wrong else "passed", message=message, figures=figures)
 
 
-class OnlyDenoising(Solo):
+class OnlyDenoising(SingleRank):
     """Stands for ranks that encode random conditions and decode nothing; keeps the latents that come."""
 
     def __init__(self, artifact: Path, request: Request):

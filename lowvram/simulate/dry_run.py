@@ -14,7 +14,7 @@ import torch
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import LATENT_CHANNELS, Solo
+from lowvram.parallel.team import LATENT_CHANNELS, SingleRank
 from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_layout import ParallelLayout
@@ -121,9 +121,9 @@ def dry_run_team(artifact: Path | Artifact, plan: TeamPlan, *, clips: int = 2) -
 
 def _team(
     artifact: Artifact, plan: Plan, inputs: Inputs, clips: int, layout: ParallelLayout | None
-) -> Solo | PretendTeam:
+) -> SingleRank | PretendTeam:
     if layout is None or layout.world_size == 1:
-        return Solo()
+        return SingleRank()
     config, frames = DiTConfig.from_dict(artifact.component("dit").config), clips * plan.workload.infer_frames
     size = inputs.latent_size
     conditions = Conditions(

@@ -26,5 +26,5 @@ def few_layers(folder: Path, precision: str) -> Artifact:
     if not path.exists():
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(phantom.PRESETS, "14b", FEW)
-            phantom.write_phantom(path, precision=precision)
+            phantom.write_shape_artifact(path, precision=precision)
     return Artifact.open(path)

@@ -32,7 +32,7 @@ LETS_GO = Mutation(
 )
 DROPS = Mutation(
     "lowvram/offload/layers.py",
-    "        self._conveyor = Conveyor(self._engine, [])\n        # Streamed",
+    "        self._prefetcher = Prefetcher(self._engine, [])\n        # Streamed",
     "        # Streamed",
     "slots of before stay until the new ones are there",
 )

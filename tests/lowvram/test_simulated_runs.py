@@ -15,7 +15,7 @@ from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -67,7 +67,7 @@ def test_the_same_run_has_the_same_peaks(tiny):
 
 def test_the_full_model_runs_in_seconds(tmp_path):
     """One clip of the 14B at 704*384, its weights on the device and its rings on the host in int8."""
-    artifact = write_phantom(tmp_path / "14b")
+    artifact = write_shape_artifact(tmp_path / "14b")
     rings = tuple((step, layer) for step in range(4) for layer in range(40))
     draw_portrait(704, 384).save(tmp_path / "portrait.png")
     write_wav(tmp_path / "voice.wav", synth_voice(3.0), 16000)

@@ -16,7 +16,7 @@ from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import PAD, Artifact
 from lowvram_quantize.inspect import describe, summary
-from lowvram_quantize.phantom import RandomFill, write_phantom
+from lowvram_quantize.phantom import RandomFill, write_shape_artifact
 from lowvram_quantize.source import open_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_phantom(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
 
 
 def stored_shapes(artifact: Artifact, component: str) -> dict[str, tuple[int, ...]]:
@@ -82,7 +82,7 @@ def test_nothing_is_said_to_be_verified(published):
 @pytest.mark.parametrize(("precision", "text_encoder"), [("int8", None), ("fp8", "nf4"), ("bf16", None)])
 def test_it_is_laid_out_as_a_converted_checkpoint_is(tiny, tmp_path, precision, text_encoder):
     made = convert(tiny.checkpoint, tmp_path / "converted", precision=precision, text_encoder=text_encoder)
-    phantom = write_phantom(tmp_path / "phantom", precision=precision, text_encoder=text_encoder, preset="tiny")
+    phantom = write_shape_artifact(tmp_path / "phantom", precision=precision, text_encoder=text_encoder, preset="tiny")
     converted, phantom = (Artifact.open(path) for path in (made, phantom))
     for name in ("dit", "vae"):
         assert phantom.component(name).facts["slabs"] == [
@@ -94,7 +94,7 @@ def test_it_is_laid_out_as_a_converted_checkpoint_is(tiny, tmp_path, precision, 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_a_pipeline_runs_on_random_values(tiny, tmp_path, precision):
-    path = write_phantom(tmp_path / "random", precision=precision, preset="tiny", fill=RandomFill())
+    path = write_shape_artifact(tmp_path / "random", precision=precision, preset="tiny", fill=RandomFill())
     pipeline = AvatarPipeline.from_artifact(path, device="cpu")
     (frames,) = list(pipeline.stream(tiny.request(num_clip=1, infer_frames=12)))
     assert frames.shape == (9, 128, 128, 3)
@@ -105,7 +105,7 @@ def test_a_pipeline_runs_on_random_values(tiny, tmp_path, precision):
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_random_weights_spread_as_their_fan_in_wants(tmp_path, precision):
     component = Artifact.open(
-        write_phantom(tmp_path / "random", precision=precision, preset="tiny", fill=RandomFill())
+        write_shape_artifact(tmp_path / "random", precision=precision, preset="tiny", fill=RandomFill())
     ).component("dit")
     views = component.views("layer.1", component.read_slab("layer.1"))
     for name in ("blocks.1.ffn.0", "blocks.1.self_attn.q"):
@@ -123,9 +123,9 @@ def test_values_come_piece_by_piece(tmp_path, monkeypatch):
         asked.append(nbytes)
         return fill(item, spec, begin, nbytes)
 
-    pieces = write_phantom(tmp_path / "pieces", preset="tiny", fill=watched)
+    pieces = write_shape_artifact(tmp_path / "pieces", preset="tiny", fill=watched)
     monkeypatch.undo()
-    whole = write_phantom(tmp_path / "whole", preset="tiny", fill=fill)
+    whole = write_shape_artifact(tmp_path / "whole", preset="tiny", fill=fill)
     assert max(asked) == 1024
     for file in ("dit", "vae", "text_encoder", "audio_encoder/model"):
         names = [path / f"{file}.safetensors" for path in (pieces, whole)]
@@ -134,16 +134,16 @@ def test_values_come_piece_by_piece(tmp_path, monkeypatch):
 
 def test_a_fill_of_the_wrong_length_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="fill gave 1 bytes"):
-        write_phantom(tmp_path / "wrong", preset="tiny", fill=lambda *_: torch.zeros(1, dtype=torch.uint8))
+        write_shape_artifact(tmp_path / "wrong", preset="tiny", fill=lambda *_: torch.zeros(1, dtype=torch.uint8))
 
 
 def test_what_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="preset is '7b'"):
-        write_phantom(tmp_path / "a", preset="7b")
+        write_shape_artifact(tmp_path / "a", preset="7b")
     with pytest.raises(ConfigError, match="precision is 'nf4'"):
-        write_phantom(tmp_path / "a", precision="nf4", preset="tiny")
+        write_shape_artifact(tmp_path / "a", precision="nf4", preset="tiny")
     with pytest.raises(InputError, match="does not exist"):
-        write_phantom(tmp_path / "no" / "a", preset="tiny")
-    write_phantom(tmp_path / "a", preset="tiny")
+        write_shape_artifact(tmp_path / "no" / "a", preset="tiny")
+    write_shape_artifact(tmp_path / "a", preset="tiny")
     with pytest.raises(ConfigError, match="finished artifact"):
-        write_phantom(tmp_path / "a", preset="tiny")
+        write_shape_artifact(tmp_path / "a", preset="tiny")

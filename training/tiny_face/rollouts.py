@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowvram.compare.metrics import psnr
 from lowvram.encode.conditions import Conditions
-from lowvram.parallel.team import Alone, Chain, Solo
+from lowvram.parallel.team import Alone, Chain, SingleRank
 from lowvram.pipeline import FPS, AvatarPipeline
 from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from training.tiny_face.case import Case, Frames
@@ -61,7 +61,7 @@ def seeds(case: Case, pipeline: AvatarPipeline) -> dict[str, Any]:
     }
 
 
-class Unrefreshed(Solo):
+class Unrefreshed(SingleRank):
     """The sink stays as the portrait filled it: what is refreshed from the second clip on is refreshed with it."""
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 """Plans of the published sizes, as the planner has them."""
 
-from tests.lowvram.planning.conftest import facts, published
+from tests.lowvram.planning.conftest import sizes, published
 
-__all__ = ["facts", "published"]
+__all__ = ["sizes", "published"]

@@ -23,7 +23,7 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.sequence import Whole
-from lowvram.parallel.team import Alone, Solo
+from lowvram.parallel.team import Alone, SingleRank
 from lowvram.runtime import Run, Runtime, memory_report
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError
@@ -98,7 +98,9 @@ def run(
     rung = Rung(placement=placement, online_decode=True)
     one = Run(runtime=runtime, ladder=Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=fallback))
     request = tiny.request(sample_steps=STEPS, infer_frames=FRAMES, cond_rope_distance="random")
-    denoiser = Denoiser(one, request, SIZE, conditions(DiTConfig.from_dict(runtime.dit_config)), Solo(), range(STEPS))
+    denoiser = Denoiser(
+        one, request, SIZE, conditions(DiTConfig.from_dict(runtime.dit_config)), SingleRank(), range(STEPS)
+    )
     blocks = blocks_of(CLIPS, latent_frames_per_clip(FRAMES))
     return Made(torch.cat([latent.flatten() for _, latent, _ in denoiser.run(blocks, Alone())]), one)
 

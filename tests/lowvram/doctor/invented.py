@@ -26,11 +26,11 @@ def everything(nbytes: int) -> Pinned:
 
 
 def gpu(index: int = 0, **changes: Any) -> Gpu:
-    facts = {
+    sizes = {
         "name": "NVIDIA GeForce RTX 4090", "generation": 89, "fp8": True, "triton": True,
         "free_bytes": int(23.5 * GIB), "total_bytes": 24 * GIB,
     }  # fmt: skip
-    return Gpu(index=index, **facts | changes)
+    return Gpu(index=index, **sizes | changes)
 
 
 def rtx3090(index: int = 0, **changes: Any) -> Gpu:

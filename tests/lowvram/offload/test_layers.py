@@ -10,7 +10,7 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_quantize.format import Artifact, Component
-from lowvram_quantize.phantom import RandomFill, write_phantom
+from lowvram_quantize.phantom import RandomFill, write_shape_artifact
 
 META, ALL = torch.device("meta"), (0, 1, 2, 3)
 DTYPES = [
@@ -31,7 +31,7 @@ def components(tmp_path_factory):
 
     def of(precision: str) -> Component:
         if precision not in made:
-            path = write_phantom(root / precision, preset="tiny", precision=precision, fill=RandomFill())
+            path = write_shape_artifact(root / precision, preset="tiny", precision=precision, fill=RandomFill())
             made[precision] = Artifact.open(path).component("dit")
         return made[precision]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowvram.offload.copy_engine import DONE, Engine, Moment
-from lowvram.offload.prefetch import Conveyor
+from lowvram.offload.prefetch import Prefetcher
 
 
 class WatchedEngine(Engine):
@@ -37,7 +37,7 @@ def jobs(count: int, log: list, there: dict[int, Moment]):
 
 def test_slots_are_filled_ahead_and_wait_for_their_last_reader():
     engine, log, there = WatchedEngine(), [], {}
-    conveyor = Conveyor(engine, [torch.zeros(1), torch.zeros(1)])
+    conveyor = Prefetcher(engine, [torch.zeros(1), torch.zeros(1)])
     conveyor.load(jobs(4, log, there))
     # Nor may the first ones overtake who read the slots' memory before it was given to them.
     assert log == [(0, (engine.moments[0],)), (1, (engine.moments[1],))]
@@ -54,7 +54,7 @@ def test_slots_are_filled_ahead_and_wait_for_their_last_reader():
 
 
 def test_what_is_taken_out_of_order_is_refused():
-    conveyor = Conveyor(Engine(torch.device("cpu")), [torch.zeros(1), torch.zeros(1)])
+    conveyor = Prefetcher(Engine(torch.device("cpu")), [torch.zeros(1), torch.zeros(1)])
     conveyor.load(jobs(3, [], {}))
     with pytest.raises(RuntimeError, match="1 was to be taken"):
         conveyor.take(1)

@@ -66,7 +66,7 @@ class Maker:
     def arguments(self, out: Path, *more: str, precision: str = "fp32", **changes: Any) -> list[str]:
         """Of ``infer``."""
         files = {"model": self.artifact(precision), "image": self.portrait, "audio": self.voice, "out": out}
-        options = files | {"prompt": "A person speaks"} | SETTINGS | changes
+        options = files | {"prompt": "A peer speaks"} | SETTINGS | changes
         return ["infer", "-q", *(f"--{name}={value}" for name, value in options.items()), *more]
 
     def make(self, out: Path, world: int, *more: str, options: Mapping[str, Any] | None = None, **changes: Any) -> Made:

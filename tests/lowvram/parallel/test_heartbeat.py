@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import lowvram.parallel.heartbeat as watching
-from lowvram.parallel.heartbeat import HANG_S, SILENCE_S, Person, Watch, machine_id
+from lowvram.parallel.heartbeat import HANG_S, SILENCE_S, Heartbeat, Peer, machine_id
 
 BEAT_S = 0.01
 PATIENCE_S = 20.0
@@ -89,14 +89,14 @@ def left() -> Left:
 
 
 @pytest.fixture
-def begin(clock, store, left) -> Iterator[Callable[..., Watch]]:
+def begin(clock, store, left) -> Iterator[Callable[..., Heartbeat]]:
     """A watch of rank 0 over itself and another rank, far away unless said otherwise."""
-    begun: list[Watch] = []
+    begun: list[Heartbeat] = []
 
-    def start(other: Person | None = None) -> Watch:
-        far = Person(name="rank 1 (VAE)", host="far", machine="another", pid=1)
-        me = Person(name="rank 0 (stage 0, part 0)", host="here", machine=machine_id(), pid=os.getpid())
-        found = Watch(store, 0, [me, other or far], left)
+    def start(other: Peer | None = None) -> Heartbeat:
+        far = Peer(name="rank 1 (VAE)", host="far", machine="another", pid=1)
+        me = Peer(name="rank 0 (stage 0, part 0)", host="here", machine=machine_id(), pid=os.getpid())
+        found = Heartbeat(store, 0, [me, other or far], left)
         found.begin()
         begun.append(found)
         return found
@@ -110,14 +110,14 @@ def begin(clock, store, left) -> Iterator[Callable[..., Watch]]:
 
 
 @pytest.fixture
-def alone(begin, store) -> Watch:
+def alone(begin, store) -> Heartbeat:
     """A watch whose other rank has nothing more to say."""
     store.set("end/1", json.dumps({"done": True}))
     return begin()
 
 
-def neighbour(pid: int) -> Person:
-    return Person(name="rank 1 (VAE)", host="here", machine=machine_id(), pid=pid)
+def neighbour(pid: int) -> Peer:
+    return Peer(name="rank 1 (VAE)", host="here", machine=machine_id(), pid=pid)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_last_words_of_what_failed_stay(alone, store, clock, left):
 
 
 def test_people(monkeypatch):
-    me = Person.me("rank 3 (VAE)")
+    me = Peer.me("rank 3 (VAE)")
     assert (me.pid, me.machine) == (os.getpid(), machine_id())
     assert me.words == f"rank 3 (VAE) on {me.host}"
     # Containers of one host do not see each other's processes.

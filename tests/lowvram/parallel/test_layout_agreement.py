@@ -11,8 +11,8 @@ import torch
 
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel import layout_agreement as settling
-from lowvram.parallel.heartbeat import Person
-from lowvram.parallel.layout_agreement import Settler
+from lowvram.parallel.heartbeat import Peer
+from lowvram.parallel.layout_agreement import LayoutAgreement
 from lowvram.parallel.options import RankOptions
 from lowvram.planning import CARDS, Card
 from lowvram.planning.library_memory import OutsideAllocator
@@ -21,7 +21,7 @@ from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 GIB = 1 << 30
 REQUEST = Request(image=Path("a"), audio=Path("b"), prompt="")
@@ -30,7 +30,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_phantom(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
 
 
 class Ranks:
@@ -43,7 +43,7 @@ class Ranks:
         self.layout = chosen_layout(world, sample_steps=4, heads=40)
         self.role = self.layout.role(0)
         self.others = others
-        self.people = [Person(name=f"rank {i}", host="h", machine=name, pid=1) for i, name in enumerate(machines)]
+        self.peers = [Peer(name=f"rank {i}", host="h", machine=name, pid=1) for i, name in enumerate(machines)]
 
     def share(self, what: str, value: object) -> list:
         self.said.append((what, value))
@@ -65,14 +65,14 @@ def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, dtype
 
     monkeypatch.setattr(settling, "card_at_hand", card_at_hand)
     monkeypatch.setattr(settling, "contended_rates", lambda rates, *_: dataclasses.replace(rates, h2d=5e9))
-    settler = Settler(
+    agreement = LayoutAgreement(
         options=RankOptions(**options),
         artifact=artifact,
         request=REQUEST,
         memory=memory or MemoryOptions(ram_budget=60 * GIB),
         dtype=dtype,
     )
-    ranks.found = settler.settle(ranks, GPU)
+    ranks.found = agreement.settle(ranks, GPU)
     return ranks
 
 
@@ -145,6 +145,8 @@ def test_the_layout_is_planned_for_what_ranks_compute_in(artifact, monkeypatch, 
 
 def test_on_the_cpu_nothing_is_told(artifact):
     ranks = Ranks([], ["here"])
-    settler = Settler(options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions(), dtype="auto")
-    assert settler.settle(ranks, torch.device("cpu")) is None
+    agreement = LayoutAgreement(
+        options=RankOptions(), artifact=artifact, request=REQUEST, memory=MemoryOptions(), dtype="auto"
+    )
+    assert agreement.settle(ranks, torch.device("cpu")) is None
     assert not ranks.said

@@ -8,23 +8,23 @@ import torch
 
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.options import RankOptions, check_for_ranks, check_gpus
-from lowvram.parallel.rank_env import Seat, rank_device
+from lowvram.parallel.rank_env import RankEnv, rank_device
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, HardwareError
 
 ARTIFACT: Any = types.SimpleNamespace(component=lambda name: types.SimpleNamespace(config={"num_heads": 40}))
 
 
-def seat(world: int, rank: int = 0) -> Seat:
-    return Seat(rank=rank, world_size=world, local_rank=rank, address="127.0.0.1", port=29500)
+def env(world: int, rank: int = 0) -> RankEnv:
+    return RankEnv(rank=rank, world_size=world, local_rank=rank, address="127.0.0.1", port=29500)
 
 
 def test_layout_of_ranks_that_were_started_or_are_to_be():
     three_and_vae = ParallelLayout(num_gpus_dit=3, ulysses_size=3, vae_rank=True)
     given = {"num_gpus_dit": 3, "ulysses_size": 3, "enable_vae_parallel": True}
-    assert RankOptions(**given).layout(seat(4), ARTIFACT, 4) == three_and_vae
+    assert RankOptions(**given).layout(env(4), ARTIFACT, 4) == three_and_vae
     assert RankOptions(**given, gpus=4).layout(None, ARTIFACT, 4) == three_and_vae
-    assert RankOptions(**given, gpus=4).layout(seat(4), ARTIFACT, 4) == three_and_vae
+    assert RankOptions(**given, gpus=4).layout(env(4), ARTIFACT, 4) == three_and_vae
     assert RankOptions().layout(None, ARTIFACT, 4) == ParallelLayout()
     assert RankOptions(num_gpus_dit=1, enable_vae_parallel=False).layout(None, ARTIFACT, 4) == ParallelLayout()
 
@@ -32,14 +32,14 @@ def test_layout_of_ranks_that_were_started_or_are_to_be():
 @pytest.mark.parametrize(
     ("options", "where", "words"),
     [
-        ({"gpus": 3}, seat(4), "--gpus is 3, but 4 ranks were started; leave --gpus out"),
-        ({"gpus": 4, "port": 1}, seat(4), "--port is 1, but the ranks were told [0-9]+; leave --port out"),
+        ({"gpus": 3}, env(4), "--gpus is 3, but 4 ranks were started; leave --gpus out"),
+        ({"gpus": 4, "port": 1}, env(4), "--port is 1, but the ranks were told [0-9]+; leave --port out"),
         ({"num_gpus_dit": 3}, None, "needs 3 ranks, and one was started; add --gpus 3, or .*nproc_per_node=3"),
         ({"num_gpus_dit": 3, "enable_vae_parallel": True}, None, "3 and one for the VAE needs 4 ranks"),
         ({"enable_vae_parallel": True}, None, "--num_gpus_dit 1 and one for the VAE needs 2 ranks"),
-        ({"num_gpus_dit": 5, "ulysses_size": 5}, seat(4), "4 ranks were started, but --num_gpus_dit 5"),
+        ({"num_gpus_dit": 5, "ulysses_size": 5}, env(4), "4 ranks were started, but --num_gpus_dit 5"),
         ({"gpus": 2, "num_gpus_dit": 3}, None, "2 ranks were started, but --num_gpus_dit 3"),
-        ({"enable_vae_parallel": True}, seat(1), "0 GPUs for the DiT make no layout"),
+        ({"enable_vae_parallel": True}, env(1), "0 GPUs for the DiT make no layout"),
     ],
 )
 def test_options_that_do_not_fit_the_ranks(options, where, words):
@@ -90,28 +90,28 @@ def test_device_of_a_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert [rank_device("auto", seat(4, rank)) for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert [rank_device("auto", env(4, rank)) for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert chosen == [0, 1]
-    assert rank_device("cpu", seat(4, 3)) == "cpu"
+    assert rank_device("cpu", env(4, 3)) == "cpu"
     with pytest.raises(HardwareError, match="rank 2 is number 2 of this machine, but 2 GPUs are here; start fewer"):
-        rank_device("cuda", seat(4, 2))
+        rank_device("cuda", env(4, 2))
     with pytest.raises(ConfigError, match="'cuda:1'; expected auto, cuda or cpu where 4 ranks run"):
-        rank_device("cuda:1", seat(4))
+        rank_device("cuda:1", env(4))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert rank_device("auto", seat(4, 3)) == "cpu"
+    assert rank_device("auto", env(4, 3)) == "cpu"
 
 
 TOLD = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
 
 
 def test_seat_from_what_the_starter_says():
-    found = Seat.from_environ(TOLD)
-    assert found == Seat(rank=2, world_size=4, local_rank=0, address="node", port=29500, by_hand=True)
+    found = RankEnv.from_environ(TOLD)
+    assert found == RankEnv(rank=2, world_size=4, local_rank=0, address="node", port=29500, by_hand=True)
     assert found.hint.endswith(
         "RANK=2 and WORLD_SIZE=4 in the environment say so: where nobody started ranks, unset RANK WORLD_SIZE"
     )
     for starter in ({"TORCHELASTIC_RUN_ID": "none"}, {"LOWVRAM_STARTED": "1"}):
-        started = Seat.from_environ(TOLD | starter)
+        started = RankEnv.from_environ(TOLD | starter)
         assert started is not None
         assert not started.by_hand
         assert not started.hint
@@ -122,7 +122,7 @@ def test_seat_from_what_the_starter_says():
     [{}, {"MASTER_ADDR": "node"}, {"LOCAL_RANK": "0"}, {"RANK": "", "WORLD_SIZE": " "}, {"SLURM_PROCID": "1"}],
 )
 def test_nobody_started_ranks(environ):
-    assert Seat.from_environ(environ) is None
+    assert RankEnv.from_environ(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,13 @@ def test_nobody_started_ranks(environ):
 )
 def test_variables_that_were_left_over_are_named(environ, words):
     with pytest.raises(ConfigError, match=words):
-        Seat.from_environ(environ)
+        RankEnv.from_environ(environ)
 
 
 @pytest.mark.parametrize(
     "options", [{"gpus": 3}, {"port": 1, "gpus": 4}, {"num_gpus_dit": 5}, {"num_gpus_dit": 1}, {"ulysses_size": 2}]
 )
 def test_options_that_contradict_left_over_variables_name_them(options):
-    left_over = Seat.from_environ(TOLD | {"RANK": "0"})
+    left_over = RankEnv.from_environ(TOLD | {"RANK": "0"})
     with pytest.raises(ConfigError, match=r"RANK=0 and WORLD_SIZE=4 in the environment.*unset RANK WORLD_SIZE"):
         RankOptions(**options).layout(left_over, ARTIFACT, 4)

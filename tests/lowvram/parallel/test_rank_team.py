@@ -207,7 +207,7 @@ def test_ranks_that_do_not_come(maker, ranks, tmp_path, monkeypatch):
 def impatient() -> Iterator[None]:
     import lowvram.parallel.rank_team as team
 
-    team.MEETING_S = 1
+    team.RENDEZVOUS_S = 1
     yield
 
 
@@ -226,7 +226,7 @@ def test_nobody_keeps_the_store(maker, ranks, tmp_path):
 def no_patience() -> Iterator[None]:
     import lowvram.parallel.rendezvous as meeting
 
-    meeting.MEETING_S = 1
+    meeting.RENDEZVOUS_S = 1
     yield
 
 

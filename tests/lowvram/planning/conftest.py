@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.planning.model_sizes import ModelFacts, facts_of
+from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 
 @pytest.fixture(scope="session")
@@ -21,20 +21,20 @@ def published(tmp_path_factory) -> Callable[[str], Path]:
         return (
             folder / precision
             if (folder / precision).exists()
-            else write_phantom(folder / precision, precision=precision)
+            else write_shape_artifact(folder / precision, precision=precision)
         )
 
     return path
 
 
 @pytest.fixture(scope="session")
-def facts(published) -> Callable[[str], ModelFacts]:
+def sizes(published) -> Callable[[str], ModelSizes]:
     """Precision -> its sizes."""
-    known: dict[str, ModelFacts] = {}
+    known: dict[str, ModelSizes] = {}
 
-    def of(precision: str) -> ModelFacts:
+    def of(precision: str) -> ModelSizes:
         if precision not in known:
-            known[precision] = facts_of(Artifact.open(published(precision)))
+            known[precision] = model_sizes(Artifact.open(published(precision)))
         return known[precision]
 
     return of

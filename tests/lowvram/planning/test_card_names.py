@@ -228,8 +228,8 @@ def planned(*more: str) -> dict:
     return json.loads(result.stdout)
 
 
-def test_a_card_s_own_memory_may_be_what_limits_it(facts):
-    model, work = facts("int8"), Workload.of_size("384*256")
+def test_a_card_s_own_memory_may_be_what_limits_it(sizes):
+    model, work = sizes("int8"), Workload.of_size("384*256")
     share = whole(model.config, work)
 
     def arithmetic(gpu: str) -> float:

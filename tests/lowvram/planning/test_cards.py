@@ -19,8 +19,8 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("name", "int8", "bf16", "pcie"), BY_HAND)
-def test_limits_agree_with_those_made_by_hand(facts, name, int8, bf16, pcie):
-    found = limits(facts("int8"), Workload.of_size("704*384"), CARDS[name].rates)
+def test_limits_agree_with_those_made_by_hand(sizes, name, int8, bf16, pcie):
+    found = limits(sizes("int8"), Workload.of_size("704*384"), CARDS[name].rates)
     # Within 1 %, or half a step of the last digit that was printed.
     for value, printed in ((found.int8_arithmetic_s, int8), (found.bf16_arithmetic_s, bf16), (found.pcie_once_s, pcie)):
         step = 0.01 if printed not in (6.9, 2.3, 1.6) else 0.1

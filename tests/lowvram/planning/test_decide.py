@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.team import Solo
+from lowvram.parallel.team import SingleRank
 from lowvram.planning import CARDS, Workload, measure
 from lowvram.planning import decide as deciding
 from lowvram.planning.cards import Card, Rates
@@ -18,7 +18,7 @@ from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 GIB = 1 << 30
 GPU = torch.device("cuda", 0)
@@ -27,7 +27,7 @@ WORK = Workload.of_size("704*384")
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_phantom(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def allocator(card, monkeypatch) -> Allocator:
 
 def test_a_budget_is_the_cap_of_process_and_plan(artifact, card):
     options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
-    found = decide(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, SingleRank())
     plan, placement = found.plan, found.placement
     assert found.cap_bytes == 20 * GIB - MODULES_BYTES
     assert plan.placement == placement
@@ -88,7 +88,7 @@ def test_a_budget_is_the_cap_of_process_and_plan(artifact, card):
 
 
 def test_without_a_budget_the_process_is_capped_a_little_above_the_plan(artifact, card):
-    found = decide(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), Solo())
+    found = decide(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), SingleRank())
     plan, placement = found.plan, found.placement
     assert 1.02 * plan.peak_vram_bytes < found.cap_bytes < 1.12 * plan.peak_vram_bytes < 70 * GIB
     assert plan.vram_budget_bytes == 70 * GIB
@@ -96,19 +96,19 @@ def test_without_a_budget_the_process_is_capped_a_little_above_the_plan(artifact
 
 
 def test_a_budget_beyond_what_is_free_is_not_believed(artifact, card):
-    found = decide(artifact, WORK, GPU, MemoryOptions(vram_budget=79 * GIB, ram_budget=48 * GIB), Solo())
+    found = decide(artifact, WORK, GPU, MemoryOptions(vram_budget=79 * GIB, ram_budget=48 * GIB), SingleRank())
     assert found.plan.vram_budget_bytes == 70 * GIB
 
 
 @pytest.mark.parametrize("options", [{"vram_budget": 4 * GIB}, {"ram_budget": 4 * GIB, "vram_budget": 20 * GIB}])
 def test_what_cannot_fit_is_refused_with_bytes(artifact, card, options):
     with pytest.raises(OutOfMemoryError, match=r"needed at the least.* GiB there"):
-        decide(artifact, WORK, GPU, MemoryOptions(**({"ram_budget": 48 * GIB} | options)), Solo())
+        decide(artifact, WORK, GPU, MemoryOptions(**({"ram_budget": 48 * GIB} | options)), SingleRank())
 
 
 def test_what_is_to_be_offloaded_is(artifact, card):
     options = MemoryOptions(ram_budget=64 * GIB, offload_model=True, offload_kv_cache=True, kv="bf16", wave=2)
-    placement = decide(artifact, WORK, GPU, options, Solo()).placement
+    placement = decide(artifact, WORK, GPU, options, SingleRank()).placement
     assert len(placement.streamed_layers) == 40
     assert len(placement.host_rings) == 160
     assert (placement.kv, placement.wave) == ("plain", 2)
@@ -116,7 +116,7 @@ def test_what_is_to_be_offloaded_is(artifact, card):
 
 def test_a_placement_by_hand_is_taken_as_it_is(artifact, card):
     by_hand = Placement(streamed_layers=(3,))
-    assert decide(artifact, WORK, GPU, MemoryOptions(placement=by_hand), Solo()) == Decision(placement=by_hand)
+    assert decide(artifact, WORK, GPU, MemoryOptions(placement=by_hand), SingleRank()) == Decision(placement=by_hand)
 
 
 TWO_CARDS = Machines(
@@ -124,7 +124,7 @@ TWO_CARDS = Machines(
 )
 
 
-class Ranks(Solo):
+class Ranks(SingleRank):
     """Rank 1 of two that share tokens and heads, with two cards of different sizes."""
 
     def __init__(self) -> None:
@@ -166,17 +166,17 @@ def test_ranks_plan_with_what_their_groups_have_left(artifact, card, monkeypatch
 
 def test_what_an_earlier_run_left_in_the_allocator_is_free_for_the_next(artifact, allocator):
     options = MemoryOptions(ram_budget=48 * GIB)
-    first = decide(artifact, WORK, GPU, options, Solo())
+    first = decide(artifact, WORK, GPU, options, SingleRank())
     assert first.plan.vram_budget_bytes == 70 * GIB  # measuring has left nothing behind
     allocator.cached = 55 * GIB
-    assert decide(artifact, WORK, GPU, options, Solo()) == first
+    assert decide(artifact, WORK, GPU, options, SingleRank()) == first
 
 
 @pytest.mark.parametrize("budget", [None, 40 * GIB])
 def test_what_an_earlier_run_still_holds_is_taken(artifact, allocator, budget):
     allocator.holds, allocator.cached = 15 * GIB, 30 * GIB
     options = MemoryOptions(ram_budget=48 * GIB, vram_budget=budget)
-    found = decide(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, SingleRank())
     expected = (budget or 70 * GIB) - 15 * GIB
     assert found.plan.vram_budget_bytes == expected
     # The cap is of the process, which holds both.
@@ -186,12 +186,12 @@ def test_what_an_earlier_run_still_holds_is_taken(artifact, allocator, budget):
 def test_a_process_that_holds_its_whole_budget_is_refused_more(artifact, allocator):
     allocator.holds = 30 * GIB
     with pytest.raises(OutOfMemoryError, match=r"0\.00 GiB there"):
-        decide(artifact, WORK, GPU, MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB), Solo())
+        decide(artifact, WORK, GPU, MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB), SingleRank())
 
 
 def test_a_placement_by_hand_is_capped_at_the_budget_alone(artifact, card):
     by_hand = MemoryOptions(placement=Placement(), vram_budget=20 * GIB)
-    assert decide(artifact, WORK, GPU, by_hand, Solo()).cap_bytes == 20 * GIB
+    assert decide(artifact, WORK, GPU, by_hand, SingleRank()).cap_bytes == 20 * GIB
 
 
 def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, card, monkeypatch):
@@ -199,6 +199,6 @@ def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, card, m
     measured = dataclasses.replace(CARDS["a100-80gb"], usable_bytes=70 * GIB, outside=outside)
     monkeypatch.setattr(deciding, "card_at_hand", lambda device: measured)
     options = MemoryOptions(vram_budget=20 * GIB, ram_budget=48 * GIB)
-    found = decide(artifact, WORK, GPU, options, Solo())
+    found = decide(artifact, WORK, GPU, options, SingleRank())
     assert found.plan.reserve_bytes == SLACK_BYTES + (501 << 20)
     assert found.cap_bytes == 20 * GIB - (300 << 20)

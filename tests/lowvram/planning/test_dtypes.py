@@ -20,7 +20,7 @@ from lowvram.planning import CARDS, DoesNotFit, Workload, plan
 from lowvram.planning.members import Machines
 from lowvram.planning.memory import loading
 from lowvram.planning.memory_costs import GIB, MIB
-from lowvram.planning.model_sizes import facts_of
+from lowvram.planning.model_sizes import model_sizes
 from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import Plan
@@ -185,9 +185,9 @@ def test_a_text_encoder_is_loaded_piece_by_piece(tmp_path, monkeypatch, precisio
     sizes = {"vocab_size": 512, "d_model": 512, "d_ff": 1024, "num_heads": 8, "d_kv": 64, "num_layers": 8}
     monkeypatch.setitem(phantom.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], text_encoder=sizes))
     stored = "bf16" if precision == "nf4" else precision
-    path = phantom.write_phantom(tmp_path / "few", preset="tiny", precision=stored, text_encoder=precision)
+    path = phantom.write_shape_artifact(tmp_path / "few", preset="tiny", precision=stored, text_encoder=precision)
     artifact = Artifact.open(path)
-    slabs = facts_of(artifact).text
+    slabs = model_sizes(artifact).text
     with SimulatedDevice() as gpu:
         model = load_text_encoder(artifact, torch.device("meta"), dtype)
         assert gpu.peak_allocated == pytest.approx(loading(slabs, dtype), rel=0.03)

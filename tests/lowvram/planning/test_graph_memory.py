@@ -18,17 +18,17 @@ GIB = 1 << 30
 WORK = Workload.of_size("704*384")
 
 
-def test_graphs_take_room_in_a_plan_that_has_them(facts):
+def test_graphs_take_room_in_a_plan_that_has_them(sizes):
     there = {"vram_bytes": 20 * GIB, "ram_bytes": 64 * GIB, "card": CARDS["rtx4090"]}
-    without, having = (plan(facts("int8"), WORK, PlanOptions(cuda_graphs=on), **there) for on in (False, True))
+    without, having = (plan(sizes("int8"), WORK, PlanOptions(cuda_graphs=on), **there) for on in (False, True))
     assert without.device.graphs == 0
     assert 0.5 * GIB < having.device.graphs < 1.5 * GIB
     assert having.peak_vram_bytes <= 20 * GIB
     assert len(having.placement.host_rings) > len(without.placement.host_rings)
 
 
-def test_room_is_for_inputs_of_every_step_and_one_layer_at_work(facts):
-    model = facts("int8")
+def test_room_is_for_inputs_of_every_step_and_one_layer_at_work(sizes):
+    model = sizes("int8")
     config, share = model.config, whole(model.config, WORK)
     none = graph_bytes(model, WORK, Placement(streamed_layers=tuple(range(40))), share)
     rings = tuple((step, layer) for step in range(4) for layer in range(40))
@@ -44,17 +44,17 @@ def test_room_is_for_inputs_of_every_step_and_one_layer_at_work(facts):
     assert graph_bytes(model, uneven, Placement(), share) - every > 3 * residual
 
 
-def test_int8_rings_want_room_for_rotated_keys(facts):
+def test_int8_rings_want_room_for_rotated_keys(sizes):
     plain, int8 = (
-        Job(facts=facts("int8"), work=WORK, kv=kv).device_parts(Placement(kv=kv)).rollout_inputs
+        Job(sizes=sizes("int8"), work=WORK, kv=kv).device_parts(Placement(kv=kv)).rollout_inputs
         for kv in ("plain", "int8")
     )
-    assert int8 - plain >= WORK.sink_tokens * facts("int8").config.dim
+    assert int8 - plain >= WORK.sink_tokens * sizes("int8").config.dim
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_ranks_that_exchange_have_none(facts, wanted):
+def test_ranks_that_exchange_have_none(sizes, wanted):
     layout = ParallelLayout(num_gpus_dit=2, ulysses_size=2)
-    job = Job(facts=facts("int8"), work=WORK, kv="int8", layout=layout, options=PlanOptions(cuda_graphs=wanted))
+    job = Job(sizes=sizes("int8"), work=WORK, kv="int8", layout=layout, options=PlanOptions(cuda_graphs=wanted))
     assert job.device_parts(Placement()).graphs == 0
-    assert share_of(job.facts.config, WORK, layout, 0).exchanges
+    assert share_of(job.sizes.config, WORK, layout, 0).exchanges

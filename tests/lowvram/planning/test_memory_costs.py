@@ -26,8 +26,8 @@ def agrees(value: float, printed: float, step: float) -> bool:
 
 
 @pytest.mark.parametrize(("size", "plain", "int8", "sink", "linear", "attention"), BY_HAND)
-def test_it_agrees_with_the_table_made_by_hand(facts, size, plain, int8, sink, linear, attention):
-    config, work = facts("int8").config, Workload.of_size(size)
+def test_it_agrees_with_the_table_made_by_hand(sizes, size, plain, int8, sink, linear, attention):
+    config, work = sizes("int8").config, Workload.of_size(size)
     share = whole(config, work)
     for kv, printed in (("plain", plain), ("int8", int8)):
         rings = ring_costs(config, work, kv, share)
@@ -38,22 +38,22 @@ def test_it_agrees_with_the_table_made_by_hand(facts, size, plain, int8, sink, l
     assert agrees(operations.attention / 1e12, attention, 1)
 
 
-def test_weights_are_those_of_the_published_model(facts):
-    assert facts("bf16").weight_bytes == pytest.approx(32.6e9, rel=0.01)
-    assert facts("bf16").parameters == facts("int8").parameters == pytest.approx(16.3e9, rel=0.01)
+def test_weights_are_those_of_the_published_model(sizes):
+    assert sizes("bf16").weight_bytes == pytest.approx(32.6e9, rel=0.01)
+    assert sizes("bf16").parameters == sizes("int8").parameters == pytest.approx(16.3e9, rel=0.01)
     # 8 bit a parameter, and 8 more for the 0.34e9 that stay in bf16.
-    kept = (facts("int8").start.nbytes + facts("int8").shared.nbytes) / 2
-    assert facts("int8").weight_bytes == pytest.approx(16.3e9 + kept, rel=0.002)
-    assert facts("bf16").text_bytes == pytest.approx(11.4e9, rel=0.01)
-    assert facts("bf16").vae_bytes == pytest.approx(0.25e9, rel=0.02)
+    kept = (sizes("int8").start.nbytes + sizes("int8").shared.nbytes) / 2
+    assert sizes("int8").weight_bytes == pytest.approx(16.3e9 + kept, rel=0.002)
+    assert sizes("bf16").text_bytes == pytest.approx(11.4e9, rel=0.01)
+    assert sizes("bf16").vae_bytes == pytest.approx(0.25e9, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kv", ["plain", "int8"])
 @pytest.mark.parametrize("tokens", [3168, 960, 77])
 @pytest.mark.parametrize("heads", [40, 13])
-def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens, heads, dtype):
-    config = facts("int8").config
+def test_a_block_has_the_bytes_that_are_written(sizes, kv, tokens, heads, dtype):
+    config = sizes("int8").config
     kind = kv_format(kv, heads, config.head_dim, dtype)
     costs = kv_bytes(config, tokens, kv, heads, dtype.itemsize)
     assert costs.payload + costs.scales == kind.nbytes(tokens)
@@ -61,13 +61,13 @@ def test_a_block_has_the_bytes_that_are_written(facts, kv, tokens, heads, dtype)
 
 
 @pytest.mark.parametrize("frames", [48, 32, 12])
-def test_a_ring_has_the_slots_that_the_runtime_gives_it(facts, frames):
+def test_a_ring_has_the_slots_that_the_runtime_gives_it(sizes, frames):
     work = Workload(latent_size=(48, 88), infer_frames=frames)
     shape = RingShape.of(work.frames_per_clip, 3, work.tokens_per_frame)
     assert len(shape.slots) == work.blocks_per_clip
     assert max(shape.slots) == work.block_tokens
     assert shape.capacity == work.ring_tokens
-    config = facts("int8").config
+    config = sizes("int8").config
     ring = ring_costs(config, work, "int8", whole(config, work))
     assert ring.read + ring.written == ring.cell
 

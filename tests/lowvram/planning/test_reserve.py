@@ -44,8 +44,8 @@ class Taken:
 @pytest.mark.parametrize("nccl", [(), ((2, 500 * MIB),), ((4, 500 * MIB),)])
 @pytest.mark.parametrize("ulysses", [1, 2])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_each_part_is_measured_or_assumed(facts, outside, nccl, ulysses, grouped):
-    config = facts("int8").config
+def test_each_part_is_measured_or_assumed(sizes, outside, nccl, ulysses, grouped):
+    config = sizes("int8").config
     share = share_of(config, WORK, ParallelLayout(num_gpus_dit=2, ulysses_size=ulysses), 0)
     found = reserve_of(dataclasses.replace(CARD, outside=outside, nccl=nccl), WORK, share, grouped=grouped)
     assert (found.outside, found.outside_measured) == ((FLAT_BYTES, False) if outside is None else (100 * MIB, True))
@@ -55,8 +55,8 @@ def test_each_part_is_measured_or_assumed(facts, outside, nccl, ulysses, grouped
     assert found.total == found.outside + found.nccl + SLACK_BYTES
 
 
-def test_a_rank_alone_reserves_nothing_for_nccl(facts):
-    work = whole(facts("int8").config, WORK)
+def test_a_rank_alone_reserves_nothing_for_nccl(sizes):
+    work = whole(sizes("int8").config, WORK)
     assert reserve_of(CARD, WORK, work, grouped=False).nccl == 0
 
 
@@ -112,9 +112,9 @@ def test_without_a_card_nothing_is_measured(tmp_path):
         (dataclasses.replace(CARD, nccl=((2, 300 * MIB),)), "assumed", "measured on this card"),
     ],
 )
-def test_a_plan_says_what_was_measured(facts, card, libraries, nccl):
+def test_a_plan_says_what_was_measured(sizes, card, libraries, nccl):
     team = plan_team(
-        facts("int8"), WORK, ParallelLayout(num_gpus_dit=2, ulysses_size=2),
+        sizes("int8"), WORK, ParallelLayout(num_gpus_dit=2, ulysses_size=2),
         Machines(cards=[card] * 2, vram_bytes=[22 * GIB] * 2, machines=[0, 0], ram_bytes=[60 * GIB]),
     )  # fmt: skip
     console = Console(width=200, record=True, file=io.StringIO())

@@ -35,8 +35,8 @@ def test_rings_are_spread_evenly_over_layers_and_steps(steps, layers):
         assert max(counts) - min(counts) <= 1
 
 
-def test_each_candidate_has_the_fewest_host_rings_that_fit(facts):
-    job = Job(facts=facts("int8"), work=Workload.of_size("704*384"), kv="int8")
+def test_each_candidate_has_the_fewest_host_rings_that_fit(sizes):
+    job = Job(sizes=sizes("int8"), work=Workload.of_size("704*384"), kv="int8")
     budget = 20 * 2**30
     found = list(candidates(job, budget))
     assert len({(p.wave, len(p.streamed_layers)) for p in found}) == len(found)
@@ -48,9 +48,9 @@ def test_each_candidate_has_the_fewest_host_rings_that_fit(facts):
             assert job.peak(fewer) > budget
 
 
-def test_rings_that_have_to_be_on_the_host_are(facts):
+def test_rings_that_have_to_be_on_the_host_are(sizes):
     job = Job(
-        facts=facts("int8"),
+        sizes=sizes("int8"),
         work=Workload.of_size("704*384"),
         kv="int8",
         options=PlanOptions(offload_kv_cache=True, offload_model=True),

@@ -16,7 +16,7 @@ from lowvram.offload.placement import PlanOptions
 from lowvram.planning import workspace
 from lowvram.planning.card_table import CARDS
 from lowvram.planning.memory import host_parts, machine_parts
-from lowvram.planning.model_sizes import AudioFacts
+from lowvram.planning.model_sizes import AudioSizes
 from lowvram.planning.planner import plan
 from lowvram.planning.rank_plan import DoesNotFit, Plan
 from lowvram.planning.search import Job
@@ -30,17 +30,17 @@ SHORT = Workload.of_size("704*384")
 LONG = dataclasses.replace(SHORT, voice_on_host=True)
 
 
-def test_it_lies_beside_what_is_pinned_and_not_beside_the_text_encoder(facts):
-    job = Job(facts=facts("int8"), work=LONG, kv="int8", text_device="cpu")
+def test_it_lies_beside_what_is_pinned_and_not_beside_the_text_encoder(sizes):
+    job = Job(sizes=sizes("int8"), work=LONG, kv="int8", text_device="cpu")
     placement = job.placement(20, 40, 1)
-    parts = host_parts(job.facts, LONG, placement, "cpu", job.share)
-    weights = facts("int8").audio.parameters * 4
+    parts = host_parts(job.sizes, LONG, placement, "cpu", job.share)
+    weights = sizes("int8").audio.parameters * 4
     assert weights == pytest.approx(1.26e9, rel=0.01)
     assert weights < parts.voice_encoder < 1.7 * weights
     pinned = parts.pinned_weights + parts.pinned_rings + parts.pinned_cache
     assert parts.peak == parts.base + max(pinned + parts.voice_encoder, parts.text_encoder)
-    assert host_parts(job.facts, SHORT, placement, "cpu", job.share).voice_encoder == 0
-    machine = machine_parts(job.facts, [parts], [placement.streamed_layers])
+    assert host_parts(job.sizes, SHORT, placement, "cpu", job.share).voice_encoder == 0
+    machine = machine_parts(job.sizes, [parts], [placement.streamed_layers])
     assert machine.peak == parts.peak
 
 
@@ -55,15 +55,15 @@ def test_its_workspace_is_that_of_a_window():
     samples = torch.empty(1, workspace.WINDOW_S * workspace.SAMPLES_PER_S, device="meta")
     with torch.no_grad(), LiveBytes([samples, *model.parameters(), *model.buffers()]) as live:
         model(samples, output_hidden_states=True)
-    audio = AudioFacts(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
+    audio = AudioSizes(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
     assert workspace.WINDOW_S == 40
     assert workspace.audio_workspace(audio, workspace.WINDOW_S) == pytest.approx(live.peak, rel=0.03)
 
 
-def test_a_long_voice_that_does_not_fit_is_refused_before_anything_loads(facts):
+def test_a_long_voice_that_does_not_fit_is_refused_before_anything_loads(sizes):
     def planned(work: Workload, ram_bytes: int) -> Plan:
         return plan(
-            facts("int8"), work, PlanOptions(offload_kv_cache=True, offload_model=True), vram_bytes=8 * GIB,
+            sizes("int8"), work, PlanOptions(offload_kv_cache=True, offload_model=True), vram_bytes=8 * GIB,
             ram_bytes=ram_bytes, card=CARDS["rtx4090"],
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from lowvram.loading.fused_block import fuse
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
 from lowvram.planning.memory_costs import decode_operations
-from lowvram.planning.model_sizes import AudioFacts
+from lowvram.planning.model_sizes import AudioSizes
 from lowvram.planning.rank_layout import ParallelLayout, shares
 from lowvram.planning.share import share_of
 from lowvram_kernels.modules import swap_linear
@@ -100,8 +100,8 @@ def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: i
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("size", ["384*256", "704*384"])
 @pytest.mark.parametrize(("quantized", "audio"), [(True, True), (True, False), (False, True), (False, False)])
-def test_a_layer_takes_what_is_predicted(facts, size, quantized, audio, dtype):
-    config, work = facts("int8").config, Workload.of_size(size, dtype=dtype)
+def test_a_layer_takes_what_is_predicted(sizes, size, quantized, audio, dtype):
+    config, work = sizes("int8").config, Workload.of_size(size, dtype=dtype)
     predicted = workspace.layer_workspace(
         config, work.block_tokens, quantized=quantized, audio=audio, value_bytes=work.value_bytes
     )
@@ -111,8 +111,8 @@ def test_a_layer_takes_what_is_predicted(facts, size, quantized, audio, dtype):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_a_layer_of_one_rank_of_several_takes_no_more_than_predicted(facts, ranks, quantized, dtype):
-    config, work = facts("int8").config, Workload.of_size("720*400", dtype=dtype)
+def test_a_layer_of_one_rank_of_several_takes_no_more_than_predicted(sizes, ranks, quantized, dtype):
+    config, work = sizes("int8").config, Workload.of_size("720*400", dtype=dtype)
     share = share_of(config, work, ParallelLayout(num_gpus_dit=ranks, ulysses_size=ranks), 0)
     attended = workspace.Attended(tokens=work.block_tokens, heads=share.heads)
     predicted = workspace.layer_workspace(
@@ -123,9 +123,9 @@ def test_a_layer_of_one_rank_of_several_takes_no_more_than_predicted(facts, rank
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_an_embedding_of_all_tokens_takes_no_more_than_predicted(facts, dtype):
+def test_an_embedding_of_all_tokens_takes_no_more_than_predicted(sizes, dtype):
     config, work = (
-        dataclasses.replace(facts("int8").config, num_layers=1, audio_inject_layers=()),
+        dataclasses.replace(sizes("int8").config, num_layers=1, audio_inject_layers=()),
         Workload.of_size("704*384"),
     )
     with torch.device("meta"):
@@ -175,14 +175,14 @@ def test_the_encoder_takes_what_is_predicted(vae, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_the_text_encoder_takes_less_than_predicted(facts, dtype):
-    sizes = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 2}
+def test_the_text_encoder_takes_less_than_predicted(sizes, dtype):
+    umt5 = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 2}
     with torch.device("meta"):
-        model = build_umt5(**sizes).to(dtype)
+        model = build_umt5(**umt5).to(dtype)
     with torch.no_grad(), LiveBytes(model.parameters()) as live:
         model(input_ids=torch.empty(1, 512, dtype=torch.long, device="meta"))
     # The dequantized weight comes on top, and no Linear is quantized here.
-    predicted = workspace.text_workspace(facts("int8"), dtype.itemsize)
+    predicted = workspace.text_workspace(sizes("int8"), dtype.itemsize)
     assert 0.45 * predicted < live.peak <= predicted
 
 
@@ -196,5 +196,5 @@ def test_the_audio_encoder_takes_what_is_predicted():
     samples = torch.empty(1, workspace.AUDIO_S * workspace.SAMPLES_PER_S, device="meta")
     with torch.no_grad(), LiveBytes([samples, *model.parameters(), *model.buffers()]) as live:
         model(samples, output_hidden_states=True)
-    audio = AudioFacts(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
+    audio = AudioSizes(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
     assert workspace.audio_workspace(audio) == pytest.approx(live.peak, rel=0.03)

@@ -12,7 +12,7 @@ from lowvram.cli import main
 from lowvram.commands import infer_ranks as ranks
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.options import RankOptions
-from lowvram.parallel.rank_env import Seat
+from lowvram.parallel.rank_env import RankEnv
 from lowvram.selftest import first_run
 from lowvram_kernels.errors import HardwareError
 
@@ -66,7 +66,7 @@ def test_no_selftest_goes_without(tiny, tmp_path, asked):
 
 @pytest.mark.parametrize("examine", [True, False])
 def test_a_rank_examines_its_own_card_before_the_others_wait_for_it(tiny, monkeypatch, asked, examine):
-    monkeypatch.setattr(ranks, "rank_device", lambda name, seat: f"cuda:{seat.local_rank}")
+    monkeypatch.setattr(ranks, "rank_device", lambda name, env: f"cuda:{env.local_rank}")
 
     def joined(*given: object) -> None:
         raise HardwareError("joined")
@@ -77,8 +77,8 @@ def test_a_rank_examines_its_own_card_before_the_others_wait_for_it(tiny, monkey
         model=tiny.artifact("int8"), request=tiny.request(), outputs=None, memory=MemoryOptions(), options=options,
         device="auto", dtype="auto", verify=False, quiet=True, examine=examine,
     )  # fmt: skip
-    seat = Seat(rank=3, world_size=4, local_rank=1, address="127.0.0.1", port=1)
-    layout = options.layout(dataclasses.replace(seat, rank=1, world_size=2), ranks.Artifact.open(rank.model), 2)
+    env = RankEnv(rank=3, world_size=4, local_rank=1, address="127.0.0.1", port=1)
+    layout = options.layout(dataclasses.replace(env, rank=1, world_size=2), ranks.Artifact.open(rank.model), 2)
     with pytest.raises(HardwareError, match="examined" if examine else "joined"):
-        rank.take_part(seat, layout)
+        rank.take_part(env, layout)
     assert asked == ([torch.device("cuda", 1)] if examine else [])

@@ -14,7 +14,7 @@ from lowvram.runtime import StageLog
 from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice
 from lowvram_kernels.modules import swap_linear
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 MIB, GIB = 1 << 20, 1 << 30
 META = torch.device("meta")
@@ -260,7 +260,7 @@ def test_cublas_takes_its_workspace_once():
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_the_text_encoders_linears_dequantize_on_the_device(gpu, tmp_path, precision):
-    artifact = Artifact.open(write_phantom(tmp_path / "p", preset="tiny", text_encoder=precision))
+    artifact = Artifact.open(write_shape_artifact(tmp_path / "p", preset="tiny", text_encoder=precision))
     component = artifact.component("text_encoder")
     tensors = {}
     for slab in component.slab_names:
@@ -274,7 +274,7 @@ def test_the_text_encoders_linears_dequantize_on_the_device(gpu, tmp_path, preci
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(path.rpartition(".")[2], nn.Linear(columns, rows, bias=False))
-    component.facts["tensors"] = {name: component.facts["tensors"][name]}
+    component.sizes["tensors"] = {name: component.sizes["tensors"][name]}
     swap_text_linears(model, component, tensors, torch.bfloat16)
     x = floats(1, 7, columns, dtype=torch.bfloat16)
     before = gpu.kernel_count

@@ -10,7 +10,7 @@ from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.simulate.dry_run import dry_run, dry_run_team
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_phantom
+from lowvram_quantize.phantom import write_shape_artifact
 
 GIB = 1 << 30
 CASES = [
@@ -25,22 +25,22 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    root = tmp_path_factory.mktemp("phantoms")
-    return {name: Artifact.open(write_phantom(root / name, precision=name)) for name in ("int8", "bf16")}
+def artifacts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("artifacts")
+    return {name: Artifact.open(write_shape_artifact(root / name, precision=name)) for name in ("int8", "bf16")}
 
 
 @pytest.mark.parametrize(("precision", "size", "budget_gib", "frames"), CASES)
-def test_the_full_model_fits_as_planned(phantoms, precision, size, budget_gib, frames):
+def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, frames):
     budget = int(budget_gib * GIB)
     planned = plan(
-        phantoms[precision],
+        artifacts[precision],
         Workload.of_size(size, infer_frames=frames),
         vram_bytes=budget,
         ram_bytes=64 * GIB,
         card=CARDS["rtx4090"],
     )
-    run = dry_run(phantoms[precision], planned, capacity=budget)
+    run = dry_run(artifacts[precision], planned, capacity=budget)
     assert run.given_up == ()
     assert run.peak_reserved <= budget
     assert run.peak_allocated + planned.reserve_bytes == pytest.approx(planned.peak_vram_bytes, rel=0.03)
@@ -54,9 +54,9 @@ def test_the_full_model_fits_as_planned(phantoms, precision, size, budget_gib, f
         assert run.block_out == pytest.approx(planned.traffic.d2h, rel=0.03)
 
 
-def test_a_device_smaller_than_the_plan_is_met_by_giving_way(phantoms):
+def test_a_device_smaller_than_the_plan_is_met_by_giving_way(artifacts):
     """Planned for 22.15 GiB, run on 20: the rest of the way is found while running."""
-    artifact = phantoms["int8"]
+    artifact = artifacts["int8"]
     planned = plan(
         artifact,
         Workload.of_size("704*384", infer_frames=12),
@@ -76,10 +76,10 @@ def test_a_device_smaller_than_the_plan_is_met_by_giving_way(phantoms):
         ("720*400", ParallelLayout(num_gpus_dit=4, ulysses_size=1, vae_rank=True)),
     ],
 )
-def test_every_rank_of_several_fits_as_planned(phantoms, size, layout):
+def test_every_rank_of_several_fits_as_planned(artifacts, size, layout):
     count, budget = layout.world_size, int(22.15 * GIB)
     team = plan_team(
-        phantoms["int8"],
+        artifacts["int8"],
         Workload.of_size(size, infer_frames=24),
         layout,
         Machines(
@@ -90,7 +90,7 @@ def test_every_rank_of_several_fits_as_planned(phantoms, size, layout):
         ),
     )
     assert team.host[0].peak <= 64 * GIB
-    runs = dry_run_team(phantoms["int8"], team)
+    runs = dry_run_team(artifacts["int8"], team)
     assert len(runs) == count
     for planned, run in zip(team.ranks, runs, strict=True):
         assert run.given_up == ()

@@ -202,7 +202,7 @@ MUTATIONS = [
             "copy_in(slot[: source.numel()], source)",
             "weights overtake the slot's reader",
         ),
-        ("            self._conveyor.release(index)\n", "            pass\n", "slots are never free again"),
+        ("            self._prefetcher.release(index)\n", "            pass\n", "slots are never free again"),
         (
             "self._engine.wait(self._engine.copy_in(slab, source, self._engine.now()))",
             "self._engine.copy_in(slab, source, self._engine.now())",
@@ -233,8 +233,8 @@ MUTATIONS = [
         ),
         ("            self._written[cell] = moment\n", "", "a ring comes in before its last block went out"),
         (
-            "            self._conveyor.release(cell, moment)\n",
-            "            self._conveyor.release(cell)\n",
+            "            self._prefetcher.release(cell, moment)\n",
+            "            self._prefetcher.release(cell)\n",
             "a slot is filled again before it went out",
         ),
         ("        self._engine.settle()\n        cell = ", "        cell = ", "the host reads a ring too early"),

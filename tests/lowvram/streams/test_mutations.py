@@ -15,7 +15,7 @@ import torch
 from lowvram.denoise.cuda_graphs import LayerGraphs
 from lowvram.offload.copy_engine import CudaEngine, Engine
 from lowvram.offload.placement import Placement
-from lowvram.offload.prefetch import Conveyor
+from lowvram.offload.prefetch import Prefetcher
 from lowvram_models.dit import LayerInputs
 from lowvram_models.rope import Rope
 from tests.lowvram.streams.checks import assert_ordered, faults
@@ -32,7 +32,7 @@ def course(course: Course, engine: Engine) -> Tensor:
 
 def a_slot_goes_while_it_is_copied_out_of(engine: Engine) -> Tensor:
     host = engine.host_buffer(64)
-    conveyor = Conveyor(engine, [torch.zeros(64, dtype=torch.uint8)])
+    conveyor = Prefetcher(engine, [torch.zeros(64, dtype=torch.uint8)])
     conveyor.load(iter([("a", lambda slot, after: after)]))
     slot = conveyor.take("a")
     slot.fill_(3)

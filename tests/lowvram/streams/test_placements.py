@@ -15,7 +15,7 @@ from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.team import Alone, Solo
+from lowvram.parallel.team import Alone, SingleRank
 from lowvram.request import Request
 from lowvram.runtime import Run, Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
@@ -23,7 +23,7 @@ from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize import phantom
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import RandomFill, write_phantom
+from lowvram_quantize.phantom import RandomFill, write_shape_artifact
 from lowvram_quantize.presets import TINY
 from tests.lowvram.offload.test_oom import full
 from tests.lowvram.streams.checks import checked_against
@@ -56,7 +56,7 @@ def artifact(tmp_path_factory) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(phantom.PRESETS, "tiny", few)
         path = tmp_path_factory.mktemp("tiny") / "fp32"
-        write_phantom(path, preset="tiny", precision="fp32", fill=RandomFill())
+        write_shape_artifact(path, preset="tiny", precision="fp32", fill=RandomFill())
     return Artifact.open(path)
 
 
@@ -72,7 +72,7 @@ def latents(artifact: Artifact, placement: Placement, engine: Engine) -> Tensor:
     run = Run(runtime=runtime, ladder=Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=True))
     nowhere: Any = None
     request = Request(image=nowhere, audio=nowhere, prompt="", infer_frames=FRAMES, sample_steps=STEPS)
-    denoiser = Denoiser(run, request, SIZE, conditions(runtime.dit_config), Solo(), range(STEPS))
+    denoiser = Denoiser(run, request, SIZE, conditions(runtime.dit_config), SingleRank(), range(STEPS))
     made = torch.cat([latent.flatten() for _, latent, _ in denoiser.run(blocks(), Alone())])
     assert made.isfinite().all()
     return made
