@@ -27,8 +27,8 @@ from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.convert import lay_out
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import RandomFill, shape_plans, write_shape_artifact
 from lowvram_quantize.presets import PRESETS
+from lowvram_quantize.shape_artifact import RandomFill, shape_plans, write_shape_artifact
 
 CLIPS, INFER_FRAMES, STEPS = 3, 48, 4
 GRAPH_CLIPS = 5  # eager, eager with a whole ring in sight, captured, and two that are replayed

@@ -55,7 +55,7 @@ def measure(preset: str) -> dict[str, Any]:
     """By rings and kind of stretch: launches, dispatcher calls, synchronisations; host seconds of a block."""
     from host_counts import Counting, Host, as_if_cuda
 
-    from lowvram_quantize.phantom import write_shape_artifact
+    from lowvram_quantize.shape_artifact import write_shape_artifact
 
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

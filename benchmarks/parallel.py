@@ -94,7 +94,7 @@ def count(only: list[str] | None) -> dict[str, Any]:
     """Every layout on the tiny model, all of them in one set of processes."""
     from parallel_formulas import compared, same_latents
 
-    from lowvram_quantize.phantom import RandomFill, write_shape_artifact
+    from lowvram_quantize.shape_artifact import RandomFill, write_shape_artifact
 
     with tempfile.TemporaryDirectory() as folder:
         artifacts = {name: Path(folder) / name for name in ("bf16", "int8")}

@@ -18,7 +18,7 @@ from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.share import share_of
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 RANKS = (2, 3, 4)
 CARD, VRAM_GIB, RAM_GIB, SIZE = "rtx4090", 22.15, 64, "704*384"

@@ -139,7 +139,7 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
 
 def published(folder: Path, precision: str) -> Any:
     from lowvram_quantize.format import Artifact
-    from lowvram_quantize.phantom import write_shape_artifact
+    from lowvram_quantize.shape_artifact import write_shape_artifact
 
     path = folder / precision
     if not path.exists():

@@ -192,7 +192,7 @@ def plan(
     Exits with 1 where it does not fit.
     """
     from lowvram.commands.plan import make_plan_request, show_cards, show_plan
-    from lowvram_quantize.phantom import write_shape_artifact
+    from lowvram_quantize.shape_artifact import write_shape_artifact
 
     if options["gpu"] == "list":
         show_cards(as_json=as_json)
@@ -305,7 +305,7 @@ def sizes_of(model: Path | None) -> Any:
     """Sizes of an artifact's parts, or those of the published shapes in int8."""
     from lowvram.planning.model_sizes import model_sizes
     from lowvram_quantize.format import Artifact
-    from lowvram_quantize.phantom import write_shape_artifact
+    from lowvram_quantize.shape_artifact import write_shape_artifact
 
     with scratch("doctor") as folder:
         return model_sizes(Artifact.open(model or write_shape_artifact(folder / "preset")))

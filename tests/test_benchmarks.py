@@ -180,7 +180,7 @@ def test_ranks_send_and_hold_what_formulas_say(parallel, monkeypatch):
 def test_a_count_that_differs_is_told(parallel, tmp_path):
     import parallel_formulas
 
-    from lowvram_quantize.phantom import write_shape_artifact
+    from lowvram_quantize.shape_artifact import write_shape_artifact
 
     path = write_shape_artifact(tmp_path / "tiny", precision="bf16", preset="tiny")
     (job,) = parallel.chosen(parallel.all_jobs({"bf16": path, "int8": path}), ["stages-2"])

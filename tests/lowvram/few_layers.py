@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram_quantize import phantom
+from lowvram_quantize import shape_artifact
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.presets import PUBLISHED
 
@@ -25,6 +25,6 @@ def few_layers(folder: Path, precision: str) -> Artifact:
     path = folder / precision
     if not path.exists():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(phantom.PRESETS, "14b", FEW)
-            phantom.write_shape_artifact(path, precision=precision)
+            patch.setitem(shape_artifact.PRESETS, "14b", FEW)
+            shape_artifact.write_shape_artifact(path, precision=precision)
     return Artifact.open(path)

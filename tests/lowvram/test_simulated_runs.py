@@ -15,7 +15,7 @@ from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 GIB = 1 << 30
 META = torch.device("meta")

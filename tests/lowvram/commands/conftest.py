@@ -1,5 +1,5 @@
 """Plans of the published sizes, as the planner has them."""
 
-from tests.lowvram.planning.conftest import sizes, published
+from tests.lowvram.planning.conftest import published, sizes
 
-__all__ = ["sizes", "published"]
+__all__ = ["published", "sizes"]

@@ -13,7 +13,7 @@ from lowvram.doctor.findings import to_json
 from lowvram.planning.model_sizes import model_sizes
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 from tests.lowvram.doctor.invented import GIB, four_4090s, gpu, h200, machine, raising, rtx3090, wsl
 
 

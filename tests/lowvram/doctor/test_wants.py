@@ -6,7 +6,7 @@ from lowvram.doctor.wants import Room, wants_of
 from lowvram.planning.memory import HOST_BASE_BYTES
 from lowvram.planning.model_sizes import model_sizes
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 from tests.lowvram.doctor.invented import GIB
 
 CARD = int(22.15 * GIB)

@@ -10,7 +10,7 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_quantize.format import Artifact, Component
-from lowvram_quantize.phantom import RandomFill, write_shape_artifact
+from lowvram_quantize.shape_artifact import RandomFill, write_shape_artifact
 
 META, ALL = torch.device("meta"), (0, 1, 2, 3)
 DTYPES = [

@@ -21,7 +21,7 @@ from lowvram.planning.rank_layout import ParallelLayout, chosen_layout
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 GIB = 1 << 30
 REQUEST = Request(image=Path("a"), audio=Path("b"), prompt="")

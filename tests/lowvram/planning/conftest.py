@@ -9,7 +9,7 @@ import pytest
 
 from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 
 @pytest.fixture(scope="session")

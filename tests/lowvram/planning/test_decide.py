@@ -18,7 +18,7 @@ from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 GIB = 1 << 30
 GPU = torch.device("cuda", 0)

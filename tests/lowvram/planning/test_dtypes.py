@@ -27,7 +27,7 @@ from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.dry_run import DryRun, dry_run
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
-from lowvram_quantize import phantom
+from lowvram_quantize import shape_artifact
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.presets import PRESETS
 from tests.lowvram.few_layers import LAYERS, few_layers
@@ -183,9 +183,11 @@ def test_rings_that_are_not_8_bit_are_float32(artifacts):
 def test_a_text_encoder_is_loaded_piece_by_piece(tmp_path, monkeypatch, precision, dtype):
     """What is stored in another dtype never stands on the device as a whole beside its copies."""
     sizes = {"vocab_size": 512, "d_model": 512, "d_ff": 1024, "num_heads": 8, "d_kv": 64, "num_layers": 8}
-    monkeypatch.setitem(phantom.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], text_encoder=sizes))
+    monkeypatch.setitem(shape_artifact.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], text_encoder=sizes))
     stored = "bf16" if precision == "nf4" else precision
-    path = phantom.write_shape_artifact(tmp_path / "few", preset="tiny", precision=stored, text_encoder=precision)
+    path = shape_artifact.write_shape_artifact(
+        tmp_path / "few", preset="tiny", precision=stored, text_encoder=precision
+    )
     artifact = Artifact.open(path)
     slabs = model_sizes(artifact).text
     with SimulatedDevice() as gpu:

@@ -14,7 +14,7 @@ from lowvram.runtime import StageLog
 from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice
 from lowvram_kernels.modules import swap_linear
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 MIB, GIB = 1 << 20, 1 << 30
 META = torch.device("meta")

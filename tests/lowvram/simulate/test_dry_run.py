@@ -10,7 +10,7 @@ from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.simulate.dry_run import dry_run, dry_run_team
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import write_shape_artifact
+from lowvram_quantize.shape_artifact import write_shape_artifact
 
 GIB = 1 << 30
 CASES = [

@@ -21,10 +21,10 @@ from lowvram.runtime import Run, Runtime
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
-from lowvram_quantize import phantom
+from lowvram_quantize import shape_artifact
 from lowvram_quantize.format import Artifact
-from lowvram_quantize.phantom import RandomFill, write_shape_artifact
 from lowvram_quantize.presets import TINY
+from lowvram_quantize.shape_artifact import RandomFill, write_shape_artifact
 from tests.lowvram.offload.test_oom import full
 from tests.lowvram.streams.checks import checked_against
 
@@ -54,7 +54,7 @@ TABLE = [
 def artifact(tmp_path_factory) -> Artifact:
     few = dataclasses.replace(TINY, dit=TINY.dit | {"num_layers": LAYERS, "audio_inject_layers": []})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(phantom.PRESETS, "tiny", few)
+        patch.setitem(shape_artifact.PRESETS, "tiny", few)
         path = tmp_path_factory.mktemp("tiny") / "fp32"
         write_shape_artifact(path, preset="tiny", precision="fp32", fill=RandomFill())
     return Artifact.open(path)

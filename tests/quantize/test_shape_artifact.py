@@ -16,7 +16,7 @@ from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import PAD, Artifact
 from lowvram_quantize.inspect import describe, summary
-from lowvram_quantize.phantom import RandomFill, write_shape_artifact
+from lowvram_quantize.shape_artifact import RandomFill, write_shape_artifact
 from lowvram_quantize.source import open_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -82,14 +82,14 @@ def test_nothing_is_said_to_be_verified(published):
 @pytest.mark.parametrize(("precision", "text_encoder"), [("int8", None), ("fp8", "nf4"), ("bf16", None)])
 def test_it_is_laid_out_as_a_converted_checkpoint_is(tiny, tmp_path, precision, text_encoder):
     made = convert(tiny.checkpoint, tmp_path / "converted", precision=precision, text_encoder=text_encoder)
-    phantom = write_shape_artifact(tmp_path / "phantom", precision=precision, text_encoder=text_encoder, preset="tiny")
-    converted, phantom = (Artifact.open(path) for path in (made, phantom))
+    shapes = write_shape_artifact(tmp_path / "shapes", precision=precision, text_encoder=text_encoder, preset="tiny")
+    converted, shapes = (Artifact.open(path) for path in (made, shapes))
     for name in ("dit", "vae"):
-        assert phantom.component(name).facts["slabs"] == [
+        assert shapes.component(name).facts["slabs"] == [
             slab | {"sha256": ""} for slab in converted.component(name).facts["slabs"]
         ]
-    assert phantom.precisions() == converted.precisions()
-    assert phantom.manifest["files"].keys() == converted.manifest["files"].keys()
+    assert shapes.precisions() == converted.precisions()
+    assert shapes.manifest["files"].keys() == converted.manifest["files"].keys()
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
@@ -115,7 +115,7 @@ def test_random_weights_spread_as_their_fan_in_wants(tmp_path, precision):
 
 
 def test_values_come_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowvram_quantize.phantom.PIECE_BYTES", 1024)
+    monkeypatch.setattr("lowvram_quantize.shape_artifact.PIECE_BYTES", 1024)
     fill = RandomFill()
     asked = []
 
