@@ -22,7 +22,7 @@ from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.config import DiTConfig
-from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.dit import CausalDiT, DiTBlock, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
@@ -84,7 +84,7 @@ def fused_block(sizes: Sizes, scheme: str, dtype: torch.dtype, device: torch.dev
     with torch.device("meta"):
         dit = CausalDiT(config)
     with torch.device(device):
-        dit.blocks[0] = Block(config).to(dtype).eval().requires_grad_(False)
+        dit.blocks[0] = DiTBlock(config).to(dtype).eval().requires_grad_(False)
     if scheme == "int8":
         quantize(dit.blocks[0], group)
     for module in dit.modules():

@@ -1,4 +1,4 @@
-"""Which chip a tensor is on, and whether Triton kernels can serve it there.
+"""Chips: which one a tensor is on, and whether Triton kernels can serve it there.
 
 Generations are compute capabilities without the dot: 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100, H200), 120
 (RTX 50). Everything that is not CUDA is generation 0 and runs the PyTorch versions.

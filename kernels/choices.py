@@ -1,4 +1,4 @@
-"""Which kernel serves an operation on a device: an order of preference, and what was learnt about it since.
+"""Choice of the kernel that serves an operation on a device: an order of preference, and what was learnt since.
 
 Every dispatcher asks ``choose``. A kernel that failed on a card is switched off there, for that one operation; another
 one is preferred where it was found to be faster. Both hold for the process, and ``noted`` lists them for the run's

@@ -1,4 +1,4 @@
-"""What can go wrong, as one base class and its few children.
+"""Errors: one base class and its few children.
 
 They stand in the leaf package, so that every other one may raise them. A message says what was received, what was
 expected and what to do next. Only the command line turns them into exit codes.

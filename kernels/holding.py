@@ -1,4 +1,4 @@
-"""What a launch reads without owning it: a captured launch goes on reading it, so that somebody has to hold it."""
+"""Tensors that a launch reads and does not own: a captured one goes on reading, so that somebody has to hold them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel does in its inner loop, read off SASS (nvdisasm's listing) and Triton's TTGIR."""
+"""Inner loops of compiled kernels, read off SASS (nvdisasm's listing) and Triton's TTGIR."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between two matrix products of a layer: gate and residual, LayerNorm, modulation, quantization.
+"""Norms between two matrix products of a layer: gate and residual, LayerNorm, modulation, quantization.
 
 Each is one pass: every activation is read once and written once. Order of preference: Triton on CUDA from sm_80 on
 (fp8 results from sm_89 on), otherwise PyTorch. Shapes: L tokens, D width, F groups of L / F tokens each (latent frames)

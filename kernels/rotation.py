@@ -1,4 +1,4 @@
-"""Grouped Hadamard rotation: what spreads a large channel over its neighbours before int8 rounds them.
+"""Grouped Hadamard rotation: it spreads a large channel over its neighbours before int8 rounds them.
 
 Every group of neighbouring channels is multiplied by the same orthogonal, symmetric matrix, so that rotated activations
 times rotated weights are the product as it was: (x H) (W H)^T = x W^T. Groups of 16 stay within a thread's registers in

@@ -1,4 +1,4 @@
-"""Which kernel ran for which operation, so that a run's report can say so and no fallback stays silent."""
+"""Trace of the kernels that ran for each operation, so that a run's report can say so and no fallback stays silent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What attention over encoded blocks needs beforehand: where the blocks lie, 8-bit queries, scales in reading order.
+"""Preparation of attention over encoded blocks: where the blocks lie, 8-bit queries, scales in reading order.
 
 A table tells where the parts of each block are, so that slots of rings, staging buffers and the sink are read where
 they lie. A row of it: the distances in bytes of k, v, k_scale, v_scale and k_mean from the first block's keys, and the

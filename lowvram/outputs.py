@@ -1,4 +1,4 @@
-"""What a run writes: checked before anything loads, claimed while it is made, and nothing of before lost by it."""
+"""Outputs of a run: checked before anything loads, claimed while it is made, and nothing of before lost by it."""
 
 from __future__ import annotations
 

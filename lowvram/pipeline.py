@@ -1,4 +1,4 @@
-"""A portrait, a voice and a prompt in; frames out, block by block, without an end.
+"""Pipeline: a portrait, a voice and a prompt in; frames out, block by block, without an end.
 
 A frame's way reads downwards in ``AvatarPipeline.stream``. Shapes: C latent channels, F frames, h x w latent size,
 H x W pixels.

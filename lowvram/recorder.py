@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its video: dumped tensors and timings of each block."""
+"""Recorder of what a run leaves behind besides its video: dumped tensors and timings of each block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to make, and the files of it read: cheap, so that bad input is told before any model loads."""
+"""Request: what to make, and the files of it read; cheap, so that bad input is told before any model loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made when: clips and blocks of a video, their noise, and which steps go through the layers together.
+"""Schedule: clips and blocks of a video, their noise, and which steps go through the layers together.
 
 Source: model-spec section 3. C latent channels, F latent frames, h x w latent size.
 """

@@ -1,4 +1,4 @@
-"""From a voice to one audio feature per video frame: wav2vec2's hidden states at 50 Hz, then 30 Hz, then 25 fps.
+"""Audio encoder, a voice to one feature per video frame: wav2vec2's hidden states at 50 Hz, then 30 Hz, then 25 fps.
 
 The network is transformers' ``Wav2Vec2Model`` with the weights of a CTC checkpoint. Where the checkpoint lies and how
 its files are read is the caller's affair.

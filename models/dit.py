@@ -50,7 +50,7 @@ class LayerInputs:
     of_text: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Self-attention, cross-attention to the text and feed-forward, each behind a norm; residual in float32."""
 
     def __init__(self, config: DiTConfig):
@@ -126,7 +126,7 @@ class CausalDiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.casual_audio_encoder = AudioEncoder(config)  # the published spelling
         self.audio_injector = AudioInjector(config)

@@ -1,4 +1,4 @@
-"""From published tensor names to those of the libraries' modules, and to the part of the DiT that a tensor belongs to.
+"""Names of published tensors in the libraries' modules, and the part of the DiT that a tensor belongs to.
 
 Source: model-spec section 6. The DiT's own names are the published ones.
 """

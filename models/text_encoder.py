@@ -1,4 +1,4 @@
-"""From a prompt to the context that the DiT attends to: clean the text, tokenize it, run the UMT5 encoder.
+"""Text encoder, a prompt to the context that the DiT attends to: clean the text, tokenize it, run the UMT5 encoder.
 
 The network is transformers' ``UMT5EncoderModel``; every layer has a relative attention bias of its own.
 """

@@ -1,4 +1,4 @@
-"""How much of a voice is encoded at once, in seconds. Here, so that they are known without the encoder's libraries."""
+"""Lengths of voice that are encoded at once, in seconds. Here, where they need none of the encoder's libraries."""
 
 WHOLE_FILE_S = 60
 """Up to this length the encoder attends to the whole file at once; attention goes with the square of the length."""

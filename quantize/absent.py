@@ -1,4 +1,4 @@
-"""What a path that leads nowhere may have been meant to be."""
+"""Absent files: what a path that leads nowhere may have been meant to be."""
 
 from __future__ import annotations
 

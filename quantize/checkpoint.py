@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: in the published folder, in one of repackaged files, or named one by one."""
+"""Checkpoint, and where its parts lie: in the published folder, in one of repackaged files, or named one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who writes or reads a path now: claims that processes hold on it, gone with the process however that ends.
+"""Claims of processes on a path that they write or read, gone with the process however that ends.
 
 A writer's claim is an ``flock`` on a file beside the target, which says who holds it; a reader's is a shared one on a
 file that the target has anyway, so that it needs no right to write there.

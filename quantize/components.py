@@ -37,7 +37,7 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ComponentPlan:
     """A component to convert; ``config`` is what the runtime needs to build its model."""
 
     name: str
@@ -58,7 +58,7 @@ class Plan:
 
 def plan_dit(
     dit: Path, config_file: Path | None, precision: str, loras: Sequence[LoraSource] = (), *, rotate: bool = False
-) -> Plan:
+) -> ComponentPlan:
     """The DiT of a file, or an index of shards, with LoRAs merged into it.
 
     Args:
@@ -82,7 +82,7 @@ def plan_dit(
     opened = tuple(open_lora(source, table) for source in loras)
     deltas, replaced = merge_loras(opened)
     items = dit_items(config, table | replaced, precision, rotate=rotate)
-    return Plan("dit", precision, values, items, opened, deltas)
+    return ComponentPlan("dit", precision, values, items, opened, deltas)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:
@@ -102,13 +102,13 @@ def dit_items(config: DiTConfig, sources: TensorTable, precision: str, *, rotate
     return sorted(items, key=lambda item: order[item.slab])
 
 
-def plan_vae(file: Path, precision: str) -> Plan:
+def plan_vae(file: Path, precision: str) -> ComponentPlan:
     table = vae_table(open_component(file, "vae"))
     config = {"base_dim": table["encoder.conv_in.weight"].rows}
     shapes = vae_shapes(**config)
     table = fitted(table, shapes)
     check_shapes(table, shapes, f"the VAE {file.name}")
-    return Plan("vae", precision, config, vae_items(config, table, precision))
+    return ComponentPlan("vae", precision, config, vae_items(config, table, precision))
 
 
 def vae_shapes(base_dim: int) -> Shapes:
@@ -122,7 +122,7 @@ def vae_items(config: dict[str, int], sources: TensorTable, precision: str) -> l
     return [Item(n, sources[n], vae_scheme(n, s, precision), SHARED) for n, s in vae_shapes(**config).items()]
 
 
-def plan_text_encoder(file: Path, precision: str) -> Plan:
+def plan_text_encoder(file: Path, precision: str) -> ComponentPlan:
     table, unknown = umt5_table(open_component(file, "text_encoder"))
     if unknown:
         raise CheckpointError(
@@ -130,7 +130,7 @@ def plan_text_encoder(file: Path, precision: str) -> Plan:
         )
     config = _umt5_config(file, table)
     check_shapes(table, text_encoder_shapes(**config), f"the text encoder {file.name}")
-    return Plan("text_encoder", precision, config, text_encoder_items(config, table, precision))
+    return ComponentPlan("text_encoder", precision, config, text_encoder_items(config, table, precision))
 
 
 def text_encoder_shapes(**config: int) -> Shapes:
@@ -178,4 +178,4 @@ def _shapes(model: torch.nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-PLANNERS: dict[str, Callable[[Path, str], Plan]] = {"vae": plan_vae, "text_encoder": plan_text_encoder}
+PLANNERS: dict[str, Callable[[Path, str], ComponentPlan]] = {"vae": plan_vae, "text_encoder": plan_text_encoder}

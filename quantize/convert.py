@@ -14,7 +14,7 @@ from typing import Any
 from lowvram_kernels.errors import ConfigError, OutputError
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.claims import writing
-from lowvram_quantize.components import PLANNERS, Item, Plan, plan_dit
+from lowvram_quantize.components import PLANNERS, ComponentPlan, Item, plan_dit
 from lowvram_quantize.copied import (
     AUDIO_ENCODER,
     TOKENIZER,
@@ -142,7 +142,11 @@ def convert(
 
 
 def _write(
-    plans: list[Plan], checkpoint: Checkpoint, partial: Path, wanted: tuple[str, ...], progress: Progress | None
+    plans: list[ComponentPlan],
+    checkpoint: Checkpoint,
+    partial: Path,
+    wanted: tuple[str, ...],
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Write everything but the manifest, which is returned."""
     meter = _Meter(sum(item.ref.nbytes for plan in plans for item in plan.items), progress)
@@ -190,7 +194,7 @@ def lora_sources(
 
 def _plans(
     checkpoint: Checkpoint, wanted: tuple[str, ...], chosen: dict[str, str], loras: list[LoraSource], rotate: bool
-) -> list[Plan]:
+) -> list[ComponentPlan]:
     plans = []
     if "dit" in wanted:
         file = checkpoint.file("dit")
@@ -205,7 +209,7 @@ def _plans(
     return plans + [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
 
 
-def _check_alpha(sources: list[LoraSource], plan: Plan) -> None:
+def _check_alpha(sources: list[LoraSource], plan: ComponentPlan) -> None:
     given = next((source.alpha for source in sources if source.alpha is not None), None)
     if given is not None and not any(lora.option_used for lora in plan.loras):
         stated = sorted({alpha for lora in plan.loras for alpha in lora.alphas.values()})
@@ -216,7 +220,7 @@ def _check_alpha(sources: list[LoraSource], plan: Plan) -> None:
         )
 
 
-def _convert_component(plan: Plan, folder: Path, meter: _Meter, base: Path) -> dict[str, Any]:
+def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: Path) -> dict[str, Any]:
     """Write one component's file; returns its entry in the manifest."""
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
@@ -238,7 +242,7 @@ def _convert_component(plan: Plan, folder: Path, meter: _Meter, base: Path) -> d
     return facts
 
 
-def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
+def lay_out(plan: ComponentPlan) -> tuple[dict[str, list[Item]], list[Slab]]:
     """A component's items by slab, and where its file has each slab and tensor."""
     by_slab: dict[str, list[Item]] = {}
     for item in plan.items:
@@ -250,7 +254,7 @@ def lay_out(plan: Plan) -> tuple[dict[str, list[Item]], list[Slab]]:
 
 
 def _convert_slab(
-    plan: Plan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
+    plan: ComponentPlan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
 ) -> dict[str, float]:
     errors = {}
     for item in items:
@@ -265,7 +269,7 @@ def _convert_slab(
     return errors
 
 
-def _fingerprint(plan: Plan) -> str:
+def _fingerprint(plan: ComponentPlan) -> str:
     """Everything that decides a component's bytes, short of reading them."""
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
     schemes = [

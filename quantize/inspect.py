@@ -1,4 +1,4 @@
-"""What an artifact holds, for a program (``describe``) and for a person (``summary``)."""
+"""Inspection of an artifact, for a program (``describe``) and for a person (``summary``)."""
 
 from __future__ import annotations
 

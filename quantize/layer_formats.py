@@ -1,4 +1,4 @@
-"""What ComfyUI's quantized files say of their layers, and which of that can be read as values times a scale.
+"""Layer formats of ComfyUI's quantized files: what they say, and which of it can be read as values times a scale.
 
 It is said in one of two places, as JSON:
     the file's metadata "_quantization_metadata"    {"layers": {"blocks.0.ffn.0": {"format": "float8_e4m3fn"}}}

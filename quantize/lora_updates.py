@@ -1,4 +1,4 @@
-"""What adapters add to a weight, computed rows at a time in float32.
+"""Updates that adapters add to a weight, computed rows at a time in float32.
 
     Delta         LoRA: factor * B @ A
     Difference    whole differences (.diff, .diff_b, .w_norm, .b_norm): factor * D

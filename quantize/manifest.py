@@ -1,4 +1,4 @@
-"""What a manifest has to hold before anything is read from it."""
+"""Manifest: what it has to hold before anything is read from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was given in place of an artifact, and what makes one of it."""
+"""No artifact: what was given in place of one, and what makes one of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a manifest says of an artifact: how each tensor is stored, what it was made from, and by which versions."""
+"""Provenance of an artifact: how each tensor is stored, what it was made from, and by which versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lowvram_quantize.components import Plan
+from lowvram_quantize.components import ComponentPlan
 from lowvram_quantize.format import FORMAT, FORMAT_VERSION, ROTATED_VERSION, Slab
 from lowvram_quantize.source import TensorRef
 
@@ -16,7 +16,12 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quan
 
 
 def component_facts(
-    plan: Plan, path: Path, slabs: list[Slab], header_sha256: str, digests: dict[str, str], errors: dict[str, float]
+    plan: ComponentPlan,
+    path: Path,
+    slabs: list[Slab],
+    header_sha256: str,
+    digests: dict[str, str],
+    errors: dict[str, float],
 ) -> dict[str, Any]:
     """A component's entry in the manifest; ``digests`` has each slab's SHA-256, ``errors`` is by tensor."""
     return {
@@ -35,7 +40,7 @@ def tensor_origin(ref: TensorRef, base: Path) -> dict[str, Any]:
     return origin | ({"scale": [scale.name for scale in ref.scales]} if ref.scales else {})
 
 
-def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+def _tensor_facts(plan: ComponentPlan, errors: dict[str, float]) -> dict[str, dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     for item in plan.items:
         facts[item.name] = {"scheme": item.scheme.name}
@@ -47,7 +52,7 @@ def _tensor_facts(plan: Plan, errors: dict[str, float]) -> dict[str, dict[str, A
 
 
 def manifest_of(
-    plans: list[Plan],
+    plans: list[ComponentPlan],
     facts: dict[str, dict[str, Any]],
     files: dict[str, dict[str, Any]],
     hashes: dict[Path, Future[str]],

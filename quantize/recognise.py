@@ -1,4 +1,4 @@
-"""What a table of tensors holds, by its names and shapes: a file may be called anything."""
+"""Recognition of what a table of tensors holds, by its names and shapes: a file may be called anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each tensor is stored: the one table of what is quantized and why, and the arithmetic of it.
+"""Schemes of storing tensors: the one table of what is quantized and why, and the arithmetic of it.
 
 INT8 is symmetric per output channel (a row of the weight, everything behind dimension 0 flattened): scale = amax / 127,
 values -127..127. FP8 is e4m3 per output channel: scale = amax / 448. Where it is asked for, groups of neighbouring

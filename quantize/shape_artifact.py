@@ -1,4 +1,4 @@
-"""Whole artifacts of given shapes without a checkpoint: sparse files without values, or random ones.
+"""Shape artifacts: whole ones of given shapes without a checkpoint: sparse files without values, or random ones.
 
 A plan, a dry run and a benchmark need the names, shapes, slabs and files of a full-size model, not what it was trained
 to. Without values a file is only as long as it says: it takes no room on the disk. The manifest says ``phantom``, has
@@ -23,8 +23,8 @@ import torch
 from lowvram_kernels.errors import ConfigError
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.components import (
+    ComponentPlan,
     Item,
-    Plan,
     Shapes,
     dit_items,
     dit_shapes,
@@ -102,15 +102,17 @@ def write_shape_artifact(
     return out
 
 
-def shape_plans(shapes: Preset, precision: str, text_encoder: str | None = None) -> list[Plan]:
+def shape_plans(shapes: Preset, precision: str, text_encoder: str | None = None) -> list[ComponentPlan]:
     """What ``convert`` would plan for a checkpoint of these shapes; its items have no source to read."""
     config = DiTConfig.from_dict(shapes.dit)
     vae, text = {"base_dim": shapes.vae_base_dim}, dict(shapes.text_encoder)
     second = text_encoder or precision
     return [
-        Plan("dit", precision, dict(shapes.dit), dit_items(config, _refs(dit_shapes(config)), precision)),
-        Plan("vae", precision, vae, vae_items(vae, _refs(vae_shapes(**vae)), precision)),
-        Plan("text_encoder", second, text, text_encoder_items(text, _refs(text_encoder_shapes(**text)), second)),
+        ComponentPlan("dit", precision, dict(shapes.dit), dit_items(config, _refs(dit_shapes(config)), precision)),
+        ComponentPlan("vae", precision, vae, vae_items(vae, _refs(vae_shapes(**vae)), precision)),
+        ComponentPlan(
+            "text_encoder", second, text, text_encoder_items(text, _refs(text_encoder_shapes(**text)), second)
+        ),
     ]
 
 
@@ -131,7 +133,7 @@ def _refs(shapes: Shapes) -> dict[str, TensorRef]:
     }
 
 
-def _write_component(plan: Plan, folder: Path, fill: Fill | None) -> dict[str, Any]:
+def _write_component(plan: ComponentPlan, folder: Path, fill: Fill | None) -> dict[str, Any]:
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
     header = header_bytes(slabs, {"format": FORMAT, "component": plan.name})

@@ -1,4 +1,4 @@
-"""What often lies where a file of weights should be: said before anything tries to read it."""
+"""Strange files that often lie where weights should be: said before anything tries to read it."""
 
 from __future__ import annotations
 

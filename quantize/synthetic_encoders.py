@@ -1,4 +1,4 @@
-"""What the synthetic checkpoint's encoders hold: published names and shapes of VAE and UMT5, tokenizer, wav2vec2."""
+"""Encoders of the synthetic checkpoint: published names and shapes of VAE and UMT5, tokenizer, wav2vec2."""
 
 from __future__ import annotations
 

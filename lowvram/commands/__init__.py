@@ -1,1 +1,1 @@
-"""What the command line's commands do with their options."""
+"""Commands of the command line, and their options."""

@@ -1,4 +1,4 @@
-"""What ``compare`` is asked: two files as they are, or two artifacts to be run first, on the same input."""
+"""Command ``compare``: two files as they are, or two artifacts to be run first, on the same input."""
 
 from __future__ import annotations
 

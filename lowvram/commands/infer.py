@@ -1,4 +1,4 @@
-"""What ``lowvram infer`` does with its options: a run of one, ranks to be started, or the part of one of them."""
+"""Command ``infer``: a run of one, ranks to be started, or the part of one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``lowvram infer`` does where several ranks share the work: start them, or be one of them."""
+"""Command ``infer`` where several ranks share the work: start them, or be one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What self-attention remembers: a KV ring for each denoising step, and the sink that all steps share.
+"""KV cache of self-attention: a KV ring for each denoising step, and the sink that all steps share.
 
 Both implement ``lowvram_models.attention.AttentionMemory``. Shapes: L tokens, N heads, H head_dim.
 Source: model-spec section 3 (rings, sink) and 5 (RoPE of the condition keys at reading).

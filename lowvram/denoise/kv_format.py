@@ -1,4 +1,4 @@
-"""How keys and values of one block lie in memory, and how attention reads them: as they are, or in 8 bit.
+"""KV formats: how keys and values of a block lie in memory and attention reads them, as they are, or in 8 bit.
 
 A block of n tokens is one stretch of bytes, so that it crosses PCIe in one copy. Shapes: L tokens, N heads,
 H head_dim.

@@ -1,4 +1,4 @@
-"""Denoising of blocks without an end, one or several steps at a time; model-spec section 3.
+"""Rollout: denoising of blocks without an end, one or several steps at a time; model-spec section 3.
 
 Shapes: C latent channels, F latent frames, h x w latent size, T tokens a latent frame, A actors.
 """

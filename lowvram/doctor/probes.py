@@ -1,4 +1,4 @@
-"""What a machine can be asked. Checks ask nothing else, so that a test can invent every machine."""
+"""Probes of a machine: all that it can be asked. Checks ask nothing else, so that a test can invent every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model at hand would want of this machine, from the planner."""
+"""Wants of the model at hand from this machine, as the planner has them."""
 
 from __future__ import annotations
 

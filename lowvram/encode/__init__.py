@@ -1,1 +1,1 @@
-"""From portrait, voice and prompt to what the DiT is conditioned on."""
+"""Encoders: portrait, voice and prompt to what the DiT is conditioned on."""

@@ -1,4 +1,4 @@
-"""What the DiT hears: audio features of video frames, whole for a short voice, window by window for a long one."""
+"""Voice as the DiT hears it: audio features of video frames, whole of a short one, window by window of a long one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From an artifact to modules with their 8-bit layers and fused blocks."""
+"""Loading of an artifact's modules, with their 8-bit layers and fused blocks."""

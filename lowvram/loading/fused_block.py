@@ -22,7 +22,7 @@ from lowvram_kernels.rope import Projection, norm_both
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
 from lowvram_models.audio_adapter import ADAIN_EPS, AudioInjector, AudioTokens
-from lowvram_models.dit import Block, CausalDiT, LayerInputs, TimeEmbedding
+from lowvram_models.dit import CausalDiT, DiTBlock, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
@@ -128,7 +128,7 @@ class FusedBlock(nn.Module):
     residual, gate and the next norm go in one pass. Shapes as there.
     """
 
-    def __init__(self, block: Block):
+    def __init__(self, block: DiTBlock):
         super().__init__()
         self.dim, self.eps = block.dim, block.eps
         self.modulation = block.modulation
@@ -215,6 +215,6 @@ def fuse(dit: CausalDiT) -> None:
         for name, child in parent.named_children():
             if isinstance(child, HeadNorm):
                 setattr(parent, name, NormRope(child.weight, child.num_heads, child.eps))
-    blocks = cast(Sequence[Block], dit.blocks)
+    blocks = cast(Sequence[DiTBlock], dit.blocks)
     dit.blocks = nn.ModuleList(FusedBlock(block) for block in blocks)
     dit.set_submodule("audio_injector", FusedInjector(dit.audio_injector))

@@ -1,4 +1,4 @@
-"""From an artifact to models: construct on ``meta``, swap in 8-bit layers as the metadata says, bind the tensors."""
+"""Weights of an artifact: construct models on ``meta``, swap in 8-bit layers as metadata says, bind the tensors."""
 
 from __future__ import annotations
 

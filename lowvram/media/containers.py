@@ -1,6 +1,9 @@
-"""Which formats are opened, and how. What could make a decoder read other files, a device or the network is not among
-them: playlists, concatenations, sequences of pictures, session descriptions, SVG; nor what would be guessed at: samples
-without a header, and text that is drawn as a picture."""
+"""Containers: which formats are opened, and how.
+
+What could make a decoder read other files, a device or the network is not among them: playlists, concatenations,
+sequences of pictures, session descriptions, SVG; nor what would be guessed at: samples without a header, and text that
+is drawn as a picture.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From a requested size and a portrait's shape to the height and width of the video."""
+"""Sizes: height and width of the video, from a requested size and a portrait's shape."""
 
 import math
 import re

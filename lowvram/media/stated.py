@@ -1,4 +1,4 @@
-"""How long a sound is by what its file says of it in front, to be compared with what really is in it."""
+"""Lengths that sound files state in front, to be compared with what really is in them."""
 
 import os
 import re

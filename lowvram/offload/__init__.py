@@ -1,1 +1,1 @@
-"""What lies on the host and what on the device: copies, layers streamed ahead, giving way when memory runs out."""
+"""Offload between device and host: copies, layers streamed ahead, giving way when memory runs out."""

@@ -1,4 +1,4 @@
-"""Where the DiT's layers are: on the device, or on the host and copied to it in one piece before they run.
+"""Layers of the DiT and where they are: on the device, or on the host and copied to it in one piece before they run.
 
 On the host they lie in memory of this process, or in one copy for all ranks of a machine.
 """

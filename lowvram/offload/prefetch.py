@@ -1,4 +1,4 @@
-"""Staging slots on the device, filled ahead of their use in a known order."""
+"""Prefetch: staging slots on the device, filled ahead of their use in a known order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only place where tensors cross from rank to rank; it counts their bytes.
+"""Communication between ranks: the only place where tensors cross; it counts their bytes.
 
 Inside a stage ranks exchange over NCCL on CUDA, over gloo on the CPU. Latents and conditions go over gloo everywhere:
 they are small, and a stage that computes does not have to meet the one that receives.

@@ -1,4 +1,4 @@
-"""Ranks that watch each other: one that fails, dies or hangs ends the run everywhere, and is named with its last words.
+"""Heartbeat: ranks watch each other; one that fails, dies or hangs ends the run everywhere, named with its last words.
 
 Every rank tells twice a second that it is alive and what it is doing, through a store that all of them reach. Whoever
 sees that another one has failed ends itself: first by letting its own work fail, which keeps what was written, and

@@ -1,4 +1,4 @@
-"""``infer --gpus N``: one process a rank on this machine, and nothing left of them when it is over."""
+"""Launch of ranks, ``infer --gpus N``: one process a rank on this machine, and nothing left of them when it is over."""
 
 from __future__ import annotations
 

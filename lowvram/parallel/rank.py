@@ -1,4 +1,4 @@
-"""The life of one rank: it joins the others, agrees with them, and ends with them."""
+"""Rank, its life: it joins the others, agrees with them, and ends with them."""
 
 from __future__ import annotations
 

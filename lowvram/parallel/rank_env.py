@@ -1,4 +1,4 @@
-"""Which rank a process is, and which device it has: said by whoever started it."""
+"""Rank environment: which rank a process is, and its device, as whoever started it says."""
 
 from __future__ import annotations
 

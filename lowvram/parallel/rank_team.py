@@ -1,4 +1,4 @@
-"""One of several ranks among the others: how they meet, agree, share what they know, and part."""
+"""Team of ranks that several processes make: how they meet, agree, share what they know, and part."""
 
 from __future__ import annotations
 

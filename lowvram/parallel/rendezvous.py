@@ -1,4 +1,4 @@
-"""A store that all ranks of a run reach, and what they tell each other through it."""
+"""Rendezvous: a store that all ranks of a run reach, and what they tell each other through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the tokens of a call, and the heads of its self-attention, are shared among ranks; here: not at all.
+"""Sequence of a call's tokens, and heads of its self-attention, as ranks share them; here: not at all.
 
 Shapes: L tokens of a call, in ``groups`` equal groups (latent frames); l of them this rank's; N heads, n of them this
 rank's; H head_dim.

@@ -1,5 +1,5 @@
-"""What a rank needs of the other ranks of its run, and of the denoising steps before and behind its own; here of a run
-that has one rank.
+"""Team: the other ranks of a run, and the denoising steps before and behind a rank's own, as it needs them; here of a
+run that has one rank.
 
 Shapes: C latent channels, F latent frames, h x w latent size.
 """

@@ -1,4 +1,4 @@
-"""What fits where and how fast it will be, from shapes alone: no weights are read and no device is needed."""
+"""Plans: what fits where and how fast it will be, from shapes alone; no weights are read and no device is needed."""
 
 from lowvram.offload.placement import PlanOptions
 from lowvram.planning.card_table import CARDS

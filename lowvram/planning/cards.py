@@ -1,4 +1,4 @@
-"""What plans know of a graphics card: memory and rates."""
+"""Graphics cards as plans know them: memory and rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process takes of a card beside the tensors that a plan counts: measured once for a card, kept with its rates.
+"""Memory of a card that libraries take beside the tensors that a plan counts: measured once, kept with its rates.
 
 Two kinds of bytes: those that lie outside torch's allocator (the CUDA context, modules of kernels, what libraries keep
 for themselves), and workspaces that libraries take inside it and no plan can know from shapes.

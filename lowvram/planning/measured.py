@@ -1,4 +1,4 @@
-"""What was measured on a card, kept in the user's cache folder as one JSON object by key."""
+"""Measurements of a card, kept in the user's cache folder as one JSON object by key."""
 
 from __future__ import annotations
 

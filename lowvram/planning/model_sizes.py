@@ -1,4 +1,4 @@
-"""What an artifact's headers say about the sizes of its parts; values are not read."""
+"""Sizes of a model's parts, from its artifact's headers; values are not read."""
 
 from __future__ import annotations
 

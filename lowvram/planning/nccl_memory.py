@@ -1,4 +1,4 @@
-"""What NCCL takes of a card for a group of ranks: measured whenever a group is made, kept for the plans that follow.
+"""Memory of a card that NCCL takes for a group of ranks: measured whenever one is made, kept for plans that follow.
 
 A plan before the run has to leave room for it; the run itself plans once more when its groups are made, with what they
 have left.

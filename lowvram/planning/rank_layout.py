@@ -1,4 +1,4 @@
-"""How ranks share the work: ``num_gpus_dit = stages x ulysses_size`` of them denoise, one more may encode and decode.
+"""Layout of ranks: ``num_gpus_dit = stages x ulysses_size`` of them denoise, one more may encode and decode.
 
 Everything here follows from plain numbers, so that every rank comes to the same layout by itself.
 """

@@ -1,4 +1,4 @@
-"""What is predicted of one rank's placement, and what is said where none fits."""
+"""Plan of one rank: what is predicted of its placement, and what is said where none fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan for people, as tables, and for programs, as JSON."""
+"""Report of a plan: for people, as tables, and for programs, as JSON."""
 
 from __future__ import annotations
 

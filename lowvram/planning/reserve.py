@@ -1,4 +1,4 @@
-"""What a plan keeps free on a card beside the tensors that it counts, and whether that was measured there."""
+"""Reserve that a plan keeps free on a card beside the tensors that it counts, and whether that was measured there."""
 
 from __future__ import annotations
 

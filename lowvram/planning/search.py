@@ -1,4 +1,4 @@
-"""Every way to divide weights and rings between device and host that fills a budget, and the fastest of them."""
+"""Search over all ways to divide weights and rings between device and host that fill a budget, for the fastest."""
 
 from __future__ import annotations
 

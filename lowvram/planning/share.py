@@ -1,4 +1,4 @@
-"""What one rank has of a run: its denoising steps, its heads, its tokens, and whether it encodes and decodes."""
+"""Share that one rank has of a run: its denoising steps, its heads, its tokens, and whether it encodes and decodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What copies reach while all cards of a machine copy at once: they share its memory, and often its PCIe lanes.
+"""Link that cards of a machine share: what copies reach while all of them copy at once.
 
 Kept apart from a card's own rates, under a key that says how many they were: a run on one card does not meet it, a run
 on several streams under it all the time.

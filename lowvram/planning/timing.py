@@ -1,4 +1,4 @@
-"""Predicted seconds of one block, in the steady state from the second clip on."""
+"""Timing: predicted seconds of one block, in the steady state from the second clip on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be made, as the counts of tokens that all costs follow from; model-spec sections 3 and 4."""
+"""Workload: what is to be made, as the counts of tokens that all costs follow from; model-spec sections 3 and 4."""
 
 from __future__ import annotations
 

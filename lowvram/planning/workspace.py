@@ -1,4 +1,4 @@
-"""Bytes that a stage takes on the device only while it works: what a call allocates beside its inputs.
+"""Workspace: bytes that a stage takes on the device only while it works: what a call allocates beside its inputs.
 
 And those of CUDA graphs of resident layers (``lowvram.denoise.cuda_graphs``).
 Each term names the tensors that are alive together at the worst moment of the code it stands for, so that it can be

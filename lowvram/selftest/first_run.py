@@ -1,4 +1,4 @@
-"""What a run knows of its card before it begins: read, or examined where nothing is known."""
+"""First run on a card: what is known of it is read, or examined where nothing is."""
 
 from __future__ import annotations
 

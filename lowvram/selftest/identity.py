@@ -1,4 +1,4 @@
-"""What results depend on: card, driver, versions and the kernels' own text."""
+"""Identity that results depend on: card, driver, versions and the kernels' own text."""
 
 from __future__ import annotations
 

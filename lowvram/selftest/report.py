@@ -1,4 +1,4 @@
-"""What an examination says: a table for people, JSON for machines, a text to paste into a bug report."""
+"""Report of an examination: a table for people, JSON for machines, a text to paste into a bug report."""
 
 from __future__ import annotations
 

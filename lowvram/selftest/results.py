@@ -1,4 +1,4 @@
-"""What a check says, and the form in which it travels between processes and lies in the cache."""
+"""Results of checks, and the form in which they travel between processes and lie in the cache."""
 
 from __future__ import annotations
 

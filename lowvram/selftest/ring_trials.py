@@ -1,4 +1,4 @@
-"""The same for keys, values and attention: RMSNorm with RoPE, the codec of the rings, attention over their blocks."""
+"""Trials of keys, values and attention: RMSNorm with RoPE, the codec of the rings, attention over their blocks."""
 
 from __future__ import annotations
 

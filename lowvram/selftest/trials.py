@@ -1,4 +1,4 @@
-"""Every operation of ``lowvram_kernels`` on random operands, its backends side by side, and how a result is judged.
+"""Trials of every operation of ``lowvram_kernels`` on random operands, its backends side by side, and their judgement.
 
 Bounds are those of the kernels' tests. Expected values are float64 on the same quantized operands, for a sample of the
 rows where all would take gigabytes; that nothing is NaN or infinite is asked of every number.

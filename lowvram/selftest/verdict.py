@@ -1,4 +1,4 @@
-"""What follows from results: which kernels go, which are preferred, and what nothing can go around."""
+"""Verdict on a card: which kernels go, which are preferred, and what nothing can go around."""
 
 from __future__ import annotations
 

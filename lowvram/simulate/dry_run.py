@@ -1,4 +1,4 @@
-"""A run without a GPU and without values: the runtime itself on a simulated device, to see what it would take."""
+"""Dry run: without a GPU and without values: the runtime itself on a simulated device, to see what it would take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operation on ``meta`` gives, remembered: torch works shapes out in Python, which takes longer than all else.
+"""Cache of what operations on ``meta`` give: torch works shapes out in Python, which takes longer than all else.
 
 A video's blocks run the same operations on the same shapes thousands of times.
 """
