@@ -15,9 +15,12 @@ from lowvram_kernels import choices
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
 
-# As many threads as CI has cores, unless somebody said how many: more of them than cores only wait for each other.
+# As many threads as CI has cores, unless somebody said how many: more of them than cores only wait for each other. In
+# the environment, too, for the processes that tests start.
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    threads = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,15 +156,15 @@ def test_what_goes_wrong_while_ranks_meet_is_told_to_all(maker, ranks, tmp_path)
 def rank_0_is_ended() -> Iterator[None]:
     """By SIGTERM, as soon as there is a first block."""
     if os.environ["RANK"] == "0":
-        decode = AvatarPipeline._latents
+        real = AvatarPipeline._denoised
 
-        def latents(*arguments: object) -> Iterator[object]:
-            for item in decode(*arguments):
+        def denoised(*arguments: object) -> Iterator[object]:
+            for item in real(*arguments):
                 os.kill(os.getpid(), signal.SIGTERM)
                 threading.Event().wait(5)
                 yield item
 
-        AvatarPipeline._latents = latents
+        AvatarPipeline._denoised = denoised
     yield
 
 
