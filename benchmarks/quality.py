@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # training is not ins
 import numpy as np
 import torch
 
-from lowvram.compare.metrics import TensorSums, mean_psnr, score_frame
+from lowvram.compare.metrics import FrameScorer, MovingPixels, TensorSums, mean_psnr
 from lowvram.compare.teacher_forcing import Taught, force, record
 from lowvram.infer import machine
 from lowvram.media.contact_sheet import follows
@@ -149,8 +149,11 @@ def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught)
     """Of one person and voice: freely, taught, and what is seen of the face."""
     run = Run.free(candidate, case)
     forced = force(candidate, case.request(), taught)
-    pairs = enumerate(zip(run.frames, baseline.frames, strict=True))
-    frames = [score_frame(index, FPS, mine, theirs) for index, (mine, theirs) in pairs]
+    moving = MovingPixels()
+    for frame in baseline.frames:
+        moving.add(frame)
+    scorer = FrameScorer(FPS, moving.mask())
+    frames = [scorer.score(mine, theirs) for mine, theirs in zip(run.frames, baseline.frames, strict=True)]
     total, blocks = TensorSums(), []
     for mine, theirs in zip(run.latents, baseline.latents, strict=True):
         sums = TensorSums()
@@ -163,7 +166,7 @@ def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught)
             "latent_error": total.score("").relative_error,
             "latent_error_first": blocks[0],
             "latent_error_max": max(blocks),
-            "psnr": mean_psnr(frames),
+            "psnr": mean_psnr(frame.psnr for frame in frames),
             "psnr_min": min(frame.psnr for frame in frames),
             "ssim": statistics.fmean(frame.ssim for frame in frames),
             "ssim_min": min(frame.ssim for frame in frames),
