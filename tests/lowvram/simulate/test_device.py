@@ -274,7 +274,7 @@ def test_the_text_encoders_linears_dequantize_on_the_device(gpu, tmp_path, preci
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(path.rpartition(".")[2], nn.Linear(columns, rows, bias=False))
-    component.sizes["tensors"] = {name: component.sizes["tensors"][name]}
+    component.facts["tensors"] = {name: component.facts["tensors"][name]}
     swap_text_linears(model, component, tensors, torch.bfloat16)
     x = floats(1, 7, columns, dtype=torch.bfloat16)
     before = gpu.kernel_count
