@@ -12,12 +12,12 @@ from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.rows import quantize_rows
 
 Tensor = torch.Tensor
-Heartbeat = Callable[[Callable[[], Any]], float]
+Stopwatch = Callable[[Callable[[], Any]], float]
 """Median milliseconds of a call."""
 
 
 @torch.inference_mode()
-def tuned(watch: Heartbeat, rows: int, queries: Tensor, blocks: list[KVBlock]) -> dict[str, Any]:
+def tuned(stopwatch: Stopwatch, rows: int, queries: Tensor, blocks: list[KVBlock]) -> dict[str, Any]:
     """Times of the alternatives to the tiles in ``TILES``; those that do not fit the chip say so.
 
     ``rows`` of the product; ``queries`` bfloat16 [1, L, N, H] attend to ``blocks``.
@@ -48,20 +48,20 @@ def tuned(watch: Heartbeat, rows: int, queries: Tensor, blocks: list[KVBlock]) -
         for stages in (2, 3, 4)
     ]
     return {
-        "linear int8": timed(watch, products, product),
+        "linear int8": timed(stopwatch, products, product),
         "ring_attention": timed(
-            watch, attentions, lambda tile: triton_attention.ring_attention_triton(queries, [blocks], tile)
+            stopwatch, attentions, lambda tile: triton_attention.ring_attention_triton(queries, [blocks], tile)
         ),
     }
 
 
-def timed(watch: Heartbeat, tiles: list[Any], call: Callable[[Any], Any]) -> list[dict[str, Any]]:
+def timed(stopwatch: Stopwatch, tiles: list[Any], call: Callable[[Any], Any]) -> list[dict[str, Any]]:
     from triton.runtime.errors import OutOfResources
 
     rows = []
     for tile in tiles:
         try:
-            rows.append({"tile": str(tile), "ms": watch(lambda tile=tile: call(tile))})
+            rows.append({"tile": str(tile), "ms": stopwatch(lambda tile=tile: call(tile))})
         except OutOfResources as error:
             rows.append({"tile": str(tile), "ms": None, "error": str(error).splitlines()[0]})
     return sorted(rows, key=lambda row: math.inf if row["ms"] is None else row["ms"])

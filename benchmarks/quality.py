@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # training is not ins
 import numpy as np
 import torch
 
-from lowvram.compare.metrics import FrameScorer, MovingPixels, TensorSums, mean_psnr
+from lowvram.compare.metrics import FrameScorer, TensorSums, mean_psnr, moving_pixels
 from lowvram.compare.teacher_forcing import Taught, force, record
 from lowvram.infer import machine
 from lowvram.media.contact_sheet import follows
@@ -149,10 +149,7 @@ def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught)
     """Of one person and voice: freely, taught, and what is seen of the face."""
     run = Run.free(candidate, case)
     forced = force(candidate, case.request(), taught)
-    moving = MovingPixels()
-    for frame in baseline.frames:
-        moving.add(frame)
-    scorer = FrameScorer(FPS, moving.mask())
+    scorer = FrameScorer(FPS, moving_pixels(baseline.frames))
     frames = [scorer.score(mine, theirs) for mine, theirs in zip(run.frames, baseline.frames, strict=True)]
     total, blocks = TensorSums(), []
     for mine, theirs in zip(run.latents, baseline.latents, strict=True):

@@ -134,7 +134,7 @@ def infer(**options: Any) -> None:
 @click.option("--baseline-kv", type=click.Choice(["auto", "int8", "bf16"]), help="Rings of the baseline, if not --kv.")
 @click.option("--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model.")
 @request_options
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir and --html.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 @click.option("--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30.")
 @click.option("--html", type=FILE, help="Write a page with both videos side by side, their difference and all figures.")
@@ -161,13 +161,13 @@ def compare(
     with contextlib.ExitStack() as stack:
         if options["model"] is not None or options["baseline"] is not None:
             refuse_both_ways(a, b, options)
-            check_page(html, options, a, b)
+            check_page(html, options | {"out_dir": out_dir}, a, b)
             a, b = run_both(out_dir or stack.enter_context(scratch("compare")), options)
         elif a is None or b is None:
             raise click.UsageError("give two files to compare, or --model and --baseline to run both")
         else:
             refuse_run_options()
-            check_page(html, options, a, b)
+            check_page(html, options | {"out_dir": out_dir}, a, b)
         result = run(a, b)
         missed = result.check(bounds)
         if html is not None:

@@ -67,7 +67,7 @@ def test_models_import_no_files_or_ranks():
 ROOMS = {
     "cli": {"commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest"},
     "commands": {
-        "byte_sizes", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning", "request",
+        "byte_sizes", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning", "request",
         "selftest", "simulate",
     },
     "selftest": {

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from lowvram.commands.shared_options import make_request, open_pipeline, prompt_file
+from lowvram.compare.sources import open_source
 from lowvram.outputs import Outputs, check_apart, check_file, check_folder
 
 
@@ -34,13 +35,21 @@ def check_page(html: Path | None, options: dict[str, Any], a: Path | None, b: Pa
     """Look before the work whether the page can be written.
 
     Raises:
-        InputError: it is one of the inputs, or there already and not to be replaced.
+        InputError: it is one of the files that are read or made, or there already and not to be replaced; A or B cannot
+            be opened.
         OutputError: nothing can be written there.
     """
     if html is None:
         return
-    read = {"A": a, "B": b} | {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline")}
-    check_apart({"--html": html}, {option: path for option, path in read.items() if path is not None})
+    given = {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline")}
+    others = {option: path for option, path in given.items() if path is not None}
+    for name, path in (("A", a), ("B", b)):
+        if path is not None:
+            others |= {f"{file.name} of {name}": file for file in open_source(path).files}
+    if options["out_dir"] is not None:
+        for outputs in _places(options["out_dir"], options).values():
+            others |= outputs.named
+    check_apart({"--html": html}, others)
     check_file("--html", html, overwrite=options["overwrite"])
 
 
@@ -53,10 +62,7 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
     inputs = {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline")}
     if (file := prompt_file(options["prompt"])) is not None:
         inputs["--prompt"] = file
-    places = {
-        name: Outputs.in_folder(folder, name, "--out-dir", overwrite=options["overwrite"])
-        for name in ("model", "baseline")
-    }
+    places = _places(folder, options)
     for outputs in places.values():  # of both, before the first of them runs
         outputs.check(inputs)
     reports = []
@@ -65,3 +71,8 @@ def run_both(folder: Path, options: dict[str, Any]) -> tuple[Path, Path]:
         run(open_pipeline(options | {"model": options[name], "kv": kv}), request, outputs)
         reports.append(folder / f"{name}.json")
     return reports[0], reports[1]
+
+
+def _places(folder: Path, options: dict[str, Any]) -> dict[str, Outputs]:
+    overwrite = options["overwrite"]
+    return {name: Outputs.in_folder(folder, name, "--out-dir", overwrite=overwrite) for name in ("model", "baseline")}

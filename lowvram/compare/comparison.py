@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowvram.compare.metrics import FrameScore, FrameScorer, MovingPixels, TensorScore, TensorSums
+from lowvram.compare.metrics import FrameScore, FrameScorer, TensorScore, TensorSums, moving_pixels
 from lowvram.compare.result import Comparison, StagePair
 from lowvram.compare.sources import Dump, Frames, Source, Stage, Video, open_source
 from lowvram_kernels.errors import InputError
@@ -134,10 +134,7 @@ def _check_frames(a: Frames, b: Frames) -> None:
 
 
 def _score_frames(a: Frames, b: Frames) -> Iterator[FrameScore]:
-    moving = MovingPixels()
-    for frame in b.source.read():
-        moving.add(frame)
-    scorer = FrameScorer(b.fps, moving.mask())
+    scorer = FrameScorer(b.fps, moving_pixels(b.source.read()))
     with contextlib.ExitStack() as stack:
         left, right = (stack.enter_context(contextlib.closing(frames.source.read())) for frames in (a, b))
         for candidate, baseline in zip(left, right, strict=False):

@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
+from lowvram.media.talking import LUMA
 from lowvram_kernels.errors import InputError
 
 Tensor = torch.Tensor
 Frame = NDArray[np.uint8]
 
 PEAK = 255.0
-_LUMA = np.array([0.299, 0.587, 0.114])
+_MOVING_SHARE = 0.1
 # The Gaussian window of the paper that defines SSIM (Wang et al. 2004): sigma 1.5, 11 px wide.
 _SSIM_SIGMA = 1.5
 _SSIM_WINDOW_PX = 11
@@ -38,7 +39,7 @@ class TensorScore:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameScore:
     """One frame: ``psnr`` in dB at 8 bits, infinite where the frames are identical; ``ssim`` up to 1; ``moving_psnr``
-    of the pixels that move most in the baseline (``MovingPixels``); ``flicker``, by how many of 255 levels the
+    of the pixels that move most in the baseline (``moving_pixels``); ``flicker``, by how many of 255 levels the
     difference of the two changes from the frame before to this one, on average: an error that stands still has none."""
 
     index: int
@@ -49,29 +50,17 @@ class FrameScore:
     flicker: float
 
 
-class MovingPixels:
-    """Which pixels move most over a video: the tenth whose luma varies most. Of a talking portrait that is the mouth,
-    with the eyes, and no detector of faces has to find it."""
-
-    SHARE = 0.1
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean = self._squares = np.zeros(())
-
-    def add(self, frame_HWC: Frame) -> None:
-        """The next frame, uint8 [H, W, 3]. Welford's sums, so that no frame has to be kept."""
-        luma = frame_HWC.astype(np.float64) @ _LUMA
-        self._count += 1
-        far = luma - self._mean
-        self._mean = self._mean + far / self._count
-        self._squares = self._squares + far * (luma - self._mean)
-
-    def mask(self) -> NDArray[np.bool_]:
-        """[H, W]; all pixels where nothing moves."""
-        least = np.quantile(self._squares, 1 - self.SHARE)
-        found: NDArray[np.bool_] = (self._squares >= least) & (self._squares > 0)
-        return found if found.any() else np.ones_like(found)
+def moving_pixels(frames: Iterable[Frame]) -> NDArray[np.bool_]:
+    """Which pixels [H, W] move most over frames uint8 [H, W, 3]: the tenth whose luma varies most; all, where nothing
+    moves. Of a talking portrait that is the mouth, with the eyes, and no detector of faces has to find it."""
+    mean = squares = np.zeros(())
+    for count, frame in enumerate(frames, 1):  # Welford's sums, so that no frame has to be kept
+        luma = frame.astype(np.float64) @ LUMA
+        far = luma - mean
+        mean = mean + far / count
+        squares = squares + far * (luma - mean)
+    found: NDArray[np.bool_] = (squares >= np.quantile(squares, 1 - _MOVING_SHARE)) & (squares > 0)
+    return found if found.any() else np.ones_like(found)
 
 
 class TensorSums:

@@ -65,7 +65,7 @@ def make_clip(comparison: Comparison) -> Clip | None:
         # Coding takes even sizes only; what an odd one has too little is filled up with black.
         height, width = theirs.height + theirs.height % 2, 3 * theirs.width + theirs.width % 2
         sound = _sound(comparison, first / fps, count / fps)
-        with VideoWriter(path, height, width, fps=round(fps), audio_path=sound, trim_to_audio=False) as writer:
+        with VideoWriter(path, height, width, fps=max(1, round(fps)), audio_path=sound, trim_to_audio=False) as writer:
             shown = itertools.islice(_pairs(ours, theirs), first, first + count)
             for index, (candidate, baseline) in enumerate(shown):
                 strip = np.zeros((1, height, width, 3), np.uint8)

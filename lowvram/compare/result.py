@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,6 +70,11 @@ class Comparison:
         """What was named as the baseline."""
         return self.right.path
 
+    @functools.cached_property
+    def files(self) -> dict[str, list[dict[str, Any]]]:
+        """Path, bytes and SHA-256 of every file that was compared, of ``a`` and of ``b``; read when first asked for."""
+        return {"a": _files(self.left), "b": _files(self.right)}
+
     @property
     def worst_frame(self) -> FrameScore | None:
         """The frame of the lowest PSNR; None without frames or where all are identical."""
@@ -127,8 +133,8 @@ class Comparison:
         ]
 
     def to_json(self, bounds: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Everything, with infinity as the string "inf": strict JSON has no number for it. All files are read once
-        more, for their checksums.
+        """Everything, with infinity as the string "inf": strict JSON has no number for it. With ``files``, for which
+        all of them are read once more.
 
         Raises:
             ConfigError: as of ``check``.
@@ -141,7 +147,7 @@ class Comparison:
             "values": self.values,
             "thresholds": [dataclasses.asdict(t) | {"met": t.met} for t in self.thresholds(bounds or {})],
             "settings": {"a": self.left.settings, "b": self.right.settings},
-            "files": {"a": _files(self.left), "b": _files(self.right)},
+            "files": self.files,
             "blocks": [{"block": i, **_score(block)} for i, block in enumerate(self.blocks)],
             "tensors": {score.name: _score(score) for score in self.tensors},
             "frames": [dataclasses.asdict(frame) for frame in self.frames],
@@ -181,10 +187,7 @@ def _score(score: TensorScore) -> dict[str, float]:
 
 
 def _files(source: Source) -> list[dict[str, Any]]:
-    every = [source.path, *(part.path for part in (source.dump, source.video) if part)]
-    return [
-        {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in dict.fromkeys(every)
-    ]
+    return [{"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in source.files]
 
 
 def _stage_json(pair: StagePair) -> dict[str, Any]:

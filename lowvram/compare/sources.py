@@ -161,6 +161,11 @@ class Source:
     settings: dict[str, Any]
     stages: tuple[Stage, ...] = ()
 
+    @property
+    def files(self) -> list[Path]:
+        """All that is read of it."""
+        return list(dict.fromkeys([self.path, *(part.path for part in (self.dump, self.video) if part)]))
+
     def describe(self) -> str:
         """What it is and what can be compared in it, for a message."""
         if self.path.suffix.lower() == ".json":

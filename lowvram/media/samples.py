@@ -25,7 +25,7 @@ _INK: Colour = (0x15, 0x15, 0x1A)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Peer:
+class Person:
     """Who is drawn and before what: colours, and sizes in hundredths of the picture's shorter side."""
 
     background_top: Colour = (186, 208, 222)
@@ -79,7 +79,7 @@ class Speech:
 
 
 def draw_portrait(
-    height: int, width: int, person: Peer | None = None, expression: Expression | None = None
+    height: int, width: int, person: Person | None = None, expression: Expression | None = None
 ) -> Image.Image:
     """A plain drawn face on a soft background, RGB, ``height`` x ``width`` px; the same call draws the same pixels.
 
@@ -88,7 +88,7 @@ def draw_portrait(
     """
     if min(height, width) < 32:
         raise ValueError(f"expected a height and width of at least 32 px, received {height} and {width}")
-    person, expression = person or Peer(), expression or Expression()
+    person, expression = person or Person(), expression or Expression()
     canvas = _background(height * _SUPERSAMPLE, width * _SUPERSAMPLE, person)
     unit = min(canvas.size) / 100
     pen = _Pen(ImageDraw.Draw(canvas), canvas.width / 2 + person.shift_x * unit, 0.52 * canvas.height, unit)
@@ -98,7 +98,7 @@ def draw_portrait(
     return soft.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _background(height: int, width: int, person: Peer) -> Image.Image:
+def _background(height: int, width: int, person: Person) -> Image.Image:
     rows = np.linspace(0.0, 1.0, height)[:, None, None]
     top, bottom = (np.array(colour, dtype=float) for colour in (person.background_top, person.background_bottom))
     pixels_HWC = np.broadcast_to(top + (bottom - top) * rows, (height, width, 3))
@@ -120,14 +120,14 @@ class _Pen:
         self.draw.ellipse((corners[0], corners[1], corners[2], corners[3]), fill=colour)
 
 
-def _draw_body(pen: _Pen, person: Peer, bottom: float) -> None:
+def _draw_body(pen: _Pen, person: Person, bottom: float) -> None:
     unit, wide = pen.unit, person.shoulders
     pen.oval(0, 60, wide, 32, person.clothes)
     box = (pen.x - wide * unit, pen.y + 60 * unit, pen.x + wide * unit, bottom + 62 * unit)
     pen.draw.rectangle(box, fill=person.clothes)
 
 
-def _draw_head(pen: _Pen, person: Peer, expression: Expression) -> None:
+def _draw_head(pen: _Pen, person: Person, expression: Expression) -> None:
     y = expression.nod
     wide, high = person.face_width, person.face_height
     pen.oval(0, y - 6, person.hair_width, person.hair_height, person.hair)
@@ -142,7 +142,7 @@ def _draw_head(pen: _Pen, person: Peer, expression: Expression) -> None:
     _draw_mouth(pen, person, expression, y)
 
 
-def _draw_eye(pen: _Pen, person: Peer, x: float, y: float, openness: float) -> None:
+def _draw_eye(pen: _Pen, person: Person, x: float, y: float, openness: float) -> None:
     size, high = person.eye_size, person.eye_size * max(openness, _CLOSED_EYE)
     pen.oval(x, y - 7, 4.6, 1.0, person.hair)
     if openness <= _CLOSED_EYE:
@@ -154,7 +154,7 @@ def _draw_eye(pen: _Pen, person: Peer, x: float, y: float, openness: float) -> N
     pen.oval(x + 0.8, y - 0.9 * high, 0.5 * size, 0.5 * high, (0xFF, 0xFF, 0xFF))
 
 
-def _draw_mouth(pen: _Pen, person: Peer, expression: Expression, y: float) -> None:
+def _draw_mouth(pen: _Pen, person: Person, expression: Expression, y: float) -> None:
     """The lower lip goes down twice as far as the upper one goes up; teeth show from a small opening on."""
     wide, gap = expression.mouth_width, 5.0 * (expression.mouth - 0.2)
     middle = y + 19 + 0.3 * gap

@@ -12,7 +12,8 @@ Curve = NDArray[np.float64]
 # Where drawn faces have their mouth and, of plain skin, their cheeks and chin; shares of a square picture's sides.
 _MOUTH_ROWS, _MOUTH_COLUMNS = (0.63, 0.86), (0.40, 0.60)
 _SKIN_ROWS, _SKIN_COLUMNS = (0.57, 0.64), (0.38, 0.62)
-_LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114])
+"""What red, green and blue count of a pixel's brightness (Rec. 601)."""
 
 
 def envelope(samples: NDArray[np.float32]) -> Curve:
@@ -37,7 +38,7 @@ def at_frames(curve: Curve, frames: int, fps: float) -> Curve:
 def mouth_opening(frames_FHWC: NDArray[np.uint8]) -> Curve:
     """How far the mouth of a drawn face in the middle of each frame [F, H, W, 3] is open: the share of a box around it
     that is darker than skin, or that much lighter (teeth), weighed by how much. 0 is no mouth at all."""
-    luma = frames_FHWC.astype(np.float64) @ _LUMA
+    luma = frames_FHWC.astype(np.float64) @ LUMA
     skin = np.median(_box(luma, _SKIN_ROWS, _SKIN_COLUMNS), axis=(1, 2))
     mouth = _box(luma, _MOUTH_ROWS, _MOUTH_COLUMNS) / np.maximum(skin, 1.0)[:, None, None]
     opening: Curve = np.clip(np.abs(mouth - 1.0) - 0.1, 0.0, 0.6).mean(axis=(1, 2)) / 0.6

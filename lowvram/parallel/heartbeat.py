@@ -99,7 +99,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: Store, rank: int, peers: list[Peer], leave: Callable[[int], None] = os._exit):
-        self._store, self._rank, self._people, self._leave = store, rank, peers, leave
+        self._store, self._rank, self._peers, self._leave = store, rank, peers, leave
         self._work = _Work("starting", time.monotonic(), idle=True)
         self._longest: dict[str, float] = {}
         self._count = 0
@@ -179,17 +179,17 @@ class Heartbeat:
         if silent > work.limit:
             message = f"hangs for {silent:.0f} s: {work.what}"
             self.failed(message)
-            self._give_up(f"{self._people[self._rank].words} {message}")
+            self._give_up(f"{self._peers[self._rank].words} {message}")
 
     def _look(self) -> None:
         try:
             self._beat()
             for other, heard in self._heard.items():
                 if found := self._state(other, heard):
-                    self._found(f"{self._people[other].words} {found}")
+                    self._found(f"{self._peers[other].words} {found}")
                     return
         except Exception as error:
-            first = self._people[0].words
+            first = self._peers[0].words
             self._found(
                 f"the store that ranks meet at does not answer ({_line(error)}); {first} or its launcher is gone"
             )
@@ -207,8 +207,8 @@ class Heartbeat:
             count, heard.doing = json.loads(self._store.get(f"beat/{other}"))
             if count != heard.count:
                 heard.count, heard.seen = count, time.monotonic()
-        peer = self._people[other]
-        if peer.machine == self._people[self._rank].machine and not _lives(peer.pid):
+        peer = self._peers[other]
+        if peer.machine == self._peers[self._rank].machine and not _lives(peer.pid):
             return f"died; last it was {heard.doing}"
         silent = time.monotonic() - heard.seen
         if silent > SILENCE_S:
@@ -218,7 +218,7 @@ class Heartbeat:
 
     def _end_silent(self, peer: Peer) -> None:
         """A process that is stopped or stuck would stay behind, with its memory of the card."""
-        if peer.machine == self._people[self._rank].machine:
+        if peer.machine == self._peers[self._rank].machine:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(peer.pid, signal.SIGKILL)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram.media.samples import Expression, Peer, draw_portrait, synth_voice
+from lowvram.media.samples import Expression, Person, draw_portrait, synth_voice
 from lowvram.media.talking import at_frames, correlation, envelope, mouth_opening
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.vae import StreamingVAE, build_vae
@@ -228,7 +228,7 @@ def drop(folder, *keys: str) -> None:
 @pytest.mark.parametrize("number", [None, 0, 1, faces.HELD_OUT, faces.HELD_OUT + 1, faces.HELD_OUT + 2])
 def test_a_mouth_follows_the_voice_and_is_read_off(number):
     voice = synth_voice(3.0, speech=None if number is None else faces.speech(number))
-    who = Peer() if number is None else faces.person(number)
+    who = Person() if number is None else faces.person(number)
     shown = motion.expressions(motion.controls(voice), 0, 70)
     frames = np.stack([faces.picture(who, expression, 96) for expression in shown])
     assert correlation(mouth_opening(frames), at_frames(envelope(voice), 70, 25)) > 0.9

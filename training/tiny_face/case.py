@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lowvram.compare.metrics import psnr
-from lowvram.media.samples import Peer, Speech, synth_voice, write_wav
+from lowvram.media.samples import Person, Speech, synth_voice, write_wav
 from lowvram.media.talking import RATE_HZ, Curve, at_frames, correlation, envelope, mouth_opening
 from lowvram.pipeline import FPS, AvatarPipeline, Request
 from training.tiny_face import faces, motion
@@ -28,7 +28,7 @@ class Case:
 
     def __init__(self, folder: Path, number: int | None, seconds: float):
         self.name = "default" if number is None else str(number)
-        self.who = Peer() if number is None else faces.person(number)
+        self.who = Person() if number is None else faces.person(number)
         self.voice = synth_voice(seconds, speech=Speech() if number is None else faces.speech(number))
         at_rest = faces.Expression() if number is None else faces.at_rest(number)
         self.portrait = faces.picture(self.who, at_rest)

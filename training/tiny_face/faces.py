@@ -11,13 +11,13 @@ import colorsys
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.media.samples import Colour, Expression, Peer, Speech, draw_portrait
+from lowvram.media.samples import Colour, Expression, Person, Speech, draw_portrait
 
 HELD_OUT = 1_000_000
 SIZE = 128
 
 
-def person(number: int) -> Peer:
+def person(number: int) -> Person:
     """Skin, hair, clothes, eyes and background of any colour that such things have, sizes up to a sixth off."""
     draw = np.random.default_rng([number, 11])
     skin = _mixed((238, 192, 160), (150, 98, 66), draw.uniform() ** 1.3)
@@ -32,7 +32,7 @@ def person(number: int) -> Peer:
         return float(usual * draw.uniform(1 - share, 1 + share))
 
     face_width = size(20, 0.1)
-    return Peer(
+    return Person(
         background_top=top,
         background_bottom=bottom,
         clothes=_hsv(draw.uniform(), draw.uniform(0.1, 0.75), draw.uniform(0.15, 0.9)),
@@ -76,7 +76,7 @@ def at_rest(number: int) -> Expression:
     return Expression(mouth=float(np.random.default_rng([number, 13]).uniform(0.0, 0.35)))
 
 
-def picture(who: Peer, expression: Expression, size: int = SIZE) -> NDArray[np.uint8]:
+def picture(who: Person, expression: Expression, size: int = SIZE) -> NDArray[np.uint8]:
     """uint8 [size, size, 3]."""
     return np.asarray(draw_portrait(size, size, who, expression))
 

@@ -207,14 +207,33 @@ def test_the_command_writes_it_and_still_holds_its_bounds(runs, tmp_path):
     assert json.loads(told.output) == json.loads(Reader(page.read_text()).scripts["comparison"])
 
 
-@pytest.mark.parametrize("place", ["input", "folder", "nowhere"])
+PLACES = {
+    "a report": "int8.json",
+    "a report's dump": "int8.safetensors",
+    "the baseline's video": "bf16.mp4",
+    "a folder": ".",
+    "no folder": "no/page.html",
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_a_place_that_it_must_not_have_is_refused_at_the_start(runs, tmp_path, place):
-    html = {"input": runs[0], "folder": tmp_path, "nowhere": tmp_path / "no" / "page.html"}[place]
-    before = runs[0].read_bytes()
-    found = call(*runs, "--html", html, "--overwrite")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    found = call(*runs, "--html", tmp_path / place, "--overwrite")
     assert found.exit_code == 2
     assert "Latents" not in found.output
-    assert runs[0].read_bytes() == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["model.json", "baseline.json", "model.mp4", "baseline.mp4", "baseline.safetensors"])
+def test_it_is_none_of_the_files_that_runs_make(tmp_path, name):
+    """Refused before the artifacts, which are none, are looked at."""
+    options = {"--model": "m", "--baseline": "b", "--image": "i.png", "--audio": "v.wav", "--prompt": "x"}
+    arguments = [word for pair in options.items() for word in pair]
+    found = call(*arguments, "--out-dir", tmp_path, "--html", tmp_path / name)
+    assert found.exit_code == 2
+    assert "--html" in found.output
+    assert name in found.output
 
 
 def test_curves():

@@ -37,33 +37,33 @@ def jobs(count: int, log: list, there: dict[int, Moment]):
 
 def test_slots_are_filled_ahead_and_wait_for_their_last_reader():
     engine, log, there = WatchedEngine(), [], {}
-    conveyor = Prefetcher(engine, [torch.zeros(1), torch.zeros(1)])
-    conveyor.load(jobs(4, log, there))
+    prefetcher = Prefetcher(engine, [torch.zeros(1), torch.zeros(1)])
+    prefetcher.load(jobs(4, log, there))
     # Nor may the first ones overtake who read the slots' memory before it was given to them.
     assert log == [(0, (engine.moments[0],)), (1, (engine.moments[1],))]
     extra = Moment()
-    assert conveyor.take(0).item() == 0
+    assert prefetcher.take(0).item() == 0
     assert engine.waited == [there[0]]
-    conveyor.release(0, extra)
+    prefetcher.release(0, extra)
     # The third thing comes into the first slot, not before its reader and the copy out of it are done.
     assert log[2] == (2, (engine.moments[2], extra))
-    assert [conveyor.take(n).item() for n in (1, 2)] == [1, 2]
-    conveyor.release(1)
-    conveyor.release(2)
-    assert conveyor.take(3).item() == 3
+    assert [prefetcher.take(n).item() for n in (1, 2)] == [1, 2]
+    prefetcher.release(1)
+    prefetcher.release(2)
+    assert prefetcher.take(3).item() == 3
 
 
 def test_what_is_taken_out_of_order_is_refused():
-    conveyor = Prefetcher(Engine(torch.device("cpu")), [torch.zeros(1), torch.zeros(1)])
-    conveyor.load(jobs(3, [], {}))
+    prefetcher = Prefetcher(Engine(torch.device("cpu")), [torch.zeros(1), torch.zeros(1)])
+    prefetcher.load(jobs(3, [], {}))
     with pytest.raises(RuntimeError, match="1 was to be taken"):
-        conveyor.take(1)
-    conveyor.take(0)
-    conveyor.take(1)
+        prefetcher.take(1)
+    prefetcher.take(0)
+    prefetcher.take(1)
     with pytest.raises(RuntimeError, match="was taken first"):
-        conveyor.release(1)
+        prefetcher.release(1)
     with pytest.raises(RuntimeError, match="2 was to be taken"):
-        conveyor.take(2)
+        prefetcher.take(2)
 
 
 def test_copies_are_counted():

@@ -77,7 +77,7 @@ class Ranks:
         workers = self._workers[:count]
         for rank, (_, connection) in enumerate(workers):
             own = arguments[rank] if isinstance(arguments, Mapping) else arguments
-            told = (_seat(rank, world, store.port) if world else {}) | dict(environ or {})
+            told = (_rank_environ(rank, world, store.port) if world else {}) | dict(environ or {})
             connection.send(_Job(environ=told, arguments=list(own), around=around, said=folder / str(rank)))
         ended = [self._end(*worker, folder / str(rank), limit_s) for rank, worker in enumerate(workers)]
         for worker, end in zip(workers, ended, strict=True):
@@ -117,7 +117,7 @@ class Ranks:
         return Ended(code=code, stderr=said.read_text() if said.exists() else "it did not begin")
 
 
-def _seat(rank: int, world: int, port: int) -> dict[str, str]:
+def _rank_environ(rank: int, world: int, port: int) -> dict[str, str]:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     told |= {"MASTER_ADDR": ADDRESS, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return {name: str(value) for name, value in told.items()}

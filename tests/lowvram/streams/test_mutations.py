@@ -32,12 +32,12 @@ def course(course: Course, engine: Engine) -> Tensor:
 
 def a_slot_goes_while_it_is_copied_out_of(engine: Engine) -> Tensor:
     host = engine.host_buffer(64)
-    conveyor = Prefetcher(engine, [torch.zeros(64, dtype=torch.uint8)])
-    conveyor.load(iter([("a", lambda slot, after: after)]))
-    slot = conveyor.take("a")
+    prefetcher = Prefetcher(engine, [torch.zeros(64, dtype=torch.uint8)])
+    prefetcher.load(iter([("a", lambda slot, after: after)]))
+    slot = prefetcher.take("a")
     slot.fill_(3)
-    conveyor.release("a", engine.copy_out(host, slot, engine.now()))
-    del slot, conveyor
+    prefetcher.release("a", engine.copy_out(host, slot, engine.now()))
+    del slot, prefetcher
     engine.settle()
     return host.clone()
 
