@@ -67,8 +67,8 @@ def test_models_import_no_files_or_ranks():
 ROOMS = {
     "cli": {"commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest"},
     "commands": {
-        "byte_sizes", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning", "request",
-        "selftest", "simulate",
+        "byte_sizes", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning",
+        "request", "selftest", "simulate",
     },
     "selftest": {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
