@@ -76,13 +76,16 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=train_vae.STEPS)
     parser.add_argument("--people", type=int, default=latents.COUNT)
     parser.add_argument("--dit-steps", type=int, default=train_dit.STEPS)
-    parser.add_argument("--test-size", action="store_true", help="small, into --out; other numbers do not count then")
+    parser.add_argument("--test-size", action="store_true", help="small, into --out, with numbers of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    names = ("ears_steps", "vae_steps", "dit_steps", "people")
+    changed = [f"--{name.replace('_', '-')}" for name in names if getattr(given, name) != parser.get_default(name)]
+    if given.test_size and changed:
+        parser.error(f"{', '.join(changed)}: --test-size has numbers of its own; expected one of both")
     torch.set_num_threads(given.threads)
     if not given.test_size:
-        names = ("ears_steps", "vae_steps", "dit_steps", "people")
         sizes = Sizes(**{name: getattr(given, name) for name in names})
         train(given.out, given.to or export.HERE, sizes, seed=given.seed)
         return
