@@ -15,10 +15,9 @@ from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.layout_choice import choose_team
 from lowvram.planning.library_memory import parse_outside
-from lowvram.planning.measure import CudaRunner, card_at_hand
+from lowvram.planning.measure import CudaRunner, card_at_hand, contended_rates
 from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.shared_link import contended_rates
 from lowvram.planning.workload import Workload
 from lowvram.request import Request
 from lowvram_quantize.format import Artifact

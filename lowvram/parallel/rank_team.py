@@ -26,8 +26,8 @@ from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import Chain, LatentSize
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.parallel.voice_windows import SentPieces, VoiceExtent, send_windows
+from lowvram.planning.library_memory import CudaTaken, measuring_group
 from lowvram.planning.measure import CudaRunner
-from lowvram.planning.nccl_memory import CudaTaken, measuring_group
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
 from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError

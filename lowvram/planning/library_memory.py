@@ -1,17 +1,20 @@
 """Memory of a card that libraries take beside the tensors that a plan counts: measured once, kept with its rates.
 
-Two kinds of bytes: those that lie outside torch's allocator (the CUDA context, modules of kernels, what libraries keep
-for themselves), and workspaces that libraries take inside it and no plan can know from shapes.
+Three kinds of bytes: those that lie outside torch's allocator (the CUDA context, modules of kernels, what libraries
+keep for themselves), workspaces that libraries take inside it and no plan can know from shapes, and what NCCL takes for
+a group of ranks. The last is measured whenever a group is made, for the plans that follow: a plan before the run leaves
+room for it, and the run plans once more with what its groups have left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import DeviceError
 
 log = logging.getLogger(__name__)
+
 
 FLAT_BYTES = 160 * MIB
 """Reserved for it where nothing was measured: cuBLAS's workspaces (32 MiB a stream on Hopper, 8 MiB before, torch's
@@ -193,3 +197,74 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+NCCL_FLAT_BYTES = 384 * MIB
+"""Of a group of ranks, where nothing was measured: a connection has 4 MiB for each of up to 32 channels (NCCL's
+documentation of NCCL_BUFFSIZE and NCCL_MAX_CTAS), both ways, and NCCL's kernels. Not measured: a judgement."""
+
+_GROUPS = "what NCCL takes"
+
+
+class Taken(Protocol):
+    """A card that is asked what of it is taken beside torch's allocator; replaced in tests."""
+
+    @property
+    def key(self) -> str:
+        """The card's name, driver and PyTorch's version, which brings NCCL."""
+        ...
+
+    def outside(self) -> int:
+        """Bytes that all processes have taken and this one's allocator has not."""
+        ...
+
+
+class CudaTaken:
+    def __init__(self, device: torch.device, key: str):
+        self._device, self.key = device, key
+
+    def outside(self) -> int:
+        torch.cuda.synchronize(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
+
+
+@contextlib.contextmanager
+def measuring_group(card: Taken | None, ranks: int, *, file: Path | None = None) -> Iterator[None]:
+    """Keep what a ``card`` has taken beside torch's allocator within, where a group of ``ranks`` does its first
+    exchange: NCCL makes its connections with it. Without a card nothing is measured."""
+    if card is None:
+        yield
+        return
+    before = card.outside()
+    yield
+    nbytes = card.outside() - before
+    if nbytes <= 0:
+        log.info("what NCCL takes cannot be told: another process has given back as much meanwhile")
+        return
+    file = file or groups_file()
+    write_cache(file, _GROUPS, _read_groups(file) | {_group_key(card.key, ranks): nbytes})
+
+
+def group_bytes(card_key: str, *, file: Path | None = None) -> tuple[tuple[int, int], ...]:
+    """Pairs of (ranks of a group, bytes that NCCL took of this card for it): all that were measured."""
+    known, before = _read_groups(file or groups_file()), _group_key(card_key, 0).removesuffix("0 ranks")
+    found = ((key.removeprefix(before).removesuffix(" ranks"), n) for key, n in known.items() if key.startswith(before))
+    return tuple(sorted((int(ranks), nbytes) for ranks, nbytes in found if ranks.isdigit()))
+
+
+def groups_file() -> Path:
+    return cache_folder() / "grouped.json"
+
+
+def _group_key(card_key: str, ranks: int) -> str:
+    return f"{card_key} | group of {ranks} ranks"
+
+
+def _read_groups(file: Path) -> dict[str, int]:
+    def parse(nbytes: object) -> int:
+        if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes <= 0:
+            raise ValueError(f"{nbytes!r} is no number of bytes above 0")
+        return nbytes
+
+    return read_cache(file, _GROUPS, parse)

@@ -11,7 +11,7 @@ from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, GIB, allocated, kv_bytes, ring_costs
 from lowvram.planning.model_sizes import ModelSizes, SlabSizes
-from lowvram.planning.share import Share, whole
+from lowvram.planning.rank_layout import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import graph_bytes
 

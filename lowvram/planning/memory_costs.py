@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lowvram.planning.share import Share
+from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
 from lowvram_models.config import DiTConfig
 

@@ -20,10 +20,10 @@ from lowvram.planning.rank_plan import (
     describe,
     kv_scheme,
     place_text_encoder,
+    reserve_of,
     wave_of,
     words_of,
 )
-from lowvram.planning.reserve import reserve_of
 from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, slowest
 from lowvram.planning.workload import Workload

@@ -1,4 +1,5 @@
-"""Plan of one rank: what is predicted of its placement, and what is said where none fits."""
+"""Plan of one rank: what is predicted of its placement, what is kept free on its card beside, and what is said where no
+placement fits."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import Card
+from lowvram.planning.library_memory import FLAT_BYTES, NCCL_FLAT_BYTES, SLACK_BYTES
 from lowvram.planning.memory import (
     DeviceParts,
     HostParts,
@@ -21,12 +23,40 @@ from lowvram.planning.memory import (
 )
 from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.model_sizes import ModelSizes
-from lowvram.planning.reserve import Reserve
+from lowvram.planning.rank_layout import Share
 from lowvram.planning.search import Job, least_placement
-from lowvram.planning.share import Share
 from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reserve:
+    """Bytes. ``outside``: libraries and kernels; ``nccl``: the group of a rank that exchanges, 0 where there is none or
+    where it has taken its part already; ``slack``: small tensors that nobody counts."""
+
+    outside: int
+    outside_measured: bool
+    nccl: int = 0
+    nccl_measured: bool = False
+    slack: int = SLACK_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.outside + self.nccl + self.slack
+
+
+def reserve_of(card: Card, work: Workload, share: Share, *, grouped: bool) -> Reserve:
+    """Of a card: what was measured there, or flat values; and what NCCL takes of a rank that exchanges, unless ranks
+    are ``grouped`` already, which is seen in what is free."""
+    found = Reserve(outside=FLAT_BYTES, outside_measured=False)
+    if card.outside is not None:
+        found = Reserve(outside=card.outside.reserved(work.pixels), outside_measured=True)
+    if grouped or not share.exchanges:
+        return found
+    nccl = dict(card.nccl).get(share.parts)
+    return dataclasses.replace(found, nccl=NCCL_FLAT_BYTES if nccl is None else nccl, nccl_measured=nccl is not None)
+
 
 KV_NAMES = {"int8": "int8", "bf16": "plain"}
 _SMALLER_SIZES = ("1280*720", "832*480", "720*400", "704*384", "512*320", "384*256", "256*192")

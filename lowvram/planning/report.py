@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib
-from lowvram.planning.rank_plan import Plan
-from lowvram.planning.reserve import Reserve
+from lowvram.planning.rank_plan import Plan, Reserve
 
 _PART_NAMES = {
     "shared_weights": "embeddings, head, audio encoder of the DiT",

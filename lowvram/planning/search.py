@@ -12,8 +12,7 @@ from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory import DeviceParts, device_parts, host_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
 from lowvram.planning.model_sizes import ModelSizes
-from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.share import Share, share_of
+from lowvram.planning.rank_layout import ParallelLayout, Share, share_of
 from lowvram.planning.timing import Seconds, seconds_of
 from lowvram.planning.workload import Workload
 

@@ -9,7 +9,7 @@ from lowvram.offload.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory_costs import decode_operations, ring_costs, step_exchange, step_operations
 from lowvram.planning.model_sizes import ModelSizes
-from lowvram.planning.share import Share, whole
+from lowvram.planning.rank_layout import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
 

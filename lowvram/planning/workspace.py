@@ -13,7 +13,7 @@ from lowvram.offload.placement import Placement
 from lowvram.planning import workspace
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, kv_bytes
 from lowvram.planning.model_sizes import AudioSizes, ModelSizes
-from lowvram.planning.share import Share
+from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
 from lowvram_models import voice_lengths
 from lowvram_models.config import DiTConfig

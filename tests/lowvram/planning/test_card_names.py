@@ -12,7 +12,7 @@ from lowvram.doctor.wants import _card_like
 from lowvram.offload.placement import Placement
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.card_names import card_named, cards_called
-from lowvram.planning.share import whole
+from lowvram.planning.rank_layout import whole
 from lowvram.planning.timing import seconds_of
 from lowvram_kernels.errors import ConfigError
 

@@ -9,9 +9,8 @@ import pytest
 from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.planner import plan
-from lowvram.planning.rank_layout import ParallelLayout
+from lowvram.planning.rank_layout import ParallelLayout, share_of, whole
 from lowvram.planning.search import Job
-from lowvram.planning.share import share_of, whole
 from lowvram.planning.workspace import GRAPH_BYTES, graph_bytes, layer_workspace
 
 GIB = 1 << 30

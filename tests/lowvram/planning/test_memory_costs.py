@@ -9,7 +9,7 @@ from lowvram.denoise.kv_cache import RingShape
 from lowvram.denoise.kv_format import kv_format
 from lowvram.planning import Workload
 from lowvram.planning.memory_costs import GIB, allocated, kv_bytes, ring_costs, sink_bytes, step_operations
-from lowvram.planning.share import whole
+from lowvram.planning.rank_layout import whole
 
 # Size; GiB of the rings of 4 steps in bf16 and int8; GiB of the sink in bf16; TFLOP a step, linear and attention.
 BY_HAND = [

@@ -11,15 +11,19 @@ from rich.console import Console
 
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.layout_choice import Compared
-from lowvram.planning.library_memory import FLAT_BYTES, SLACK_BYTES, OutsideAllocator
+from lowvram.planning.library_memory import (
+    FLAT_BYTES,
+    NCCL_FLAT_BYTES,
+    SLACK_BYTES,
+    OutsideAllocator,
+    group_bytes,
+    measuring_group,
+)
 from lowvram.planning.measure import card_at_hand
 from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import GIB, MIB
-from lowvram.planning.nccl_memory import FLAT_BYTES as NCCL_FLAT_BYTES
-from lowvram.planning.nccl_memory import group_bytes, measuring_group
-from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.planning.reserve import reserve_of
-from lowvram.planning.share import share_of, whole
+from lowvram.planning.rank_layout import ParallelLayout, share_of, whole
+from lowvram.planning.rank_plan import reserve_of
 from lowvram.planning.team_report import print_team, team_to_json
 from tests.lowvram.planning.test_measure import FakeRunner
 

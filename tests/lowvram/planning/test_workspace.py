@@ -13,8 +13,7 @@ from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
 from lowvram.planning.memory_costs import decode_operations
 from lowvram.planning.model_sizes import AudioSizes
-from lowvram.planning.rank_layout import ParallelLayout, shares
-from lowvram.planning.share import share_of
+from lowvram.planning.rank_layout import ParallelLayout, share_of, shares
 from lowvram_kernels.modules import swap_linear
 from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.audio_adapter import AudioTokens
