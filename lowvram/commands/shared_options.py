@@ -137,7 +137,7 @@ def place_of_video(out: Path | None, save_dir: Path | None, request: Request) ->
 
 if TYPE_CHECKING:
     from lowvram.offload.placement import MemoryOptions
-    from lowvram.parallel.options import RankOptions
+    from lowvram.parallel.layout_agreement import RankOptions
     from lowvram.pipeline import AvatarPipeline
     from lowvram.request import Request
 
@@ -226,7 +226,7 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_rank_options(options: dict[str, Any]) -> RankOptions:
     """How several GPUs share the work."""
-    from lowvram.parallel.options import RankOptions
+    from lowvram.parallel.layout_agreement import RankOptions
 
     return RankOptions(**fields_of(RankOptions, options))
 

@@ -19,7 +19,7 @@ from lowvram.devices import is_out_of_memory
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import first_sentences
 from lowvram.offload.placement import Placement
-from lowvram.parallel.sequence import Sequence, Whole
+from lowvram.parallel.ulysses import Sequence, Whole
 from lowvram_kernels.errors import DeviceError
 from lowvram_kernels.holding import holding
 from lowvram_kernels.trace import record, trace_kernels

@@ -21,7 +21,7 @@ from lowvram.denoise.kv_format import kv_format
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
-from lowvram.parallel.sequence import Sequence, Whole, own_rope
+from lowvram.parallel.ulysses import Sequence, Whole, own_rope
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram_kernels.uploads import upload
 from lowvram_models.audio_adapter import AudioTokens

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from lowvram.devices import choose_dtype
-from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
-from lowvram.encode.voice_windows import BackgroundPieces
+from lowvram.encode.voice import BackgroundPieces, Voice, VoiceInWindows, WholeVoice
 from lowvram.loading.encoders import load_audio_encoder, load_text_encoder, load_vae
 from lowvram.recorder import Recorder
 from lowvram.request import Inputs

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lowvram.media.colours import to_srgb
+from lowvram.media.colours import stated_colours, to_srgb
 from lowvram.media.first_frame import first_frame
-from lowvram.media.stated_colours import stated_colours
 from lowvram_kernels.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""Agreement on a layout, on GPUs: every rank tells its card, and all come to the same layout and plan by themselves."""
+"""Layout that ranks agree on: options of several GPUs, checked before any rank starts; and, on GPUs, what follows from
+the cards that all of them tell, for every rank by itself."""
 
 from __future__ import annotations
 
@@ -8,19 +9,76 @@ from typing import Any
 import psutil
 import torch
 
-from lowvram.devices import choose_dtype
+from lowvram.devices import choose_dtype, cuda_is_here
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.options import RankOptions
+from lowvram.parallel.rank_env import RankEnv
 from lowvram.parallel.rank_team import RankTeam
 from lowvram.planning.cards import Card, Rates
 from lowvram.planning.layout_choice import choose_team
 from lowvram.planning.library_memory import parse_outside
 from lowvram.planning.measure import CudaRunner, card_at_hand, contended_rates
 from lowvram.planning.members import Machines
-from lowvram.planning.rank_layout import ParallelLayout
+from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, chosen_layout
 from lowvram.planning.workload import Workload
 from lowvram.request import Request
+from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import Artifact
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankOptions(LayoutOptions):
+    """As they come from the command line; None leaves the choice to ``chosen_layout``."""
+
+    gpus: int | None = None
+    port: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus is not None and self.gpus < 1:
+            raise ConfigError(f"--gpus is {self.gpus}; expected 1 or more")
+        if self.port is not None and (self.gpus or 1) < 2:
+            raise ConfigError("--port has an effect with --gpus 2 or more only; torchrun has --master-port")
+
+    def layout(self, env: RankEnv | None, artifact: Artifact, sample_steps: int) -> ParallelLayout:
+        """The layout of the ranks that were started, or are to be.
+
+        Raises:
+            ConfigError: the options do not fit them.
+        """
+        if env is not None and self.gpus not in (None, env.world_size):
+            raise ConfigError(
+                f"--gpus is {self.gpus}, but {env.world_size} ranks were started; leave --gpus out{env.hint}"
+            )
+        if env is not None and self.port not in (None, 0, env.port):
+            raise ConfigError(f"--port is {self.port}, but the ranks were told {env.port}; leave --port out{env.hint}")
+        world = env.world_size if env else self.gpus or 1
+        if env is None and self.gpus is None and (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel) > 1:
+            wanted = (self.num_gpus_dit or 1) + bool(self.enable_vae_parallel)
+            vae = " and one for the VAE" if self.enable_vae_parallel else ""
+            raise ConfigError(
+                f"--num_gpus_dit {self.num_gpus_dit or 1}{vae} needs {wanted} ranks, and one was started; add --gpus "
+                f"{wanted}, or start them with torchrun --nproc_per_node={wanted} -m lowvram infer ..."
+            )
+        try:
+            return chosen_layout(
+                world, self, sample_steps=sample_steps, heads=artifact.component("dit").config["num_heads"]
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{error}{env.hint if env else ''}") from error
+
+
+def check_for_ranks(layout: ParallelLayout, memory: MemoryOptions) -> None:
+    """Raises: ConfigError for an option that means nothing to several ranks."""
+    if layout.world_size > 1 and memory.allow_quality_loss:
+        raise ConfigError("--allow-quality-loss begins a video again, which several ranks cannot; leave it out")
+
+
+def check_gpus(device: str, ranks: int) -> None:
+    """Raises: ConfigError where fewer GPUs are here than ranks are to be started."""
+    if device == "cpu" or (device == "auto" and not cuda_is_here()):
+        return
+    if (count := torch.cuda.device_count()) < ranks:
+        raise ConfigError(f"--gpus is {ranks}, but {count} GPUs are here; give --gpus {max(count, 1)} or --device cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

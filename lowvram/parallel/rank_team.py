@@ -20,11 +20,10 @@ from lowvram.parallel.comm import Comm, Sent, StageExchange
 from lowvram.parallel.heartbeat import Heartbeat, Peer
 from lowvram.parallel.rank_env import RankEnv
 from lowvram.parallel.rendezvous import RENDEZVOUS_S, Rendezvous
-from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.shared_weights import SharedSlabs
 from lowvram.parallel.stage_pipeline import StageChain, arriving
 from lowvram.parallel.team import Chain, LatentSize
-from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.ulysses import Sequence, Ulysses, Whole
 from lowvram.parallel.voice_windows import SentPieces, VoiceExtent, send_windows
 from lowvram.planning.library_memory import CudaTaken, measuring_group
 from lowvram.planning.measure import CudaRunner

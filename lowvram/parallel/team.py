@@ -14,7 +14,7 @@ import torch
 
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
-from lowvram.parallel.sequence import Sequence, Whole
+from lowvram.parallel.ulysses import Sequence, Whole
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from lowvram.encode.voice import VoiceInWindows, WholeVoice
-from lowvram.encode.voice_windows import BackgroundPieces
+from lowvram.encode.voice import BackgroundPieces, VoiceInWindows, WholeVoice
 from lowvram.parallel.comm import Comm
 
 Tensor = torch.Tensor

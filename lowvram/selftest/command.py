@@ -9,8 +9,8 @@ import torch
 
 from lowvram.devices import choose_device
 from lowvram.selftest import cache
+from lowvram.selftest.cache import identity_of
 from lowvram.selftest.examine import SOURCES, examine
-from lowvram.selftest.identity import identity_of
 from lowvram.selftest.report import Examined
 from lowvram.selftest.results import Result
 from lowvram_kernels.errors import OutputError

@@ -13,8 +13,7 @@ import torch
 from lowvram.planning.library_memory import OutsideAllocator, measure_outside_allocator
 from lowvram.planning.measure import CudaRunner
 from lowvram.selftest.isolated import BEGIN_S, CHECK_S, Heard, run_isolated
-from lowvram.selftest.results import Result, Subject
-from lowvram.selftest.verdict import judge
+from lowvram.selftest.results import Result, Subject, judge
 from lowvram_kernels.errors import DeviceError
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from lowvram.selftest import cache
+from lowvram.selftest.cache import Identity, identity_of
 from lowvram.selftest.examine import examine
-from lowvram.selftest.identity import Identity, identity_of
-from lowvram.selftest.results import Result
-from lowvram.selftest.verdict import Verdict, judge
+from lowvram.selftest.results import Result, Verdict, judge
 from lowvram_kernels.errors import ConfigError
 
 log = logging.getLogger("lowvram.plan")  # said before a run starts, as the plan is

@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lowvram.selftest.identity import Identity
-from lowvram.selftest.results import Result
-from lowvram.selftest.verdict import Verdict, judge
+from lowvram.selftest.cache import Identity
+from lowvram.selftest.results import Result, Verdict, judge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

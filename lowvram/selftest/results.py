@@ -1,9 +1,19 @@
-"""Results of checks, and the form in which they travel between processes and lie in the cache."""
+"""Results of checks, in the form in which they travel between processes and lie in the cache; and the verdict on a
+card: which kernels go, which are preferred, and what nothing can go around."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import Any, Literal
+
+import torch
+
+from lowvram_kernels.choices import OPERATIONS, prefer, switch_off
+
+log = logging.getLogger(__name__)
+
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -50,3 +60,90 @@ class Result:
         if not all(n is None or (isinstance(n, (int, float)) and not isinstance(n, bool)) for n in numbers):
             raise ValueError(f"figures are {numbers!r}, expected numbers")
         return result
+
+
+FASTER = 0.95
+"""Of the time of the backend that comes first anyway: what is hardly faster does not change the order."""
+ADVICE = "report it with the text of `lowvram selftest --report FILE`; another driver, torch or triton may mend it"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwitchedOff:
+    operation: str
+    backend: str
+    reason: str
+    instead: str
+    advice: str = (
+        "report it with the text of `lowvram selftest --report FILE`; a new driver, torch or triton may mend it"
+    )
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.backend} is switched off ({self.reason}); {self.instead} runs instead"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preferred:
+    operation: str
+    backend: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """``stuck`` are failures that no other backend makes good."""
+
+    off: tuple[SwitchedOff, ...]
+    preferred: tuple[Preferred, ...]
+    stuck: tuple[Result, ...]
+
+    def apply(self, device: torch.device) -> None:
+        """Let this process's runs on the device go by it. What is switched off is said."""
+        for one in self.off:
+            # The reason stands in the run's report, so that what to do belongs to it.
+            switch_off(one.operation, one.backend, device, f"{one.reason}; {one.advice}")
+            log.warning("%s: %s; %s", device, one, one.advice)
+        for fast in self.preferred:
+            prefer(fast.operation, fast.backend, device, fast.reason)
+        for result in self.stuck:
+            log.warning("%s: %s failed: %s", device, result.subject.name, result.message)
+
+
+def judge(results: Sequence[Result]) -> Verdict:
+    """One failed check is enough to lose a backend for its operation; no other operation is touched."""
+    off: list[SwitchedOff] = []
+    preferred: list[Preferred] = []
+    stuck = [result for result in results if result.status == "failed" and not result.subject.operation]
+    for operation, order in OPERATIONS.items():
+        own = [result for result in results if result.subject.operation == operation]
+        failed = {result.subject.backend: result for result in reversed(own) if result.status == "failed"}
+        good = [backend for backend in order if backend not in failed and _passed(own, backend)]
+        for backend, result in failed.items():
+            if backend == order[-1] or not good:
+                # The reference cannot be switched off, and where nothing passed nothing is gone around.
+                stuck.append(result)
+                continue
+            reason = f"{result.subject.size} shapes: {result.message}"
+            off.append(SwitchedOff(operation=operation, backend=backend, reason=reason, instead=good[0]))
+        if (fast := _fastest(operation, own, good)) is not None:
+            preferred.append(fast)
+    return Verdict(off=tuple(off), preferred=tuple(preferred), stuck=tuple(stuck))
+
+
+def _passed(results: Sequence[Result], backend: str) -> bool:
+    return any(result.status == "passed" for result in results if result.subject.backend == backend)
+
+
+def _fastest(operation: str, results: Sequence[Result], good: Sequence[str]) -> Preferred | None:
+    """The fastest of those that are right, at the sizes of the 14B; None where the order stands as it is."""
+    seconds = {
+        result.subject.backend: result.seconds
+        for result in results
+        if result.subject.size == "14B" and result.seconds is not None and result.subject.backend in good
+    }
+    if not good or good[0] not in seconds:
+        return None
+    best = min(seconds, key=lambda backend: seconds[backend])
+    if seconds[best] >= FASTER * seconds[good[0]]:
+        return None
+    reason = f"{seconds[best] * 1000:.3g} ms at 14B shapes, {good[0]} {seconds[good[0]] * 1000:.3g} ms"
+    return Preferred(operation=operation, backend=best, reason=reason)

@@ -14,9 +14,8 @@ import torch
 
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
-from lowvram.parallel.sequence import Sequence, Whole
 from lowvram.parallel.team import LATENT_CHANNELS, Chain, LatentSize
-from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.ulysses import Sequence, Ulysses, Whole
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from lowvram.encode import conditions as conditions_module
-from lowvram.encode.voice import VoiceInWindows, WholeVoice, listening
-from lowvram.encode.voice_windows import BackgroundPieces
+from lowvram.encode.voice import BackgroundPieces, VoiceInWindows, WholeVoice, listening
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import TensorRecorder

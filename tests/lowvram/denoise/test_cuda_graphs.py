@@ -22,8 +22,8 @@ from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.sequence import Whole
 from lowvram.parallel.team import Alone, SingleRank
+from lowvram.parallel.ulysses import Whole
 from lowvram.runtime import Run, Runtime, memory_report
 from lowvram.schedule import blocks_of, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError, DeviceError, OutOfMemoryError

@@ -18,8 +18,7 @@ import torch
 from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.denoise.kv_format import kv_format
 from lowvram.offload.copy_engine import engine_for
-from lowvram.parallel.sequence import own_rope
-from lowvram.parallel.ulysses import Ulysses
+from lowvram.parallel.ulysses import Ulysses, own_rope
 from lowvram.planning.rank_layout import shares
 from lowvram_models.rope import Rope, apply_rope
 

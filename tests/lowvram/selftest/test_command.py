@@ -22,9 +22,8 @@ from lowvram.selftest import command
 from lowvram.selftest.checks import kernel_check
 from lowvram.selftest.examine import examine
 from lowvram.selftest.report import Examined, bug_report, print_examined, without_user
-from lowvram.selftest.results import Result, Subject
+from lowvram.selftest.results import Result, Subject, judge
 from lowvram.selftest.trials import SMALL
-from lowvram.selftest.verdict import judge
 from lowvram_kernels.choices import FLOAT32, INT_MM
 from tests.lowvram.selftest import fakes
 from tests.lowvram.selftest.test_first_run import IDENTITY, RESULTS

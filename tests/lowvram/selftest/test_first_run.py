@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from lowvram.selftest import cache
-from lowvram.selftest.cache import Known
+from lowvram.selftest.cache import Identity, Known, identity_of, kernels_digest
 from lowvram.selftest.first_run import get_ready
-from lowvram.selftest.identity import Identity, identity_of, kernels_digest
 from lowvram.selftest.results import Result, Subject
 from lowvram_kernels import choices
 from lowvram_kernels.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 
 from lowvram.selftest import worker
 from lowvram.selftest.isolated import run_isolated
-from lowvram.selftest.verdict import judge
+from lowvram.selftest.results import judge
 from lowvram.selftest.worker import work
 from lowvram_kernels.errors import DeviceError
 from tests.lowvram.selftest import fakes

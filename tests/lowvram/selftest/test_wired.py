@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from lowvram.cli import main
-from lowvram.commands import infer_ranks as ranks
+from lowvram.commands import infer as ranks
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.options import RankOptions
+from lowvram.parallel.layout_agreement import RankOptions
 from lowvram.parallel.rank_env import RankEnv
 from lowvram.selftest import first_run
 from lowvram_kernels.errors import HardwareError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowvram.loading.text_linears import swap_text_linears
+from lowvram.loading.encoders import swap_text_linears
 from lowvram.runtime import StageLog
 from lowvram.simulate.device import CUBLAS_WORKSPACE_BYTES, SimulatedDevice
 from lowvram_kernels.modules import swap_linear

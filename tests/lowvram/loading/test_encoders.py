@@ -12,7 +12,7 @@ from optimum.quanto.tensor.weights import qbytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowvram.loading.text_linears import swap_text_linears
+from lowvram.loading.encoders import swap_text_linears
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

@@ -7,8 +7,7 @@ import logging
 import pytest
 import torch
 
-from lowvram.selftest.results import Result, Subject
-from lowvram.selftest.verdict import judge
+from lowvram.selftest.results import Result, Subject, judge
 from lowvram_kernels import choices
 
 CARD = torch.device("cuda", 0)
