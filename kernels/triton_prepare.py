@@ -19,6 +19,7 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
 from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.rounding import round_up
 from lowvram_kernels.triton_rows import magnitude_bits, power_of_2, quantize_scales, to_8bit
 from lowvram_kernels.uploads import upload
 
@@ -192,7 +193,7 @@ def spread_scales(ready: Prepared) -> None:
 
 
 def _padded(tokens: int) -> int:
-    return -(-tokens // PAD_TOKENS) * PAD_TOKENS
+    return round_up(tokens, PAD_TOKENS)
 
 
 def _row(block: KVBlock, origin: int) -> tuple[int, ...]:

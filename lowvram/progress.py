@@ -16,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lowvram.byte_sizes import gib
 from lowvram.recorder import Recorder
 
 
@@ -63,9 +64,9 @@ class RunProgress:
 
 def memory(device: torch.device) -> str:
     """Memory in use now, for a person to read: this process's, and on a GPU what PyTorch holds there."""
-    text = f"RSS {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
+    text = f"RSS {gib(psutil.Process().memory_info().rss)}"
     if device.type == "cuda":
-        text += f", VRAM {torch.cuda.memory_reserved(device) / 2**30:.2f} GiB"
+        text += f", VRAM {gib(torch.cuda.memory_reserved(device))}"
     return text
 
 

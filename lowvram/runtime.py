@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from lowvram.byte_sizes import gib
 from lowvram.devices import choose_dtype, current
 from lowvram.offload.copy_engine import Engine, Peaks, engine_for
 from lowvram.offload.oom import Ladder, Rung
@@ -62,7 +63,7 @@ class StageLog:
             entry.seconds += time.perf_counter() - begin
             _note_peaks(entry, self._engine.peaks())
             if entry.calls == 1:
-                log.info("%s: %.2f s, peak RSS %.2f GiB", name, entry.seconds, entry.peak_rss_bytes / 2**30)
+                log.info("%s: %.2f s, peak RSS %s", name, entry.seconds, gib(entry.peak_rss_bytes))
 
     def to_json(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(s) | {"peak_bytes": self._peak(s)} for s in self.stages.values()]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.rounding import round_up
 
 Tensor = torch.Tensor
 
@@ -70,7 +71,7 @@ def frames_to_denoise(
     if missing <= 0 or clips == num_clip:
         return frames
     block = FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT
-    return frames + min(-(-missing // block) * block, infer_frames)
+    return frames + min(round_up(missing, block), infer_frames)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rounding import round_up
 from lowvram_quantize.manifest import check_manifest
 
 Tensor = torch.Tensor
@@ -73,10 +74,6 @@ class Slab:
     tensors: tuple[TensorSpec, ...]
 
 
-def align(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 def plan_slabs(tensors: dict[str, Sequence[TensorSpec]]) -> list[Slab]:
     """Lay out slabs in the given order: wide dtypes first inside a slab, padding as tensors of its own."""
     slabs: list[Slab] = []
@@ -97,9 +94,9 @@ def plan_slabs(tensors: dict[str, Sequence[TensorSpec]]) -> list[Slab]:
             return to
 
         for spec in sorted(specs, key=lambda s: -s.dtype.itemsize):
-            end = pad(align(end, TENSOR_ALIGNMENT), end)
+            end = pad(round_up(end, TENSOR_ALIGNMENT), end)
             end = place(dataclasses.replace(spec, offset=end))
-        end = pad(align(end, SLAB_ALIGNMENT), end)
+        end = pad(round_up(end, SLAB_ALIGNMENT), end)
         slabs.append(Slab(name=name, offset=begin, nbytes=end, tensors=tuple(placed)))
         begin += end
     return slabs
@@ -117,7 +114,7 @@ def header_bytes(slabs: Sequence[Slab], metadata: dict[str, str]) -> bytes:
                 "data_offsets": [begin, begin + spec.nbytes],
             }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(align(8 + len(text), SLAB_ALIGNMENT) - 8)
+    text = text.ljust(round_up(8 + len(text), SLAB_ALIGNMENT) - 8)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -17,6 +17,7 @@ from lowvram.offload.events import DONE, Moment
 from lowvram.offload.prefetch import Fill, Moments, Prefetcher
 from lowvram_kernels.attention import attention
 from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.rounding import round_up
 from lowvram_models.attention import Heads
 from lowvram_models.rope import Rope, apply_rope
 
@@ -32,7 +33,7 @@ class Sink:
 
     def __init__(self, kind: KVFormat, layers: int, tokens: int, device: torch.device):
         self._kind, self.tokens = kind, tokens
-        blocks = torch.empty(layers, _aligned(kind.nbytes(tokens)), dtype=torch.uint8, device=device)
+        blocks = torch.empty(layers, round_up(kind.nbytes(tokens), _ALIGNMENT), dtype=torch.uint8, device=device)
         self._blocks = blocks.unbind(0)
         self.rotated: KVBlock | None = None
         """Where a layer's rotated keys stand while they are read; see ``keep_rotated``."""
@@ -106,7 +107,7 @@ class Rings:
 
     def __init__(self, shape: RingShape, kind: KVFormat, engine: Engine, steps: Sequence[int], layers: int):
         self.shape, self.kind, self._engine = shape, kind, engine
-        self._slot_nbytes = _aligned(kind.nbytes(max(shape.slots)))
+        self._slot_nbytes = round_up(kind.nbytes(max(shape.slots)), _ALIGNMENT)
         self._all = [(step, layer) for step in steps for layer in range(layers)]
         self._device: dict[Cell, Tensor] = {}
         self._host: dict[Cell, Tensor] = {}
@@ -210,7 +211,3 @@ class RingMemory:
         out = self.rings.kind.attend(own, window.slot, slots[: window.visible], sink, self.sink_rope, self.sink.rotated)
         self.rings.close(self.cell, window, slots)
         return out
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

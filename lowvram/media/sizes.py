@@ -4,6 +4,7 @@ import math
 import re
 
 from lowvram_kernels.errors import InputError
+from lowvram_kernels.rounding import round_up
 
 MULTIPLE_PX = 64  # VAE factor 8, patch 2, and FramePack's coarsest patch 8 in latents
 SCALE_STEPS = 100
@@ -65,7 +66,10 @@ def _first_fit(
 ) -> tuple[int, int] | None:
     for step in range(SCALE_STEPS):
         scale = largest - (largest - smallest) * step / SCALE_STEPS
-        height, width = _round_up(int(image_height * scale)), _round_up(int(image_width * scale))
+        height, width = (
+            round_up(int(image_height * scale), MULTIPLE_PX),
+            round_up(int(image_width * scale), MULTIPLE_PX),
+        )
         if 0 < height * width <= area:
             return height, width
     return None
@@ -81,7 +85,3 @@ def _shrinking_range(area: int, height: int, width: int) -> tuple[float, float]:
     a, b, c = height * width, slack * (height + width), slack**2 - area
     # 2ac, not 4ac: not the exact root, but what the published sizes were made with.
     return math.sqrt(area / a), (-b + math.sqrt(b * b - 2 * a * c)) / (2 * a)
-
-
-def _round_up(length: int) -> int:
-    return -(-length // MULTIPLE_PX) * MULTIPLE_PX

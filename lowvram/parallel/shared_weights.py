@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 
 from lowvram_kernels.errors import OutOfMemoryError
+from lowvram_kernels.rounding import round_up
 
 Tensor = torch.Tensor
 
@@ -26,7 +27,7 @@ class SharedSlabs:
 
     def __init__(self, file: int, sizes: Sequence[int]):
         page = mmap.ALLOCATIONGRANULARITY
-        lengths = [-(-size // page) * page for size in (len(sizes), *sizes)]
+        lengths = [round_up(size, page) for size in (len(sizes), *sizes)]
         self._file, self._sizes = file, list(sizes)
         weakref.finalize(self, os.close, file).atexit = False  # mappings do without it
         self._offsets = list(accumulate(lengths, initial=0))

@@ -14,6 +14,7 @@ from lowvram.planning.model_sizes import ModelSizes, SlabSizes
 from lowvram.planning.rank_layout import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import graph_bytes
+from lowvram_kernels.rounding import round_up
 
 HOST_BASE_BYTES = 3 * GIB
 """Host memory of a process without anything pinned: interpreter, PyTorch with CUDA's libraries, decoded frames."""
@@ -172,7 +173,7 @@ def host_parts(sizes: ModelSizes, work: Workload, placement: Placement, text_dev
     return HostParts(
         base=HOST_BASE_BYTES,
         pinned_weights=pinned_weights(sizes, placement.streamed_layers),
-        pinned_rings=len(placement.host_rings) * _pages(cell),
+        pinned_rings=len(placement.host_rings) * round_up(cell, _PAGE),
         pinned_cache=workspace.decoder_cache(sizes.vae_base_dim, work) if share.media else 0,
         text_encoder=sum(slab.bound(torch.float32) for slab in sizes.text)
         if share.media and text_device == "cpu"
@@ -227,11 +228,7 @@ def machine_parts(sizes: ModelSizes, ranks: Sequence[HostParts], streamed: Seque
 
 def pinned_weights(sizes: ModelSizes, streamed: Iterable[int]) -> int:
     """Bytes of the layers ``streamed`` on the host."""
-    return sum(_pages(sizes.layer_bytes[index]) for index in streamed)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
+    return sum(round_up(sizes.layer_bytes[index], _PAGE) for index in streamed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import dataclasses
 
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
+from lowvram_kernels.rounding import round_up
 from lowvram_models.config import DiTConfig
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -30,7 +31,7 @@ def allocated(nbytes: int) -> int:
     """What torch's caching allocator takes from the card for a tensor: 2 MiB steps from 10 MiB on, where every tensor
     has a segment of its own; smaller ones share segments in steps of 512 bytes."""
     step = 2 * MIB if nbytes >= 10 * MIB else 512
-    return -(-nbytes // step) * step
+    return round_up(nbytes, step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class KVBytes:
     @property
     def block(self) -> int:
         """As a block of tokens lies in memory."""
-        return -(-(self.payload + self.scales) // _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
+        return round_up(self.payload + self.scales, _BLOCK_ALIGNMENT)
 
 
 def kv_bytes(config: DiTConfig, tokens: int, kv: str, heads: int, value_bytes: int) -> KVBytes:

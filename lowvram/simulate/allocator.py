@@ -18,6 +18,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
+from lowvram_kernels.rounding import round_up
+
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
 SMALL_SEGMENT_BYTES = 2 << 20
@@ -73,7 +75,7 @@ class AllocatorModel:
         """
         if nbytes <= 0:
             return None
-        rounded = _round_up(nbytes, MIN_BLOCK_BYTES)
+        rounded = round_up(nbytes, MIN_BLOCK_BYTES)
         small = rounded <= SMALL_BYTES
         block = self._take(rounded, small) or self._new_segment(self._segment_bytes(rounded), small)
         self._split(block, rounded)
@@ -146,11 +148,7 @@ def segment_bytes(rounded: int) -> int:
     """Size of the segment that is asked of the driver for a block of ``rounded`` bytes."""
     if rounded <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
-    return LARGE_SEGMENT_BYTES if rounded < OWN_SEGMENT_BYTES else _round_up(rounded, SEGMENT_STEP_BYTES)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+    return LARGE_SEGMENT_BYTES if rounded < OWN_SEGMENT_BYTES else round_up(rounded, SEGMENT_STEP_BYTES)
 
 
 def merge(block: MemoryBlock, neighbour: MemoryBlock) -> None:
@@ -213,7 +211,7 @@ class ExpandableAllocatorModel(AllocatorModel):
         """The first hole that a block fits in, with what is free before it, and the bytes to map there."""
         for hole in self._unmapped[small]:
             before = hole.before.nbytes if hole.before is not None and hole.before.free else 0
-            missing = -(-(nbytes - before) // page_bytes(small)) * page_bytes(small)
+            missing = round_up(nbytes - before, page_bytes(small))
             if missing <= hole.nbytes:
                 return hole, missing
         raise AssertionError("the last hole has no end")
@@ -227,7 +225,7 @@ class ExpandableAllocatorModel(AllocatorModel):
 
     def _unmap(self, block: MemoryBlock, page: int) -> None:
         """Take the whole pages out of a free block; what is left of it at either end stays free."""
-        begin, end = -(-block.address // page) * page, (block.address + block.nbytes) // page * page
+        begin, end = round_up(block.address, page), (block.address + block.nbytes) // page * page
         if begin >= end:
             return
         self._drop(block)
