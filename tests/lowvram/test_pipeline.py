@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram.denoise.rollout import Rollout
 from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline, Request, to_pixels
 from lowvram.recorder import TensorRecorder
@@ -32,8 +33,8 @@ def test_stream_yields_blocks_of_pixels(tiny):
 
 
 def test_frames_are_not_constant_and_not_saturated(plain):
+    assert plain[0].dtype == np.uint8
     frames = plain[0].astype(float)
-    assert frames.dtype == float
     assert 5 < frames.std() < 120
     assert np.abs(np.diff(frames, axis=0)).mean() > 0.5
 
@@ -63,13 +64,25 @@ def test_the_seed_decides(tiny, plain):
     assert not np.array_equal(other, plain[0])
 
 
-def test_the_second_clip_follows_what_the_first_one_made(tiny, plain):
-    """The sink is refilled before clip 1: its blocks change when the reference frame's distance does, once it moves."""
-    one_clip = run(tiny.artifact("fp32"), tiny.request(num_clip=1))[1]
-    assert torch.equal(one_clip["latents.block0"], plain[1]["latents.block0"])
-    stages = plain[2].runtime.stages.stages
-    assert stages["prefill_sink"].calls == 2
-    assert stages["denoise"].calls == 4 * 2
+def test_the_second_clip_follows_what_the_first_one_made(tiny, plain, monkeypatch):
+    """The sink is filled from the portrait first, and before the second clip from the first frame that was generated:
+    with the portrait's latent once more, the second clip would be another."""
+    real, filled = Rollout.prefill, []
+
+    def prefill(self: Rollout, reference: torch.Tensor, motion: torch.Tensor) -> None:
+        filled.append(reference.clone())
+        real(self, filled[0], motion)
+
+    monkeypatch.setattr(Rollout, "prefill", prefill)
+    _, portrait_again, pipeline = run(tiny.artifact("fp32"), tiny.request())
+    expected = plain[1]["ref_latents"][0], plain[1]["latents.block0"][:, :1]
+    assert len(filled) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(filled, expected, strict=True))
+    for block, same in enumerate((True, True, False, False)):
+        name = f"latents.block{block}"
+        assert torch.equal(portrait_again[name], plain[1][name]) == same
+    stages = pipeline.runtime.stages.stages
+    assert (stages["prefill_sink"].calls, stages["denoise"].calls) == (2, 4 * 2)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])

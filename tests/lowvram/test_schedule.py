@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowvram.schedule import blocks_of, clip_noise, latent_frames_per_clip, ticks
+from lowvram.schedule import Extent, blocks_of, clip_noise, frames_to_denoise, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import ConfigError
 
 
@@ -66,3 +66,31 @@ def test_a_full_wave_takes_one_pass_a_block():
     # A pass a block, and three that fill the wave at the start and again behind the sink's refresh.
     assert passes == 40 + 3 + 3
     assert sum(1 for _ in ticks(blocks_of(10, 12), 4, 1)) == 160
+
+
+@pytest.mark.parametrize(
+    ("voice", "clips", "num_clip", "expected"),
+    [
+        (45, 1, None, 48),  # all that is shown of a clip of 48 frames
+        (46, 1, None, 60),  # a frame more, a block more
+        (57, 1, None, 60),
+        (58, 1, None, 72),
+        (95, 1, None, 96),  # the whole of another clip, and no more: the reference would have made it a clip
+        (95, 1, 1, 48),
+        (95, 2, 1, 48),
+        (10, 0, None, 24),
+        (200, 4, 2, 96),
+    ],
+)
+def test_as_many_frames_are_made_as_hold_the_voice(voice, clips, num_clip, expected):
+    asked = dict(clips_in_audio=clips, infer_frames=48, num_clip=num_clip, dropped=3)
+    assert frames_to_denoise(voice, **asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "clips", "tail", "begun"), [(48, 1, 0, 1), (96, 2, 0, 2), (60, 1, 3, 2), (144, 3, 0, 3), (12, 0, 3, 1)]
+)
+def test_a_clip_is_begun_where_blocks_of_it_are_made(frames, clips, tail, begun):
+    extent = Extent.of(frames, 48)
+    assert (extent.clips, extent.tail, extent.clips_begun) == (clips, tail, begun)
+    assert len({block.clip for block in extent.blocks()}) == begun

@@ -1,4 +1,22 @@
-from lowvram.denoise.rollout import cond_rope_distance
+"""The rollout's own decisions: distances to the reference frame, and which rope the sink is read with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.denoise.rollout import Rollout, RolloutSettings, cond_rope_distance
+from lowvram.loading.weights import build_dit, load_shared
+from lowvram.offload.copy_engine import Engine
+from lowvram.offload.layers import Layers
+from lowvram.offload.placement import Placement
+from lowvram.schedule import Block, blocks_of
+from lowvram_models.rope import condition_rope, reference_time
+from lowvram_quantize.format import Artifact
+
+CPU = torch.device("cpu")
+STEPS, SEED = 3, 11
+BLOCKS = list(blocks_of(3, 4))
 
 
 def test_random_distance_is_seeded_and_in_range():
@@ -6,3 +24,41 @@ def test_random_distance_is_seeded_and_in_range():
     assert drawn == [cond_rope_distance("random", 420, block, step) for block in range(50) for step in range(4)]
     assert set(drawn) == set(range(4, 31))
     assert cond_rope_distance(17, 420, 3, 2) == 17
+
+
+@pytest.fixture(scope="module")
+def rollout(tiny) -> Rollout:
+    component = Artifact.open(tiny.artifact("fp32")).component("dit")
+    dit, engine = build_dit(component), Engine(CPU)
+    load_shared(dit, component, CPU, torch.float32)
+    settings = RolloutSettings(
+        frames_per_clip=4, latent_size=(8, 8), sample_steps=STEPS, base_seed=SEED, cond_rope_distance="random"
+    )
+    layers = Layers(dit, component, engine, torch.float32)
+    context = torch.zeros(2, dit.config.text_dim)
+    return Rollout(dit, layers, context, settings, dtype=torch.float32, engine=engine, placement=Placement())
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"clip{block.clip}.slot{block.slot}")
+def test_each_step_of_each_block_reads_the_sink_at_its_own_distance(rollout, block: Block):
+    """Drawn for the block's number in the video, not in its clip; and measured from where the video is by then."""
+    config = rollout.dit.config
+    audio = torch.zeros(1, config.audio_layers, config.audio_dim, 4 * block.frames)
+    rollout.start(block, torch.zeros(16, block.frames, 8, 8), audio)
+    flight = rollout._under_way[block.index]
+    distances = [cond_rope_distance("random", SEED, block.index, step) for step in range(STEPS)]
+    for step, distance in enumerate(distances):
+        expected = condition_rope(
+            *rollout.settings.grid, config.head_dim, reference_time=reference_time(block.first_frame, distance)
+        )
+        read = rollout._call(flight, step).sink_rope
+        assert torch.equal(read.cos, expected.cos)
+        assert torch.equal(read.sin, expected.sin)
+    rollout.finish(block)
+
+
+def test_distances_of_these_blocks_differ():
+    """Else the test above could not tell steps, or blocks of two clips, from each other."""
+    drawn = {b.index: [cond_rope_distance("random", SEED, b.index, step) for step in range(STEPS)] for b in BLOCKS}
+    assert all(len(set(of_steps)) > 1 for of_steps in drawn.values())
+    assert all(drawn[b.index] != drawn[b.slot] for b in BLOCKS if b.clip)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
 import pytest
 
 from lowvram.offload.placement import PlanOptions
-from lowvram.planning import Workload
-from lowvram.planning.search import Job, candidates, spread, spread_rings
+from lowvram.planning import CARDS, Workload
+from lowvram.planning.search import Job, candidates, fastest, least_placement, spread, spread_rings
 
 
 @pytest.mark.parametrize("total", [1, 7, 40])
@@ -58,3 +59,41 @@ def test_rings_that_have_to_be_on_the_host_are(sizes):
     for placement in candidates(job, 70 * 2**30):
         assert len(placement.host_rings) == 160
         assert len(placement.streamed_layers) == 40
+
+
+def test_an_encoder_beyond_the_budget_leaves_nothing_to_divide(sizes):
+    """No layer and no ring that goes makes room for it."""
+    job = Job(sizes=sizes("bf16"), work=Workload.of_size("384*256"), kv="int8")
+    assert job.stage_peaks(job.placement(40, job.cells, 1))["encode_text"] > 9 * 2**30
+    assert list(candidates(job, 9 * 2**30)) == []
+    beside = dataclasses.replace(job, text_device="cpu")
+    assert list(candidates(beside, 9 * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "streams", "rings"),
+    [(40, 4, 40, 160), (1, 4, 0, 4), (40, 1, 40, 40), (1, 1, 0, 0)],
+)
+def test_what_has_less_than_its_slots_is_smaller_without_them(sizes, layers, steps, streams, rings):
+    whole = sizes("int8")
+    config = dataclasses.replace(whole.config, num_layers=layers, audio_inject_layers=())
+    few = dataclasses.replace(whole, config=config, layers=whole.layers[:layers])
+    job = Job(sizes=few, work=Workload.of_size("704*384", sample_steps=steps), kv="int8", text_device="cpu")
+    least = least_placement(job)
+    assert (len(least.streamed_layers), len(least.host_rings)) == (streams, rings)
+    every = (job.placement(s, h, 1) for s in (0, layers) for h in (0, job.cells))
+    assert job.peak(least) == min(map(job.peak, every))
+
+
+def test_of_equally_fast_placements_the_smaller_wave_is_taken(sizes):
+    """It shows its first frames sooner."""
+    job = Job(sizes=sizes("int8"), work=Workload.of_size("384*256"), kv="int8")
+    rates = CARDS["rtx4090"].rates
+    waves = [job.placement(0, 0, wave) for wave in (3, 1, 4, 2)]
+    assert len({job.seconds(placement, rates).block for placement in waves}) == 1
+    assert fastest(job, rates, waves).wave == 1
+
+
+def test_every_wave_up_to_the_steps_is_tried(sizes):
+    job = Job(sizes=sizes("int8"), work=Workload.of_size("384*256"), kv="int8")
+    assert {placement.wave for placement in candidates(job, 40 * 2**30)} == {1, 2, 3, 4}
