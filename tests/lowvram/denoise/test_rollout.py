@@ -62,3 +62,30 @@ def test_distances_of_these_blocks_differ():
     drawn = {b.index: [cond_rope_distance("random", SEED, b.index, step) for step in range(STEPS)] for b in BLOCKS}
     assert all(len(set(of_steps)) > 1 for of_steps in drawn.values())
     assert all(drawn[b.index] != drawn[b.slot] for b in BLOCKS if b.clip)
+
+
+class Lanes:
+    """Stands for graphs: notes which steps a lane was asked for, and has none."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def lane(self, step: int, *_: object) -> None:
+        self.asked.append(step)
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"), [((1, 0), [1, 0]), ((2, 1), [2, 1]), ((1, 1), []), ((0, 0), []), ((2,), [2])]
+)
+def test_two_blocks_at_one_step_share_no_lane(rollout, monkeypatch, steps, asked):
+    """A lane holds one block's tensors; in a wave no two blocks are at one step, and a caller of its own might be."""
+    monkeypatch.setattr(rollout, "graphs", lanes := Lanes())
+    blocks = [block for block in BLOCKS if block.clip == 2][: len(steps)]
+    for block in blocks:
+        audio = torch.zeros(1, rollout.dit.config.audio_layers, rollout.dit.config.audio_dim, 4 * block.frames)
+        rollout.start(block, torch.zeros(16, block.frames, 8, 8), audio)
+    flights = [rollout._under_way[block.index] for block in blocks]
+    rollout._keep_in_lanes([rollout._call(flight, step) for flight, step in zip(flights, steps, strict=True)])
+    for block in blocks:
+        rollout.finish(block)
+    assert lanes.asked == asked
