@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -79,3 +81,14 @@ def test_cells_out_of_order_are_refused():
     rings.expect([(CELLS[0], SHAPE.window(0, 0))])
     with pytest.raises(RuntimeError, match="is on its way"):
         rings.open(CELLS[1])
+
+
+@pytest.mark.parametrize("on_host", [CELLS, CELLS[:1], CELLS[1::2]], ids=["all", "one", "some"])
+def test_a_ring_that_moves_to_the_host_is_held_by_nobody(on_host):
+    """Not by the slots that it was cut into: they would keep its memory, and be taken for those of what lies there next."""
+    rings, _ = make_rings()
+    write(rings, 0, 0, 1)
+    gone = [weakref.ref(rings._device[cell].untyped_storage()) for cell in on_host]
+    assert all(each() is not None for each in gone)
+    rings.place(on_host, 2)
+    assert all(each() is None for each in gone)

@@ -1,4 +1,4 @@
-"""Who has failed, died, hung or gone silent, and what the others do: against a store, a clock and people of our own."""
+"""Who has failed, died, hung or gone silent, and what the others do: against a store, a clock and peers of our own."""
 
 from __future__ import annotations
 

@@ -234,3 +234,14 @@ def test_the_summary_is_a_line_with_the_figures(sizes):
         assert words in said
     vae = team(sizes("int8"), THREE_AND_VAE).ranks[3].summary()
     assert "layers" not in vae
+
+
+@pytest.mark.parametrize(("wave", "calls"), [(1, 4), (2, 7), (3, 9), (4, 10)])
+def test_blocks_that_follow_the_first_join_its_passes(sizes, wave, calls):
+    """In 4 steps 1, 2, ... blocks share a pass, up to the wave: the first frames wait for all of them."""
+    found = team(sizes("int8"), ParallelLayout(), Workload.of_size("384*256"), wave=wave, gib=23)
+    (alone,) = found.ranks
+    seconds = alone.seconds
+    assert not alone.placement.streamed_layers
+    waited = seconds.arithmetic * calls / 4 + seconds.exposed + seconds.decode
+    assert found.first_block_s == pytest.approx(waited)

@@ -213,3 +213,12 @@ def test_one_card_is_planned_as_the_readme_says(sizes, card, gib, size, streamed
     result = planned(sizes("int8"), gib, Workload.of_size(size), ram_gib=64, card=CARDS[card])
     assert (len(result.placement.streamed_layers), len(result.placement.host_rings)) == (streamed, hosted)
     assert result.seconds_per_block == pytest.approx(seconds, abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
+def test_loading_takes_what_lies_there_when_all_is_loaded(sizes, precision):
+    """Rings, slots and the VAE are there before the first block, and so is what only goes before it."""
+    found = planned(sizes(precision), 78, ram_gib=200)
+    start = sizes(precision).start.bound(found.workload.dtype)
+    assert found.stage_peaks["load_dit"] >= found.device.total - found.device.decoder_cache + start
+    assert found.stage_peaks["load_dit"] <= found.stage_peaks["denoise"]
