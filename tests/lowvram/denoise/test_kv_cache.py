@@ -85,7 +85,7 @@ def test_cells_out_of_order_are_refused():
 
 @pytest.mark.parametrize("on_host", [CELLS, CELLS[:1], CELLS[1::2]], ids=["all", "one", "some"])
 def test_a_ring_that_moves_to_the_host_is_held_by_nobody(on_host):
-    """Not by the slots that it was cut into: they would keep its memory, and be taken for those of what lies there next."""
+    """Not by the slots that it was cut into: they would keep its memory, and stand for what lies there next."""
     rings, _ = make_rings()
     write(rings, 0, 0, 1)
     gone = [weakref.ref(rings._device[cell].untyped_storage()) for cell in on_host]
