@@ -25,8 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # training is not ins
 import numpy as np
 import torch
 
+from lowvram.compare.lessons import Taught
 from lowvram.compare.metrics import FrameScorer, TensorSums, mean_psnr, moving_pixels
-from lowvram.compare.teacher_forcing import Taught, force, record
+from lowvram.compare.teacher_forcing import force, record
 from lowvram.infer import machine
 from lowvram.media.contact_sheet import follows
 from lowvram.offload.placement import MemoryOptions
@@ -158,7 +159,7 @@ def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught)
         total.merge(sums)
         blocks.append(sums.score("").relative_error)
     return {
-        "taught": forced.values | {"by_step": [step.relative_error for step in forced.by_step]},
+        "taught": forced.values | {"by_step": [step.relative_error.value for step in forced.by_step]},
         "free": {
             "latent_error": total.score("").relative_error,
             "latent_error_first": blocks[0],

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 import torch
@@ -146,7 +146,9 @@ def computing_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def each_within(context: Callable[[], contextlib.AbstractContextManager[object]], steps: Iterator[T]) -> Iterator[T]:
+def each_within(
+    context: Callable[[], contextlib.AbstractContextManager[object]], steps: Iterator[T]
+) -> Generator[T, None, None]:
     """Yield what ``steps`` yields. Every step runs within a ``context`` of its own, and whoever takes what it gave does
     not: several such iterators can be taken from in turn."""
     try:

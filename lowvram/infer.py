@@ -9,7 +9,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
 from lowvram.offload.oom import smaller_request
 from lowvram.outputs import Outputs
-from lowvram.pipeline import FPS, AvatarPipeline, Request, read_inputs
+from lowvram.pipeline import FPS, AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
@@ -33,7 +33,24 @@ from lowvram_quantize.places import real
 log = logging.getLogger(__name__)
 
 
-def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet: bool = False) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watching:
+    """Who looks on while a video is made: ``begun`` as of ``AvatarPipeline.stream``; ``recorder`` makes the one that
+    keeps tensors, in the folder ``kept``, instead of the one that makes a dump."""
+
+    begun: Begun | None = None
+    recorder: Callable[[], Recorder] | None = None
+    kept: Path | None = None
+
+
+def infer(
+    pipeline: AvatarPipeline,
+    request: Request,
+    outputs: Outputs,
+    *,
+    quiet: bool = False,
+    watching: Watching | None = None,
+) -> dict[str, Any]:
     """Make the video and return the run's report, which is also written where ``outputs`` says.
 
     Of several ranks the media rank does so; the others do their part of the work and return their part of the report.
@@ -50,7 +67,7 @@ def infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, *, quiet
             return _serve(pipeline, request)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
     with outputs.claimed(), _kept(artifact):
-        return _infer(pipeline, request, outputs, quiet)
+        return _infer(pipeline, request, outputs, quiet, watching or Watching())
 
 
 @contextlib.contextmanager
@@ -61,12 +78,14 @@ def _kept(artifact: Artifact) -> Iterator[None]:
         yield
 
 
-def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> dict[str, Any]:
+def _infer(
+    pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool, watching: Watching
+) -> dict[str, Any]:
     begin = time.perf_counter()
     lost: list[str] = []
     while True:
         try:
-            recorder, written = _make(pipeline, request, outputs, quiet)
+            recorder, written = _make(pipeline, request, outputs, quiet, watching)
             break
         except (OutOfMemoryError, RuntimeError) as error:
             if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)):
@@ -82,6 +101,8 @@ def _infer(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: 
         recorder.save(real(outputs.dump_tensors), {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
     report |= written | {"quality_lost": lost}
+    if watching.kept:
+        report["dump_tensors"] = str(watching.kept.absolute())
     if pipeline.team.layout.world_size > 1:
         layout = dataclasses.asdict(pipeline.team.layout)
         report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
@@ -98,16 +119,18 @@ def _serve(pipeline: AvatarPipeline, request: Request) -> dict[str, Any]:
     return report
 
 
-def _make(pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool) -> tuple[Recorder, dict[str, Any]]:
+def _make(
+    pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool, watching: Watching
+) -> tuple[Recorder, dict[str, Any]]:
     """One attempt: what the report says of files read and written, and what was recorded on the way."""
     inputs = read_inputs(request)
-    recorder = TensorRecorder() if outputs.dump_tensors else Recorder()
+    recorder = (watching.recorder or (TensorRecorder if outputs.dump_tensors else Recorder))()
     height, width = inputs.portrait.shape[1:]
     with (
         VideoWriter(real(outputs.video), height, width, FPS, audio_path=inputs.sound or request.audio) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
     ):
-        for frames in pipeline.stream(inputs, recorder=recorder):
+        for frames in pipeline.stream(inputs, recorder=recorder, begun=watching.begun):
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)

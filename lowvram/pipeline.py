@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from lowvram_models.vae import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
+Begun = Callable[[Rollout, int], None]
 plan_log = logging.getLogger("lowvram.plan")
 
 
@@ -91,42 +92,51 @@ class AvatarPipeline:
         where = choose_device(device)
         return cls(Artifact.open(Path(path), verify=verify), where, dtype, memory=memory, team=team, machines=machines)
 
-    def stream(self, request: Request | Inputs, *, recorder: Recorder | None = None) -> Iterator[np.ndarray]:
+    def stream(
+        self, request: Request | Inputs, *, recorder: Recorder | None = None, begun: Begun | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
 
         All frames of all clips come; the last clip may go on behind the end of the audio, and ``Inputs.voice_frames``
         says how many are needed. Of several ranks, this is for the one that reads and writes; ``serve`` is for the
-        others. The current CUDA device and PyTorch's switches
-        for float32 are the caller's own between two blocks.
+        others. The current CUDA device and PyTorch's switches for float32 are the caller's own between two blocks.
+        ``begun``, for a pipeline of one rank, is as of ``denoise``.
+
+        Raises:
+            ConfigError: ``begun`` is given, and there are other ranks.
         """
-        return each_within(self._computing, self._stream(request, recorder or Recorder()))
+        self._check_alone(begun)
+        return each_within(self._computing, self._stream(request, recorder or Recorder(), begun))
 
     def denoise(
-        self, request: Request | Inputs, begun: Callable[[Rollout], None], *, recorder: Recorder | None = None
-    ) -> Iterator[tuple[Block, Tensor]]:
+        self, request: Request | Inputs, begun: Begun, *, recorder: Recorder | None = None
+    ) -> Generator[tuple[Block, Tensor], None, None]:
         """Yield each block and its latent [C, F, h, w], float32, of which nothing is decoded; ``begun`` is shown the
-        rollout before its first step. For a pipeline of one rank.
+        rollout before its first step, and told how many blocks there will be. For a pipeline of one rank.
 
         Raises:
             ConfigError: there are other ranks.
         """
-        if self.team.layout.world_size > 1:
-            raise ConfigError(f"latents alone are asked of {self.team.layout.world_size} ranks; expected one")
+        self._check_alone(begun)
         return each_within(self._computing, self._denoise(request, begun, recorder or Recorder()))
 
     def serve(self, request: Request) -> Iterator[Block]:
         """Do the part of a rank that neither reads nor writes; yields each block that has taken its steps here."""
         return each_within(self._computing, self._serve(request))
 
+    def _check_alone(self, begun: Begun | None) -> None:
+        if begun is not None and (ranks := self.team.layout.world_size) > 1:
+            raise ConfigError(f"single steps are to be seen of {ranks} ranks, each of which has a part; expected one")
+
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return computing_on(self.runtime.device)
 
-    def _stream(self, request: Request | Inputs, recorder: Recorder) -> Iterator[np.ndarray]:
+    def _stream(self, request: Request | Inputs, recorder: Recorder, begun: Begun | None) -> Iterator[np.ndarray]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
         run, conditions = self._conditions(inputs, recorder)
         with listening(conditions.audio):
             shared = self.team.share_conditions(conditions)
-            yield from self._frames(run, inputs.request, inputs.latent_size, shared, recorder)
+            yield from self._frames(run, inputs, shared, recorder, begun)
 
     def _conditions(self, inputs: Inputs, recorder: Recorder) -> tuple[Run, Conditions]:
         self.team.share("latent_size", inputs.latent_size)
@@ -135,22 +145,24 @@ class AvatarPipeline:
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
             return run, encode_inputs(run, inputs, recorder)
 
-    def _denoise(
-        self, request: Request | Inputs, begun: Callable[[Rollout], None], recorder: Recorder
-    ) -> Iterator[tuple[Block, Tensor]]:
+    def _denoise(self, request: Request | Inputs, begun: Begun, recorder: Recorder) -> Iterator[tuple[Block, Tensor]]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
         size, (run, conditions) = inputs.latent_size, self._conditions(inputs, recorder)
         with listening(conditions.audio):
+            extent = _extent(inputs.request, conditions)
             denoiser = self._denoiser(run, inputs.request, size, conditions)
-            begun(denoiser.rollout)
-            for block, latent, _ in self._denoised(_extent(inputs.request, conditions), size, denoiser):
+            begun(denoiser.rollout, extent.count)
+            for block, latent, _ in self._denoised(extent, size, denoiser):
                 yield block, latent
 
     def _frames(
-        self, run: Run, request: Request, size: LatentSize, conditions: Conditions, recorder: Recorder
+        self, run: Run, inputs: Inputs, conditions: Conditions, recorder: Recorder, begun: Begun | None
     ) -> Iterator[np.ndarray]:
+        request, size = inputs.request, inputs.latent_size
         extent = _extent(request, conditions)
         denoiser = self._denoiser(run, request, size, conditions) if self.team.role.denoises else None
+        if denoiser and begun is not None:
+            begun(denoiser.rollout, extent.count)
         decoder = BlockDecoder(run, conditions.motion, denoiser.degrade if denoiser else None)
         recorder.started(conditions.audio.num_frames - DROPPED_FIRST_FRAMES)
         waiting: list[Denoised] = []
@@ -264,4 +276,4 @@ def _extent(request: Request, conditions: Conditions) -> Extent:
     return Extent.of(conditions.audio.num_frames, request.infer_frames)
 
 
-__all__ = ["FPS", "AvatarPipeline", "Inputs", "Request", "read_inputs", "to_pixels"]
+__all__ = ["FPS", "AvatarPipeline", "Begun", "Inputs", "Request", "read_inputs", "to_pixels"]

@@ -95,6 +95,11 @@ class Extent:
     def clips_begun(self) -> int:
         return self.clips + (self.tail > 0)
 
+    @property
+    def count(self) -> int:
+        """Of all blocks."""
+        return sum(1 for _ in self.blocks())
+
     def blocks(self) -> Iterator[Block]:
         """All blocks in order."""
         return blocks_of(self.clips, self.frames_per_clip, tail=self.tail)

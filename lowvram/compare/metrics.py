@@ -90,6 +90,18 @@ class TensorSums:
         self._ab += other._ab
         self._dd += other._dd
 
+    @property
+    def parts(self) -> tuple[float, float, float, float]:
+        """All that is known, which can be added to that of other sums; see ``of``."""
+        return self._aa, self._bb, self._ab, self._dd
+
+    @classmethod
+    def of(cls, parts: Iterable[float]) -> TensorSums:
+        """Sums with these ``parts``."""
+        sums = cls()
+        sums._aa, sums._bb, sums._ab, sums._dd = (float(part) for part in parts)
+        return sums
+
     def score(self, name: str) -> TensorScore:
         """Against a baseline of zeros the error is 0 for zeros and infinite for all else."""
         if self._dd == 0:

@@ -4,41 +4,29 @@ Two rollouts of one seed drift apart, and then their distance says only that the
 of the candidate runs with its own weights, conditions, KV rings and sink, but each step of each block begins with the
 baseline's latent, and the sink is refreshed from the baseline's first frame: what differs is what one step costs.
 
-Shapes: C latent channels, F latent frames, h x w latent size.
+Shapes: C latent channels, F latent frames, h x w latent size; L tokens, D width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from lowvram.compare.layer_errors import LayerErrors, LayerSums, Step
+from lowvram.compare.lessons import Lesson, Lessons, Sampler, Taught, Watcher, kept
 from lowvram.compare.metrics import TensorScore, TensorSums
+from lowvram.compare.token_errors import UNCERTAINTY, Sample, Statistics, statistics
 from lowvram.denoise.rollout import Rollout
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
 from lowvram.schedule import Block
 from lowvram_kernels.errors import InputError
 
 Tensor = torch.Tensor
-Step = tuple[int, int]
-"""(block, step), both counted from 0."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Taught:
-    """What a baseline did, on the host in float32: of each step what it began with and the velocity that it gave, and
-    what each block ended with; all [C, F, h, w]."""
-
-    steps: int
-    before: dict[Step, Tensor]
-    velocities: dict[Step, Tensor]
-    ends: dict[int, Tensor]
-
-    def after(self, at: Step) -> Tensor:
-        """What the step made of its latent."""
-        block, step = at
-        return self.ends[block] if step == self.steps - 1 else self.before[block, step + 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,135 +41,183 @@ class StepScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forced:
-    """A candidate against the baseline that taught it, step by step in the order of blocks; the others are taken
-    together: all velocities, those of each step and of each block, and the latents after all last steps."""
+    """A candidate against the baseline that taught it ``total`` blocks or the first of them, step by step in the order
+    of blocks; the others are taken together: all velocities, those of each step and of each block, and the latents
+    after all last steps. ``layers`` are of the blocks and steps that the baseline's were kept of, ``layers_by_step``
+    of each step; of none where none were. ``seconds`` it took, encoding and loading with it."""
 
+    total: int
     each: tuple[StepScore, ...]
-    velocity: TensorScore
-    by_step: tuple[TensorScore, ...]
+    velocity: Statistics
+    by_step: tuple[Statistics, ...]
     by_block: tuple[TensorScore, ...]
     latents: TensorScore
+    layers: LayerErrors | None = None
+    layers_by_step: tuple[LayerErrors, ...] = ()
+    layers_of: tuple[int, ...] = ()
+    seconds: float = 0.0
 
     @property
     def values(self) -> dict[str, float]:
-        """The single figures: relative errors of all velocities, of the first block's and of the worst block's, the
-        lowest cosine of a step of a block, and the relative error of the latents after the last steps."""
+        """The single figures: relative errors of all velocities, of the first block's and of the worst block's; mean,
+        median, 99 % and 99.9 % quantile and maximum of the relative error of single tokens; the lowest cosine of a step
+        of a block, and the relative error of the latents after the last steps."""
+        velocity = self.velocity
         return {
-            "velocity_error": self.velocity.relative_error,
+            "velocity_error": velocity.relative_error.value,
             "velocity_error_first": self.by_block[0].relative_error,
             "velocity_error_max": max(block.relative_error for block in self.by_block),
+            **{
+                f"token_error_{name}": getattr(velocity, name).value
+                for name in ("mean", "median", "p99", "p999", "maximum")
+            },
             "velocity_cosine": min(score.velocity.cosine for score in self.each),
             "latent_error": self.latents.relative_error,
         }
 
-
-def record(baseline: AvatarPipeline, request: Request | Inputs) -> Taught:
-    """Let the baseline denoise all of ``request`` freely and keep every step, which takes memory for two latents a
-    block and step.
-
-    Raises:
-        LowvramError: as of ``AvatarPipeline.stream``.
-    """
-    before: dict[Step, Tensor] = {}
-    velocities: dict[Step, Tensor] = {}
-    ends: dict[int, Tensor] = {}
-    steps = 0
-
-    def begun(rollout: Rollout) -> None:
-        nonlocal steps
-        steps = len(rollout.steps)
-        rollout.on_prediction, rollout.on_latent = predicted, seen
-
-    def predicted(block: Block, step: int, velocity: Tensor) -> None:
-        velocities[block.index, step] = _kept(velocity)
-
-    def seen(block: Block, step: int, latent: Tensor) -> Tensor:
-        if step < steps:
-            before[block.index, step] = _kept(latent)
-        return latent
-
-    for block, latent in baseline.denoise(request, begun):
-        ends[block.index] = _kept(latent)
-    return Taught(steps=steps, before=before, velocities=velocities, ends=ends)
+    def to_json(self) -> dict[str, Any]:
+        """Everything but single steps of blocks beyond their velocities' error."""
+        return {
+            "blocks": len(self.by_block),
+            "of_blocks": self.total,
+            "seconds": self.seconds,
+            "uncertainty": UNCERTAINTY,
+            "velocity": self.velocity.to_json(),
+            "by_step": [{"step": step, **each.to_json()} for step, each in enumerate(self.by_step)],
+            "by_block": [{"block": i, "relative_error": b.relative_error} for i, b in enumerate(self.by_block)],
+            "latent_error": self.latents.relative_error,
+            "layers_of_blocks": list(self.layers_of),
+            "layers": self.layers.to_json() if self.layers else [],
+            "layers_by_step": [{"step": i, "layers": each.to_json()} for i, each in enumerate(self.layers_by_step)],
+        }
 
 
-def force(candidate: AvatarPipeline, request: Request | Inputs, taught: Taught) -> Forced:
-    """Let the candidate denoise the same ``request`` with the baseline's latents before every step, and score what it
-    makes of them.
+def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int | None = None) -> Lessons:
+    """Let the baseline denoise ``request`` freely, all of it or its first ``blocks``, and keep every step in memory.
 
     Raises:
-        InputError: the baseline denoised something else: other blocks, another size, another number of steps.
+        InputError: it gave NaN or infinity.
         LowvramError: as of ``AvatarPipeline.stream``.
     """
-    sums = _Sums(taught)
+    lessons = Lessons()
 
-    def begun(rollout: Rollout) -> None:
-        _check_steps(len(rollout.steps), taught)
-        rollout.on_prediction, rollout.on_latent = sums.predicted, sums.seen
+    def at_start(total: int, steps: int) -> None:
+        lessons.total, lessons.steps = total, steps
 
-    blocks = 0
-    for _ in candidate.denoise(request, begun):
-        blocks += 1
-    if blocks != len(taught.ends):
-        raise _other(f"{blocks} blocks", f"{len(taught.ends)}")
-    return sums.scores()
+    watcher = Watcher(lessons.kept.__setitem__, limit=blocks, at_start=at_start)
+    with contextlib.closing(baseline.denoise(request, watcher.begun)) as denoised:
+        for block, _ in denoised:
+            if block.index + 1 == blocks:
+                break
+    return lessons
 
 
-class _Sums:
+def force(candidate: AvatarPipeline, request: Request | Inputs, taught: Taught, *, blocks: int | None = None) -> Forced:
+    """Let the candidate denoise the same ``request`` with the baseline's latents before every step, as far as those go
+    or the first ``blocks``, and score what it makes of them.
+
+    Raises:
+        InputError: the baseline denoised something else: other blocks, another size, another number of steps; or the
+            candidate gave NaN or infinity.
+        LowvramError: as of ``AvatarPipeline.stream``.
+    """
+    begin = time.perf_counter()
+    pupil = _Pupil(taught, min(taught.blocks, blocks or taught.blocks))
+    with contextlib.closing(candidate.denoise(request, pupil.begun)) as denoised:
+        for block, _ in denoised:
+            if block.index + 1 == pupil.blocks:
+                break
+    return pupil.scores(time.perf_counter() - begin)
+
+
+class _Pupil:
     """Of every step, while it is taken."""
 
-    def __init__(self, taught: Taught):
-        self._taught = taught
-        self._velocities: dict[Step, TensorSums] = {}
+    def __init__(self, taught: Taught, blocks: int):
+        self._taught, self.blocks = taught, blocks
+        self._lessons: dict[int, Lesson] = {}  # of blocks that are under way
+        self._velocities: dict[Step, Sample] = {}
         self._latents: dict[Step, TensorSums] = {}
+        self._layers, self._sampler = LayerSums(), Sampler()
 
-    def predicted(self, block: Block, step: int, velocity: Tensor) -> None:
-        at = block.index, step
-        self._velocities[at] = _sums(velocity, self._taught.velocities[at], at)
+    def begun(self, rollout: Rollout, blocks: int) -> None:
+        taught, steps = self._taught, len(rollout.steps)
+        if steps != taught.steps:
+            raise _other(f"{steps} steps", f"{taught.steps}")
+        if blocks != taught.total:
+            raise _other(f"{blocks} blocks", f"{taught.total}")
+        rollout.on_prediction, rollout.on_latent, rollout.on_layer = self._predicted, self._seen, self._passed
 
-    def seen(self, block: Block, step: int, latent: Tensor) -> Tensor:
+    def _predicted(self, block: Block, step: int, velocity: Tensor) -> None:
+        if block.index < self.blocks:
+            with _where(block.index, step):
+                wanted = self._lesson(block.index).velocities[step]
+                self._velocities[block.index, step] = Sample.of(kept(velocity), wanted)
+
+    def _passed(self, block: Block, step: int, count: int, x_LD: Tensor) -> None:
+        if block.index < self.blocks and (layers := self._lesson(block.index).layers) is not None:
+            if count >= layers.shape[1]:
+                raise _other(f"with {count} layers and more", f"with {layers.shape[1] - 1}")
+            self._layers.add((block.index, step), count, self._sampler(x_LD), layers[step, count])
+
+    def _seen(self, block: Block, step: int, latent: Tensor) -> Tensor:
         """The candidate's latent is that of its step before this one; the baseline's comes back."""
-        taught = self._taught
-        if block.index not in taught.ends:
-            raise _other(f"block {block.index}", f"{len(taught.ends)} blocks")
-        wanted = taught.ends[block.index] if step == taught.steps else taught.before[block.index, step]
+        if block.index >= self.blocks:
+            return latent
+        lesson, last = self._lesson(block.index), step == self._taught.steps
+        wanted = lesson.end if last else lesson.before[step]
         if latent.shape != wanted.shape:
             raise _other(f"latents {list(latent.shape)} of block {block.index}", f"{list(wanted.shape)}")
         if step:
-            at = block.index, step - 1
-            self._latents[at] = _sums(latent, taught.after(at), at)
+            with _where(block.index, step - 1):
+                sums = self._latents[block.index, step - 1] = TensorSums()
+                sums.add(kept(latent), lesson.after(step - 1))
+        if last:
+            del self._lessons[block.index]
         return wanted.to(latent.device)
 
-    def scores(self) -> Forced:
-        blocks, steps = sorted(self._taught.ends), range(self._taught.steps)
+    def _lesson(self, block: int) -> Lesson:
+        if block not in self._lessons:
+            self._lessons[block] = self._taught.lesson(block)
+        return self._lessons[block]
+
+    def scores(self, seconds: float) -> Forced:
+        blocks, steps = range(self.blocks), range(self._taught.steps)
+        velocities, layered = self._velocities, self._layers.steps
         return Forced(
+            total=self._taught.total,
             each=tuple(
                 StepScore(
                     block=block,
                     step=step,
-                    velocity=self._velocities[block, step].score(f"block {block}, step {step}"),
+                    velocity=velocities[block, step].sums.score(f"block {block}, step {step}"),
                     latent=self._latents[block, step].score(f"block {block}, step {step}"),
                 )
                 for block in blocks
                 for step in steps
             ),
-            velocity=_together("velocities", self._velocities.values()),
-            by_step=tuple(self._all(f"step {step}", [(block, step) for block in blocks]) for step in steps),
-            by_block=tuple(self._all(f"block {block}", [(block, step) for step in steps]) for block in blocks),
+            velocity=statistics([[velocities[block, step] for step in steps] for block in blocks]),
+            by_step=tuple(statistics([[velocities[block, step]] for block in blocks]) for step in steps),
+            by_block=tuple(
+                _together(f"block {block}", (velocities[block, step].sums for step in steps)) for block in blocks
+            ),
             latents=_together("latents", (self._latents[block, steps[-1]] for block in blocks)),
+            layers=self._layers.errors(layered) if layered else None,
+            layers_by_step=tuple(
+                self._layers.errors([at for at in layered if at[1] == step]) for step in (steps if layered else ())
+            ),
+            layers_of=tuple(sorted({block for block, _ in layered})),
+            seconds=seconds,
         )
 
-    def _all(self, name: str, chosen: Iterable[Step]) -> TensorScore:
-        return _together(name, (self._velocities[at] for at in chosen))
 
-
-def _sums(mine: Tensor, wanted: Tensor, at: Step) -> TensorSums:
-    sums = TensorSums()
+@contextlib.contextmanager
+def _where(block: int, step: int) -> Any:
+    """Says of which step it was that NaN or infinity came."""
     try:
-        sums.add(mine.detach().cpu(), wanted)
+        yield
     except ValueError as error:
-        raise InputError(f"block {at[0]}, step {at[1]}: {error}; one of the runs went wrong") from error
-    return sums
+        raise InputError(f"block {block}, step {step}: {error}; one of the runs went wrong") from error
 
 
 def _together(name: str, parts: Iterable[TensorSums]) -> TensorScore:
@@ -191,17 +227,8 @@ def _together(name: str, parts: Iterable[TensorSums]) -> TensorScore:
     return total.score(name)
 
 
-def _check_steps(steps: int, taught: Taught) -> None:
-    if steps != taught.steps:
-        raise _other(f"{steps} steps", f"{taught.steps}")
-
-
 def _other(here: str, there: str) -> InputError:
     return InputError(
         f"the candidate denoises {here}, the baseline did {there}: they are of different requests; give both the same "
         "portrait, voice, size, length and steps"
     )
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)

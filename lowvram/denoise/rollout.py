@@ -97,6 +97,7 @@ class Rollout:
     ``graphs`` replay layers that stay on the device, from the third clip on.
     ``on_prediction(block, step, velocity)`` sees every output of the DiT, ``on_latent(block, step, latent)`` what each
     step begins with and, with the step behind the last one, what a block ends with: what it returns takes its place.
+    ``on_layer(block, step, count, x_LD)`` sees this rank's tokens when they have gone through ``count`` layers, from 0.
     """
 
     def __init__(
@@ -114,10 +115,11 @@ class Rollout:
         graphs: LayerGraphs | None = None,
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
         on_latent: Callable[[Block, int, Tensor], Tensor] | None = None,
+        on_layer: Callable[[Block, int, int, Tensor], None] | None = None,
     ):
         self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
         self.engine, self.device = engine, engine.device
-        self.on_prediction, self.on_latent = on_prediction, on_latent
+        self.on_prediction, self.on_latent, self.on_layer = on_prediction, on_latent, on_layer
         self.graphs = graphs
         self.sequence: Sequence = sequence or Whole()
         self.steps = range(settings.sample_steps) if steps is None else steps
@@ -204,8 +206,11 @@ class Rollout:
         for layer in layers:
             self.layers.enter(layer)
             for call in calls:
+                self._show(call, layer)
                 call.x_LD = self._through(layer, call)
             self.layers.leave(layer)
+        for call in calls:
+            self._show(call, self.layers.count)
         latents = [self._stepped(call) for call in calls]
         for call, latent in zip(calls, latents, strict=True):
             self._under_way[call.block.index].latent = latent
@@ -256,6 +261,10 @@ class Rollout:
         if self.on_latent is not None:
             flight.latent = self.on_latent(flight.block, step, flight.latent)
         return flight.latent
+
+    def _show(self, call: _Call, layers: int) -> None:
+        if self.on_layer is not None:
+            self.on_layer(call.block, call.step, layers, call.x_LD)
 
     def _call(self, flight: _UnderWay, step: int) -> _Call:
         block = flight.block
