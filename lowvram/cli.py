@@ -24,14 +24,22 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lowvram.commands.answers import Answering, before_a_command
-from lowvram.commands.options import convert_options, demo_options, infer_options, plan_options
+from lowvram.commands.options import (
+    compare_options,
+    convert_options,
+    demo_options,
+    infer_options,
+    plan_options,
+    record_options,
+)
 from lowvram.commands.shared_options import (
     FILE,
     SETTINGS,
-    request_options,
 )
 from lowvram.devices import is_out_of_memory
 from lowvram_kernels.errors import LowvramError, OutputError
+
+RECORD = "compare record"
 
 
 class ErrorsToExitCodes(click.Group):
@@ -45,6 +53,13 @@ class ErrorsToExitCodes(click.Group):
             return super().parse_args(ctx, list(args))
         except click.NoSuchOption as error:
             fail(before_a_command(self, error.option_name, args), 2)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[:2] == RECORD.split():
+            args = [RECORD, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -126,49 +141,24 @@ def infer(**options: Any) -> None:
 @main.command(context_settings=SETTINGS)
 @click.argument("a", type=FILE, required=False)
 @click.argument("b", type=FILE, required=False)
-@click.option("--model", type=FILE, help="Artifact to run, instead of naming A.")
-@click.option("--baseline", type=FILE, help="Artifact to run as the baseline, instead of naming B.")
-@click.option("--image", type=FILE, help="Portrait, with --model.")
-@click.option("--audio", type=FILE, help="Voice, with --model.")
-@click.option("--prompt", help="What is to be seen, with --model.")
-@click.option("--baseline-kv", type=click.Choice(["auto", "int8", "bf16"]), help="Rings of the baseline, if not --kv.")
-@click.option("--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model.")
-@request_options
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir and --html.")
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
-@click.option("--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30.")
-@click.option("--html", type=FILE, help="Write a page with both videos side by side, their difference and all figures.")
+@compare_options
 def compare(
-    a: Path | None,
-    b: Path | None,
-    as_json: bool,
-    fail_under: tuple[str, ...],
-    html: Path | None,
-    out_dir: Path | None,
-    **options: Any,
+    a: Path | None, b: Path | None, as_json: bool, fail_under: tuple[str, ...], html: Path | None, **options: Any
 ) -> None:
     """Compare A with the baseline B: reports, dumped tensors or videos made from the same seed.
 
-    With --model and --baseline both are run first, on the same portrait, voice, prompt and settings.
+    With --model and --baseline both are run first, on the same portrait, voice, prompt and settings; with --model and
+    --reference that model alone, on what was recorded. Then single steps are compared too, each from the baseline's
+    latents. A baseline is recorded by lowvram compare record; a file of that name is ./record.
     """
-    from lowvram.commands.compare import check_page, refuse_both_ways, refuse_run_options, run_both
-    from lowvram.compare.comparison import compare as run
+    from lowvram.commands.compare import compared
     from lowvram.compare.page import write_page
     from lowvram.compare.result import parse_fail_under
     from lowvram.compare.tables import print_comparison
 
     bounds = parse_fail_under(fail_under)
     with contextlib.ExitStack() as stack:
-        if options["model"] is not None or options["baseline"] is not None:
-            refuse_both_ways(a, b, options)
-            check_page(html, options | {"out_dir": out_dir}, a, b)
-            a, b = run_both(out_dir or stack.enter_context(scratch("compare")), options)
-        elif a is None or b is None:
-            raise click.UsageError("give two files to compare, or --model and --baseline to run both")
-        else:
-            refuse_run_options()
-            check_page(html, options | {"out_dir": out_dir}, a, b)
-        result = run(a, b)
+        result = compared(a, b, options | {"html": html}, lambda: stack.enter_context(scratch("compare")))
         missed = result.check(bounds)
         if html is not None:
             write_page(result, html, bounds)
@@ -180,6 +170,18 @@ def compare(
         click.echo(html)
     if missed:
         fail("; ".join(missed), 1)
+
+
+@main.command(RECORD, context_settings=SETTINGS)
+@record_options
+def compare_record(**options: Any) -> None:
+    """Run a baseline and keep all that other artifacts are scored by, with lowvram compare --reference.
+
+    The folder holds portrait and voice too, and can be taken elsewhere.
+    """
+    from lowvram.commands.compare import record_as_asked
+
+    click.echo(record_as_asked(options))
 
 
 @main.command(context_settings=SETTINGS)

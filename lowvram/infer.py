@@ -27,7 +27,7 @@ from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
 from lowvram_kernels.errors import OutOfMemoryError, OutputError
 from lowvram_quantize.claims import reading
-from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.format import MANIFEST, Artifact, sha256_file
 from lowvram_quantize.places import real
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ def make_report(
     return {
         "lowvram": version("lowvram"),
         "artifact": str(pipeline.runtime.artifact.path),
+        "artifact_sha256": sha256_file(pipeline.runtime.artifact.path / MANIFEST),
         "precision": pipeline.runtime.artifact.precisions(),
         "settings": settings,
         "device": str(pipeline.runtime.device),

@@ -57,7 +57,7 @@ def reading(file: Path) -> Iterator[None]:
     Raises:
         InputError: it is being replaced right now.
     """
-    with _locked(file, fcntl.LOCK_SH, f"{file.parent} is being replaced by another run of convert; wait for it"):
+    with _locked(file, fcntl.LOCK_SH, f"{file.parent} is being replaced by another run; wait for it"):
         yield
 
 

@@ -189,6 +189,7 @@ BY_COMMAND = {
     for command, own in {
         "infer": (*_RUN, *_ELSEWHERE),
         "compare": (*_RUN, *_ELSEWHERE),
+        "compare record": (*_RUN, *_ELSEWHERE),
         "plan": _PLAN,
         "convert": _CONVERT,
     }.items()

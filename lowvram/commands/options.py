@@ -10,6 +10,7 @@ import click
 
 from lowvram.commands.shared_options import FILE, declared, rank_options, request_options, switch
 
+RINGS = click.Choice(["auto", "int8", "bf16"])
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 
 
@@ -65,6 +66,56 @@ def demo_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--audio-track", type=int, help="With --audio: the sound track, as of infer."),
         click.option("--audio-start", help="With --audio: where to begin, seconds or mm:ss."),
         click.option("--audio-duration", help="With --audio: how much of it to take, likewise."),
+    ]
+    return declared(options, command)
+
+
+def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``compare`` compares, or runs first."""
+    options: list[Callable[..., Any]] = [
+        click.option("--model", type=FILE, help="Artifact to run, instead of naming A."),
+        click.option("--baseline", type=FILE, help="Artifact to run as the baseline, instead of naming B."),
+        click.option("--reference", type=FILE, help="What compare record made of a baseline, instead of running it."),
+        click.option(
+            "--taught-blocks",
+            type=int,
+            help="Blocks whose single steps are compared too; default: 8, with --reference all.",
+        ),
+        click.option("--image", type=FILE, help="Portrait, with --model."),
+        click.option("--audio", type=FILE, help="Voice, with --model."),
+        click.option("--prompt", help="What is to be seen, with --model."),
+        click.option("--baseline-kv", type=RINGS, help="Rings of the baseline, if not --kv."),
+        click.option(
+            "--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model."
+        ),
+        request_options,
+        click.option(
+            "--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir and --html."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
+        click.option(
+            "--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30."
+        ),
+        click.option(
+            "--html", type=FILE, help="Write a page with both videos side by side, their difference and all figures."
+        ),
+    ]
+    return declared(options, command)
+
+
+def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``compare record`` runs, and where it keeps it."""
+    options: list[Callable[..., Any]] = [
+        click.option(
+            "--model", type=FILE, required=True, help="Artifact to run: the baseline, as precise as there is."
+        ),
+        click.option("--image", type=FILE, required=True, help="Portrait; a copy is kept."),
+        click.option("--audio", type=FILE, required=True, help="Voice; a copy is kept."),
+        click.option("--prompt", required=True, help="What is to be seen; or @FILE."),
+        click.option("--out", type=FILE, required=True, help="Folder to make."),
+        request_options,
+        click.option("--overwrite", is_flag=True, help="Replace a reference of that name."),
+        click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
     return declared(options, command)
 

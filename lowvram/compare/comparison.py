@@ -13,7 +13,7 @@ from typing import Any
 
 from lowvram.compare.metrics import FrameScore, FrameScorer, TensorScore, TensorSums, moving_pixels
 from lowvram.compare.result import Comparison, StagePair
-from lowvram.compare.sources import Dump, Frames, Source, Stage, Video, open_source
+from lowvram.compare.sources import BlockDump, Dump, Frames, Source, Stage, Video, open_source
 from lowvram_kernels.errors import InputError
 
 # Settings that change what is computed: with one of them different, a difference says nothing about the weights.
@@ -22,6 +22,7 @@ _SETTINGS = (
     "audio_track", "audio_start", "audio_duration",
 )  # fmt: skip
 _FILES = ("image", "audio")
+Tensors = Dump | BlockDump
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
@@ -67,7 +68,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     )
 
 
-def _compare_blocks(a: Dump, b: Dump) -> tuple[TensorScore | None, list[TensorScore]]:
+def _compare_blocks(a: Tensors, b: Tensors) -> tuple[TensorScore | None, list[TensorScore]]:
     shapes, expected = a.block_shapes(), b.block_shapes()
     if not shapes or not expected:
         return None, []
@@ -84,7 +85,7 @@ def _compare_blocks(a: Dump, b: Dump) -> tuple[TensorScore | None, list[TensorSc
     return total.score("latents"), scores
 
 
-def _compare_tensors(a: Dump, b: Dump) -> list[TensorScore]:
+def _compare_tensors(a: Tensors, b: Tensors) -> list[TensorScore]:
     scores = []
     for name in (name for name in a.other_names() if name in b.shapes):
         if a.shapes[name] != b.shapes[name]:
@@ -97,7 +98,7 @@ def _compare_tensors(a: Dump, b: Dump) -> list[TensorScore]:
     return scores
 
 
-def _sums(name: str, a: Dump, b: Dump, pieces: Iterable[tuple[Any, Any]]) -> TensorSums:
+def _sums(name: str, a: Tensors, b: Tensors, pieces: Iterable[tuple[Any, Any]]) -> TensorSums:
     sums = TensorSums()
     for piece in pieces:
         try:
@@ -149,7 +150,7 @@ def _frame_warnings(a: Frames, b: Frames, *, compared: int) -> Iterator[str]:
         yield f"frames of {which.source.path.name} went through video coding, the others did not"
 
 
-def _name_warnings(a: Dump, b: Dump) -> Iterator[str]:
+def _name_warnings(a: Tensors, b: Tensors) -> Iterator[str]:
     for one, other in ((a, b), (b, a)):
         only = [name for name in one.other_names() if name not in other.shapes]
         if bool(one.block_shapes()) > bool(other.block_shapes()):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lowvram.denoise.rollout import Rollout
 from lowvram.schedule import Block
 from lowvram_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from lowvram.denoise.rollout import Rollout
 
 Tensor = torch.Tensor
 

@@ -50,6 +50,13 @@ class FrameScore:
     flicker: float
 
 
+def pixels_of(frames_CFHW: Tensor) -> NDArray[np.uint8]:
+    """[3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3], as a video has them."""
+    scaled = frames_CFHW.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
+    found: NDArray[np.uint8] = scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return found
+
+
 def moving_pixels(frames: Iterable[Frame]) -> NDArray[np.bool_]:
     """Which pixels [H, W] move most over frames uint8 [H, W, 3]: the tenth whose luma varies most; all, where nothing
     moves. Of a talking portrait that is the mouth, with the eyes, and no detector of faces has to find it."""

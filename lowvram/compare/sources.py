@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lowvram.compare.metrics import Frame
+from lowvram.compare.block_files import BlockFiles
+from lowvram.compare.metrics import Frame, pixels_of
 from lowvram.media.video import probe, read_frames
 from lowvram_kernels.errors import InputError
 from lowvram_quantize.format import MANIFEST
@@ -21,8 +22,11 @@ from lowvram_quantize.format import MANIFEST
 Tensor = torch.Tensor
 
 DUMP_FPS = 25.0
+REFERENCE = "reference.json"
+"""What lists the files of a reference, in its folder; see ``lowvram.compare.reference``."""
 FRAMES = "frames"
 LATENTS = "latents"
+_RUN = ("artifact", "artifact_sha256", "lowvram", "device", "dtype", "seconds", "frames", "frames_per_second")
 _KINDS = (".safetensors", ".mp4", ".json")
 _BLOCK = re.compile(r"latents\.block(\d+)")
 # Elements read at once: 64 MiB in float32.
@@ -45,6 +49,10 @@ class Dump:
             raise InputError(f"dump {path} is no whole safetensors file ({error}): write it again") from error
         self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         self.settings: dict[str, Any] = dict(self._file.metadata() or {})
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor in pieces along its longest dimension; equal shapes give equal pieces."""
@@ -95,11 +103,10 @@ class Dump:
     def read(self) -> Generator[Frame, None, None]:
         """Each frame as its pixels are written to a video: [-1, 1] to uint8 [H, W, 3]."""
         for index in range(self.shapes[FRAMES][1]):
-            frame = self._file.get_slice(FRAMES)[:, index : index + 1][:, 0].float()
+            frame = self._file.get_slice(FRAMES)[:, index : index + 1]
             if not frame.isfinite().all():
                 raise InputError(f"dump {self.path} has NaN or infinity in frame {index}: nothing can be compared")
-            pixels = frame.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-            yield pixels.permute(1, 2, 0).numpy()
+            yield pixels_of(frame)[0]
 
     def _block_names(self) -> list[str]:
         numbered = sorted((int(found[1]), name) for name in self.shapes if (found := _BLOCK.fullmatch(name)))
@@ -108,6 +115,19 @@ class Dump:
                 f"dump {self.path} has latents of blocks {[number for number, _ in numbered]}; expected all from 0 on"
             )
         return [name for _, name in numbered]
+
+
+class BlockDump(BlockFiles):
+    """What a run left block by block, as a reference does."""
+
+    @property
+    def files(self) -> list[Path]:
+        listed = self.path.with_name(REFERENCE)
+        return [listed] if listed.is_file() else []
+
+    def frames(self) -> Frames:
+        count, height, width = self.frame_shape()
+        return Frames(source=self, count=count, height=height, width=width, fps=DUMP_FPS)
 
 
 class Video:
@@ -122,6 +142,10 @@ class Video:
         _check_file(path, "video")
         self._facts = probe(path)
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
     def frames(self) -> Frames:
         facts = self._facts
         fps = float(facts["fps"]) or DUMP_FPS
@@ -135,7 +159,7 @@ class Video:
 class Frames:
     """Frames that can be read in order from ``source``; sizes in px."""
 
-    source: Dump | Video
+    source: Dump | BlockDump | Video
     count: int
     height: int
     width: int
@@ -153,18 +177,20 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One side of a comparison: what was named, and what it leads to."""
+    """One side of a comparison: what was named, and what it leads to; ``run`` says which artifact ran where."""
 
     path: Path
-    dump: Dump | None = None
+    dump: Dump | BlockDump | None = None
     video: Video | None = None
     settings: dict[str, Any]
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
 
     @property
     def files(self) -> list[Path]:
-        """All that is read of it."""
-        return list(dict.fromkeys([self.path, *(part.path for part in (self.dump, self.video) if part)]))
+        """All that is read of it; of blocks' files in their stead what lists them with their checksums, if anything."""
+        parts = [path for part in (self.dump, self.video) if part for path in part.files]
+        return list(dict.fromkeys([self.path, *parts]))
 
     def describe(self) -> str:
         """What it is and what can be compared in it, for a message."""
@@ -219,17 +245,29 @@ def _open_report(path: Path) -> Source:
         raise InputError(f"{path} is no run report: expected what --report writes: dump_tensors, video, stages")
     try:
         stages = tuple(_stage(entry) for entry in report.get("stages") or [])
-        settings = dict(report.get("settings") or {})
+        settings, run = dict(report.get("settings") or {}), _run_facts(report)
         dump, video = (path.parent / report[key] if report.get(key) else None for key in ("dump_tensors", "video"))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"report {path} is damaged ({error!r}): run again with --report") from error
     return Source(
         path=path,
-        dump=Dump(dump) if dump else None,
+        dump=None if dump is None else BlockDump(dump, settings) if dump.is_dir() else Dump(dump),
         video=Video(video) if video else None,
         settings=settings,
+        run=run,
         stages=stages,
     )
+
+
+def _run_facts(report: dict[str, Any]) -> dict[str, Any]:
+    """What made the run, in one line each."""
+    facts = {name: report[name] for name in _RUN if report.get(name) is not None}
+    for name, inner in (("precision", report.get("precision")), ("machine", report.get("machine"))):
+        if inner:
+            facts[name] = ", ".join(f"{key} {value}" for key, value in dict(inner).items())
+    if options := (report.get("memory") or {}).get("options"):
+        facts["kv"] = dict(options).get("kv")
+    return facts
 
 
 def _stage(entry: dict[str, Any]) -> Stage:

@@ -93,18 +93,14 @@ def statistics(blocks: Sequence[Sequence[Sample]]) -> Statistics:
     owner = np.repeat(np.arange(count), [sum(len(sample.errors) for sample in block) for block in blocks])
     quantiles = _quantiles(every, owner, drawn)
     sums = np.stack([_together(block).parts for block in blocks])
-    pooled = [_figure(sums, drawn, lambda s, name=name: getattr(TensorSums.of(s).score(""), name)) for name in _POOLED]
     totals = np.stack([[float(every[owner == at].sum(dtype=np.float64)), (owner == at).sum()] for at in range(count)])
     return Statistics(
         tokens=len(every),
-        relative_error=pooled[0],
-        cosine=pooled[1],
+        relative_error=_figure(sums, drawn, lambda parts: TensorSums.of(parts).score("").relative_error),
+        cosine=_figure(sums, drawn, lambda parts: TensorSums.of(parts).score("").cosine),
         mean=_figure(totals, drawn, lambda total: float(total[0] / total[1])),
         **quantiles,
     )
-
-
-_POOLED = ("relative_error", "cosine")
 
 
 def _together(samples: Iterable[Sample]) -> TensorSums:

@@ -197,9 +197,18 @@ def test_hints_are_for_slips_alone(arguments, part):
             ["infer", "--rotate", "--dit=int8", "--vae", "x"],
             "--rotate, --dit, --vae: for lowvram convert, not for infer",
         ),
-        (["plan", "--image", "x", "--audio", "y"], "--image, --audio: for lowvram compare, demo and infer, not"),
-        (["convert", "--size", "704*384"], "--size: for lowvram compare, infer and plan, not for convert"),
-        (["convert", "--model", "x"], "--model: for lowvram compare, doctor, infer and plan, not for convert"),
+        (
+            ["plan", "--image", "x", "--audio", "y"],
+            "--image, --audio: for lowvram compare, compare record, demo and infer, not",
+        ),
+        (
+            ["convert", "--size", "704*384"],
+            "--size: for lowvram compare, compare record, infer and plan, not for convert",
+        ),
+        (
+            ["convert", "--model", "x"],
+            "--model: for lowvram compare, compare record, doctor, infer and plan, not for convert",
+        ),
         (["doctor", "--preset", "14b"], "--preset: for lowvram plan, not for doctor"),
     ],
 )

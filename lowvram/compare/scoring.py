@@ -1,0 +1,76 @@
+"""A candidate run and scored: freely, by what is seen, and taught, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from lowvram.compare.block_files import BlockRecorder, DiskLessons
+from lowvram.compare.comparison import compare
+from lowvram.compare.reference import Reference
+from lowvram.compare.result import Comparison
+from lowvram.compare.sources import REFERENCE
+from lowvram.compare.teacher_forcing import force
+from lowvram.infer import Watching, infer
+from lowvram.outputs import Outputs
+from lowvram.pipeline import AvatarPipeline, Request
+from lowvram_kernels.errors import ConfigError
+from lowvram_quantize.claims import reading
+
+TAUGHT_BLOCKS = 8
+"""So many of two models that are both run, where nobody says how many: about 4 s of video, denoised once more."""
+
+
+def score(
+    candidate: AvatarPipeline,
+    reference: Reference,
+    outputs: Outputs,
+    scratch: Path,
+    *,
+    online_decode: bool = True,
+    blocks: int | None = None,
+) -> Comparison:
+    """Let the candidate make the reference's video, which goes with its report where ``outputs`` says, and take its
+    steps, those of the first ``blocks`` or of all. What else is made lies in ``scratch``.
+
+    Raises:
+        InputError: another model than the baseline; NaN or infinity in what it makes.
+        LowvramError: as of ``infer``.
+    """
+    reference.check_model(candidate.runtime.artifact)
+    request = dataclasses.replace(reference.request, online_decode=online_decode)
+    kept = scratch / "blocks"
+    kept.mkdir()
+    with reading(reference.path / REFERENCE):
+        infer(candidate, request, outputs, watching=Watching(recorder=lambda: BlockRecorder(kept), kept=kept))
+        forced = force(candidate, request, reference, blocks=blocks)
+        return dataclasses.replace(compare(_report(outputs), reference.report), forced=forced)
+
+
+def score_pair(
+    candidate: AvatarPipeline,
+    baseline: AvatarPipeline,
+    request: Request,
+    places: tuple[Outputs, Outputs],
+    scratch: Path,
+    *,
+    blocks: int = TAUGHT_BLOCKS,
+) -> Comparison:
+    """Let both make a video, with dump and report where ``places`` say, the candidate's first; and let the candidate
+    take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
+
+    Raises:
+        LowvramError: as of ``infer`` and ``force``.
+    """
+    mine, theirs = places
+    lessons = DiskLessons(scratch, limit=blocks)
+    infer(baseline, request, theirs, watching=Watching(begun=lessons.watcher.begun))
+    infer(candidate, request, mine)
+    forced = force(candidate, request, lessons)
+    return dataclasses.replace(compare(_report(mine), _report(theirs)), forced=forced)
+
+
+def _report(outputs: Outputs) -> Path:
+    if outputs.report is None:
+        raise ConfigError("a run that is compared leaves a report; expected a place for it")
+    return outputs.report

@@ -1,0 +1,380 @@
+"""A reference: recorded once, and any artifact scored against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import lowvram.commands.compare as command
+from lowvram.cli import main
+from lowvram.compare import record as recording
+from lowvram.compare.lessons import Lessons, Watcher
+from lowvram.compare.reference import Reference
+from lowvram_kernels.errors import InputError
+from lowvram_quantize.claims import reading, writing
+from tests.lowvram.compare.test_page import Reader
+
+PROMPT = "A person speaks"
+SETTINGS = ["--size", "128*128", "--infer_frames", "16", "--num_clip", "2", "--sample_steps", "2", "--base_seed", "7"]
+RUNS = ["--device", "cpu", "--no-selftest"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def one_line(done, *parts):
+    assert done.exit_code == 2, (done.output, done.exception)
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("lowvram: error: ")]
+    assert all(part in said for part in parts), said
+
+
+def record(tiny, out, *more, image=None, audio=None, prompt=PROMPT):
+    inputs = ["--image", image or tiny.portrait, "--audio", audio or tiny.voice, "--prompt", prompt]
+    return run("compare", "record", "--model", tiny.artifact("fp32"), *inputs, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "ref"
+    done = record(tiny, out, *SETTINGS, *RUNS, "--quiet")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.stdout == f"{out}\n"
+    assert [path.name for path in out.parent.iterdir()] == ["ref"]
+    return out
+
+
+def score(reference, model, *more):
+    return run("compare", "--reference", reference, "--model", model, *RUNS, *more)
+
+
+def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
+    moved = shutil.copytree(reference, tmp_path / "elsewhere")
+    bounds = [
+        "psnr=99",
+        "ssim=1",
+        "velocity_error=0",
+        "token_error_maximum=0",
+        "taught_latent_error=0",
+        "latent_error=0",
+    ]
+    done = score(moved, tiny.artifact("fp32"), "--json", *(f"--fail-under={bound}" for bound in bounds))
+    assert done.exit_code == 0, (done.output, done.exception)
+    facts = json.loads(done.stdout)
+    assert facts["values"]["psnr"] == "inf"
+    assert all(threshold["met"] for threshold in facts["thresholds"])
+    assert facts["warnings"] == []
+    assert {layer["relative_error"] for layer in facts["taught"]["layers"]} == {0}
+    assert facts["identical_frames"] == len(facts["frames"]) == 29
+    assert [Path(file["path"]).name for file in facts["files"]["b"]] == [
+        "baseline.json",
+        "reference.json",
+        "baseline.mp4",
+    ]
+    assert facts["runs"]["a"]["artifact_sha256"] == facts["runs"]["b"]["artifact_sha256"]
+
+
+def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tmp_path):
+    page = tmp_path / "page.html"
+    options = ["--html", page, "--out-dir", tmp_path, "--fail-under", "velocity_error=0.001", "--taught-blocks", "3"]
+    done = score(reference, tiny.artifact("int8"), *options)
+    assert done.exit_code == 1
+    assert "velocity_error is 0.0" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.mp4", "page.html"]
+    text = page.read_text()
+    facts = json.loads(Reader(text).scripts["comparison"])
+    taught = facts["taught"]
+    assert (taught["blocks"], taught["of_blocks"]) == (3, 4)
+    assert [step["tokens"] for step in taught["by_step"]] == [(3 + 1 + 3) * 64] * 2
+    assert 0 < taught["velocity"]["median"]["value"] <= taught["velocity"]["p99"]["value"] < 0.1
+    assert taught["velocity"]["mean"]["uncertainty"] > 0
+    layers = taught["layers"]
+    assert [layer["after"] for layer in layers] == ["embedding", *(f"layer {i}" for i in range(4))]
+    assert layers[0]["relative_error"] == 0
+    assert all(0 < layer["increment"] <= 1.5 * layer["relative_error"] < 0.1 for layer in layers[1:])
+    assert facts["values"]["velocity_error"] == taught["velocity"]["relative_error"]["value"]
+
+
+REPEATED = {
+    "seed": ["--base_seed", "8"],
+    "drawn seed": ["--base_seed", "-1"],
+    "size": ["--size", "704*384"],
+    "length of a clip": ["--infer_frames", "12"],
+    "clips": ["--num_clip", "1"],
+    "steps": ["--sample_steps", "4"],
+    "distance": ["--cond-rope-distance", "random"],
+    "prompt": ["--prompt", "Somebody else"],
+    "start": ["--audio-start", "0.1"],
+    "duration": ["--audio-duration", "1"],
+    "track": ["--audio-track", "1"],
+    "upscale": ["--upscale"],
+    "image": ["--image", "{voice}"],
+    "audio": ["--audio", "{portrait}"],
+    "an image that is not there": ["--image", "no.png"],
+}
+
+
+@pytest.fixture
+def no_run(monkeypatch):
+    def never(*_arguments, **_more):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(command, "open_pipeline", never)
+
+
+@pytest.mark.parametrize("words", REPEATED.values(), ids=REPEATED)
+def test_what_the_reference_says_otherwise_is_refused_by_name(tiny, reference, no_run, words):
+    words = [word.format(voice=tiny.voice, portrait=tiny.portrait) for word in words]
+    name = words[0].replace("_", "-")
+    one_line(score(reference, tiny.artifact("int8"), *words), name, "recorded: ")
+
+
+def test_what_it_says_too_is_taken(tiny, reference, no_run):
+    same = [*SETTINGS, "--image", tiny.portrait, "--audio", tiny.voice, "--prompt", PROMPT, "--audio-start", "0"]
+    done = score(reference, tiny.artifact("int8"), *same, "--cond-rope-distance", "30", "--kv", "int8")
+    assert str(done.exception) == "the work has begun"
+
+
+def changed(**facts):
+    """Other facts in reference.json."""
+
+    def change(folder):
+        path = folder / "reference.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+    return change
+
+
+def setting(**settings):
+    def change(folder):
+        changed(settings=json.loads((folder / "reference.json").read_text())["settings"] | settings)(folder)
+
+    return change
+
+
+def flipped(name):
+    def change(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def listed(name, **facts):
+    def change(folder):
+        files = json.loads((folder / "reference.json").read_text())["files"]
+        changed(files=files | {name: {"bytes": 1, "sha256": "0" * 64} | facts})(folder)
+
+    return change
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, 1000)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+STEPS = "blocks/steps-00001.safetensors"
+DAMAGED = {
+    "no JSON": (lambda folder: (folder / "reference.json").write_text("{"), "cannot be read as JSON"),
+    "another JSON": (lambda folder: (folder / "reference.json").write_text("[]"), "is no reference's"),
+    "another format": (changed(format="else"), "is no reference's"),
+    "a later version": (changed(version=2), "version 2, this lowvram reads version 1"),
+    "a version in words": (changed(version="1"), "version '1'"),
+    "none there": (removed("reference.json"), "is no reference"),
+    "a block less": (removed(STEPS), f"{STEPS} is missing"),
+    "no portrait": (removed("portrait.png"), "portrait.png is missing"),
+    "no video": (removed("baseline.mp4"), "baseline.mp4 is missing"),
+    "a cut block": (cut(STEPS), f"{STEPS} has 1000 bytes"),
+    "a bit of a latent": (flipped("blocks/latents-00000.safetensors"), "latents-00000.safetensors has checksum"),
+    "a bit of the voice": (flipped("voice.wav"), "voice.wav has checksum"),
+    "a bit of the report": (flipped("baseline.json"), "baseline.json has checksum"),
+    "another checksum": (listed("portrait.png"), "portrait.png has"),
+    "more blocks": (changed(blocks=5), "blocks/latents-00004.safetensors is not listed"),
+    "no blocks": (changed(blocks=0), "0 blocks"),
+    "blocks in words": (changed(blocks="4"), "4 blocks"),
+    "no settings": (changed(settings=None), "is damaged"),
+    "a seed in words": (setting(base_seed="7"), "base_seed is '7'"),
+    "a strange setting": (setting(colour="red"), "colour is no setting"),
+    "a portrait elsewhere": (setting(image="../portrait.png"), "../portrait.png is not listed"),
+    "a file elsewhere": (listed("../secret"), "../secret lies outside"),
+    "an absolute file": (listed("/etc/passwd"), "/etc/passwd lies outside"),
+    "no model": (changed(artifact={}), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_reference(tiny, reference, tmp_path, no_run, kind):
+    damage, said = DAMAGED[kind]
+    folder = shutil.copytree(reference, tmp_path / "ref")
+    damage(folder)
+    one_line(score(folder, tiny.artifact("int8")), said)
+
+
+@pytest.mark.parametrize("path", ["none", "portrait.png", "fp32"])
+def test_no_reference_at_all(tiny, no_run, path):
+    one_line(score(tiny.root / path, tiny.artifact("fp32")), "expected a folder that compare record made")
+
+
+def test_another_model(tiny, reference):
+    opened = Reference.open(reference)
+    config = opened.facts["artifact"]["dit"]
+    for name, value in (("dim", 5120), ("num_layers", 40), ("num_heads", 1), ("ffn_dim", 3), ("more", 1)):
+        component = SimpleNamespace(config=config | {name: value})
+        artifact = SimpleNamespace(path=Path("other"), component=lambda _name, found=component: found)
+        with pytest.raises(
+            InputError, match=f"other is of another model .*: its DiT's {name} is {value}, the baseline's"
+        ):
+            opened.check_model(artifact)
+
+
+OPTIONS = {
+    "two files too": (["a.json", "b.json"], "not both"),
+    "a baseline too": (["--baseline", "x"], "--baseline: the reference is the baseline"),
+    "its rings": (["--baseline-kv", "int8"], "--baseline-kv: the reference is the baseline"),
+    "less quality": (["--allow-quality-loss"], "--allow-quality-loss"),
+    "no blocks": (["--taught-blocks", "0"], "--taught-blocks is 0"),
+    "a page inside": (["--html", "{reference}/page.html"], "inside --reference"),
+    "runs inside": (["--out-dir", "{reference}"], "inside --reference"),
+    "no folder": (["--out-dir", "{reference}/no"], "--out-dir"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options_that_do_not_go_together(tiny, reference, no_run, kind):
+    words, said = OPTIONS[kind]
+    before = sorted(reference.rglob("*"))
+    one_line(score(reference, tiny.artifact("int8"), *(word.format(reference=reference) for word in words)), said)
+    assert sorted(reference.rglob("*")) == before
+
+
+def test_a_model_is_needed_and_one_rank(tiny, reference, no_run, monkeypatch):
+    one_line(run("compare", "--reference", reference), "--model is missing")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    one_line(score(reference, tiny.artifact("int8")), "one rank")
+    one_line(record(tiny, reference.parent / "other"), "one rank")
+
+
+def there(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"mine")
+    return folder
+
+
+PLACES = {
+    "a folder of mine": (lambda d: there(d / "out", "mine"), [], "holds files and is no reference"),
+    "a folder of mine, overwritten": (lambda d: there(d / "out", "mine"), ["--overwrite"], "is no reference"),
+    "a file": (lambda d: there(d, "out") / "out", ["--overwrite"], "is no folder"),
+    "under a file": (lambda d: there(d, "out") / "out" / "ref", [], "is no folder"),
+    "in a folder that is not there": (lambda d: d / "no" / "ref", [], "does not exist"),
+    "a reference": (lambda d: there(d / "out", "reference.json"), [], "--overwrite"),
+    "where nothing can be made": (lambda _d: Path("/proc/ref"), [], "/proc"),
+    "too long a name": (lambda d: d / ("x" * 300), [], "too long"),
+    "what somebody else began": (
+        lambda d: there(d / "out.partial", "mine").with_name("out"),
+        [],
+        "out.partial is there",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_place_that_a_reference_cannot_have(tiny, tmp_path, monkeypatch, kind):
+    make, more, said = PLACES[kind]
+    monkeypatch.setattr(recording, "infer", lambda *_a, **_m: pytest.fail("the work has begun"))
+    place = make(tmp_path)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    one_line(record(tiny, place, *more, *RUNS), said)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["image", "audio", "prompt", "model"])
+def test_it_is_none_of_what_is_read(tiny, tmp_path, no_run, option):
+    there(tmp_path / "out", "reference.json")
+    given = {"image": tiny.portrait, "audio": tiny.voice}
+    if option == "model":
+        one_line(record(tiny, tiny.artifact("fp32") / "ref", "--overwrite"), "inside --model")
+        return
+    mine = tmp_path / "out" / "mine"
+    mine.write_bytes(b"x" if option == "prompt" else given[option].read_bytes())
+    one_line(
+        record(tiny, tmp_path / "out", "--overwrite", **{option: f"@{mine}" if option == "prompt" else mine}), option
+    )
+    assert mine.is_file()
+
+
+def made(monkeypatch, then=lambda _outputs: None):
+    """The run itself takes no time."""
+
+    def infer(_pipeline, _request, outputs, **_more):
+        outputs.video.write_bytes(b"new")
+        then(outputs)
+        return {"settings": {}}
+
+    monkeypatch.setattr(recording, "infer", infer)
+
+
+def test_what_is_replaced_goes_when_the_new_one_is_whole(tiny, tmp_path, monkeypatch):
+    out = there(tmp_path / "out", "reference.json", "old")
+    seen = []
+    made(monkeypatch, lambda _outputs: seen.append((out / "old").read_bytes()))
+    there(tmp_path / "out.partial", "unfinished", "of one that was killed")
+    with reading(out / "reference.json"):
+        one_line(record(tiny, out, "--overwrite", *RUNS), "in use")
+    with writing(out, "lowvram compare record"):
+        one_line(record(tiny, out, "--overwrite", *RUNS), f"process {os.getpid()}")
+    done = record(tiny, out, "--overwrite", *RUNS)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert seen == [b"mine"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "baseline.json", "baseline.mp4", "blocks", "portrait.png", "reference.json", "voice.wav"
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [InputError("NaN"), OSError(28, "No space left"), KeyboardInterrupt()])
+def test_a_recording_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch, error):
+    out = there(tmp_path / "out", "reference.json", "old")
+
+    def fail(_outputs):
+        raise error
+
+    made(monkeypatch, fail)
+    assert record(tiny, out, "--overwrite", *RUNS).exit_code != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["old", "reference.json"]
+
+
+def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line(run("compare", "./record", "b.json"), "record is not there; check the path")
+    one_line(run("compare", "record", "b.json"), "--out")
+
+
+@pytest.mark.parametrize("wrong", ["velocity", "latent", "infinity", "both", "the last step only"])
+def test_a_baseline_of_nan_is_not_recorded(wrong):
+    lessons, block = Lessons(), SimpleNamespace(index=0)
+    rollout = SimpleNamespace(steps=range(2))
+    Watcher(lessons.kept.__setitem__).begun(rollout, 1)
+    bad = torch.full((4, 1, 2, 2), float("inf") if wrong == "infinity" else float("nan"))
+    good = torch.ones(4, 1, 2, 2)
+    for step in range(2):
+        rollout.on_latent(block, step, good)
+        last = wrong != "the last step only" or step == 1
+        rollout.on_prediction(block, step, bad if wrong != "latent" and last else good)
+    with pytest.raises(InputError, match="block 0 of the baseline holds NaN or infinity"):
+        rollout.on_latent(block, 2, bad if wrong in ("latent", "both") else good)
+    assert not lessons.kept
