@@ -3,8 +3,8 @@
 Cut at any point it goes on there when it is run again. A part that has its steps is not run again: to train it longer,
 give it more steps, and take away the folders of what comes after it.
 
-``--test-size`` is a tenth of the steps on small pictures with a small DiT, less than two minutes of one core: whether
-everything runs and every loss falls, not a model to be used.
+``--test-size`` is a tenth of the steps on small pictures with a small DiT, a minute of one core: whether everything
+runs and every loss falls, not a model to be used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from training.tiny_face.shapes import SETTINGS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Steps of the three trainings, ``people`` whose latents the DiT learns, sides of their pictures in px, seconds and
-    number of the voices a step, and the DiT's settings."""
+    """Steps of the three trainings, ``people`` whose latents the DiT learns, sides of their pictures in px, what the
+    VAE sees a step, seconds and number of the voices a step, and the DiT's settings."""
 
     ears_steps: int = train_ears.STEPS
     vae_steps: int = train_vae.STEPS
     dit_steps: int = train_dit.STEPS
     people: int = latents.COUNT
     picture_px: int = faces.SIZE
+    crops: train_vae.Crops = train_vae.CROPS
     voices: int = 4
     voice_s: float = train_ears.SECONDS
     settings: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(SETTINGS))
@@ -41,8 +42,9 @@ TEST_SIZE = Sizes(
     ears_steps=60,
     vae_steps=240,
     dit_steps=164,
-    people=8,
+    people=4,
     picture_px=64,
+    crops=train_vae.Crops(count=1, frames=5, sides=(32,)),
     voices=2,
     voice_s=1.0,
     settings=SETTINGS | {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "audio_inject_layers": [0]},
@@ -54,7 +56,7 @@ def train(root: Path, to: Path, sizes: Sizes, *, seed: int = 0) -> None:
     """Everything, in ``root``, or what is left of it there; the package's files and the log go to ``to``."""
     train_ears.train(root, steps=sizes.ears_steps, seed=seed, batch=sizes.voices, seconds=sizes.voice_s)
     latents.make(root, sizes.people, size=sizes.picture_px)
-    train_vae.train(root, steps=sizes.vae_steps, seed=seed, size=sizes.picture_px)
+    train_vae.train(root, steps=sizes.vae_steps, seed=seed, size=sizes.picture_px, crops=sizes.crops)
     train_dit.train(root, steps=sizes.dit_steps, count=sizes.people, seed=seed, config=sizes.settings)
     export.from_folder(root, to, sizes.settings)
 

@@ -6,6 +6,7 @@ The encoder is made, not trained (``components``), so the DiT need not wait for 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,21 @@ NOISE = 0.08
 """Added to latents of unit size: the DiT will not hit them exactly."""
 STAGES = ((0.35, 2), (1.0, 8))
 """Until this share of the steps, residual branches run up to that scale (``TrainableVAE.activate``)."""
-BATCH = 2
 PEOPLE = 30
 """Whose faces the encoder's components are made from."""
-CROPS = (48, 48, 48, 64)
-"""Sides of the crops, one step after the other."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Crops:
+    """What a step learns from: their number, their frames (4k + 1, at most ``FRAMES``), and their sides in px, one step
+    after the other."""
+
+    count: int = 2
+    frames: int = FRAMES
+    sides: tuple[int, ...] = (48, 48, 48, 64)
+
+
+CROPS = Crops()
 
 
 class Clips:
@@ -41,17 +52,17 @@ class Clips:
         self._kept: list[Tensor] = []
         self._weights: list[Tensor] = []
 
-    def batch(self, step: int, count: int, crop: int) -> tuple[Tensor, Tensor]:
-        """Crops [count, 3, 9, crop, crop] in [-1, 1], half of them of the face, and what each pixel's error weighs."""
+    def batch(self, step: int, crops: Crops) -> tuple[Tensor, Tensor]:
+        """Crops [count, 3, frames, side, side] in [-1, 1], half of them of the face; what each pixel's error weighs."""
         if len(self._kept) < BEGIN or step % 4 == 0:
             self._add(step)
-        draw = np.random.default_rng([self._seed, step, 1])
+        draw, crop = np.random.default_rng([self._seed, step, 1]), min(crops.sides[step % len(crops.sides)], self._size)
         clips, weights = [], []
-        for _ in range(count):
+        for _ in range(crops.count):
             which = int(draw.integers(len(self._kept)))
             top, left = self._corner(draw, crop)
             window = (..., slice(top, top + crop), slice(left, left + crop))
-            clips.append(self._kept[which][window])
+            clips.append(self._kept[which][window][:, : crops.frames])
             weights.append(self._weights[which][window])
         return torch.stack(clips).float() / 127.5 - 1, torch.stack(weights)
 
@@ -95,7 +106,9 @@ def new_vae(size: int = faces.SIZE) -> TrainableVAE:
     return vae
 
 
-def train(root: Path, *, steps: int, seed: int = 0, peak: float = 8e-3, size: int = faces.SIZE) -> TrainableVAE:
+def train(
+    root: Path, *, steps: int, seed: int = 0, peak: float = 8e-3, size: int = faces.SIZE, crops: Crops = CROPS
+) -> TrainableVAE:
     """Train in ``root/vae``, or go on there; returns the VAE as it is then, its latents not yet those published."""
     torch.manual_seed(seed)
     vae = new_vae(size)
@@ -104,7 +117,7 @@ def train(root: Path, *, steps: int, seed: int = 0, peak: float = 8e-3, size: in
 
     def one(step: int) -> dict[str, float]:
         vae.activate(next(scale for until, scale in STAGES if step < until * steps))
-        video, weight = clips.batch(step, BATCH, min(CROPS[step % len(CROPS)], size))
+        video, weight = clips.batch(step, crops)
         loss, facts = _loss(vae, video, weight, step)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, peak)
