@@ -31,8 +31,8 @@ from lowvram.offload.layers import Layers, layer_slab
 from lowvram.offload.placement import Placement
 from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning.measure import rates_of
-from lowvram.request import PIXELS_PER_LATENT
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, blocks_of, latent_frames_per_clip
+from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
+from lowvram_models.constants import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Artifact, Component
 
@@ -95,7 +95,7 @@ class Bench:
     def start(self, block: Block) -> None:
         shape = (LATENT_CHANNELS, block.frames, *self.rollout.settings.latent_size)
         config = self.rollout.dit.config
-        audio = (1, config.audio_layers, config.audio_dim, VIDEO_FRAMES_PER_LATENT * block.frames)
+        audio = (1, config.audio_layers, config.audio_dim, FRAMES_PER_LATENT * block.frames)
         self.rollout.start(block, self.random(*shape), self.random(*audio))
 
     def advance(self, items: list[tuple[Block, int]]) -> None:

@@ -20,11 +20,12 @@ from lowvram.infer import infer, machine
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
-from lowvram.pipeline import FPS, AvatarPipeline, Request
+from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.planning.measure import CudaRunner
 from lowvram.recorder import Recorder
 from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import CheckpointError
+from lowvram_models.constants import FPS
 from lowvram_quantize.convert import lay_out
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.presets import PRESETS

@@ -31,8 +31,9 @@ from lowvram.compare.teacher_forcing import force, record
 from lowvram.infer import machine
 from lowvram.media.contact_sheet import follows
 from lowvram.offload.placement import MemoryOptions
-from lowvram.pipeline import FPS, AvatarPipeline
+from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import Recorder
+from lowvram_models.constants import FPS
 from lowvram_quantize.convert import convert
 from lowvram_quantize.trained import write_trained
 from training.tiny_face import faces

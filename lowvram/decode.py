@@ -7,8 +7,10 @@ Shapes: C latent channels, F frames, h x w latent size, H x W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +21,10 @@ from lowvram.offload.events import DONE, Moment
 from lowvram.offload.oom import Rung
 from lowvram.runtime import Run
 from lowvram.schedule import Block
-from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, DecoderState, StreamingDecoder
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, PRIMING_LATENTS
+
+if TYPE_CHECKING:
+    from lowvram_models.vae import StreamingDecoder
 
 Tensor = torch.Tensor
 
@@ -49,9 +54,12 @@ class DecoderBackup:
 
     def restore(self) -> None:
         """Give the decoder its cache of the last ``save`` back; comes behind ``before_decoding``."""
-        self._decoder.state = DecoderState(slots=[None] * len(self._slots))  # first let go of the half-done one
+        state = self._decoder.state
+        self._decoder.state = dataclasses.replace(
+            state, slots=[None] * len(self._slots)
+        )  # first let go of the half-done one
         slots = [self._back(slot) if isinstance(slot, Tensor) else slot for slot in self._slots]
-        self._decoder.state = DecoderState(slots=slots, num_latents=self._num_latents)
+        self._decoder.state = dataclasses.replace(self._decoder.state, slots=slots, num_latents=self._num_latents)
 
     def _kept(self, slot: Tensor, before: Tensor | str | None) -> Tensor:
         if not self._engine.apart:

@@ -23,9 +23,10 @@ from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.video import read_frames
 from lowvram.media.voice import load_voice
 from lowvram.outputs import Outputs, check_folder
-from lowvram.pipeline import FPS, AvatarPipeline, Request
+from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.request import read_voice
 from lowvram_kernels.errors import ConfigError, InputError
+from lowvram_models.constants import FPS
 from lowvram_quantize.claims import writing
 from lowvram_quantize.convert import convert
 from lowvram_quantize.places import same, within

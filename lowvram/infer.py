@@ -21,11 +21,12 @@ from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
 from lowvram.offload.oom import smaller_request
 from lowvram.outputs import Outputs
-from lowvram.pipeline import FPS, AvatarPipeline, Begun, Request, read_inputs
+from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
 from lowvram_kernels.errors import OutOfMemoryError, OutputError
+from lowvram_models.constants import FPS
 from lowvram_quantize.claims import reading
 from lowvram_quantize.format import MANIFEST, Artifact, sha256_file
 from lowvram_quantize.places import real

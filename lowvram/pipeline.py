@@ -30,11 +30,11 @@ from lowvram.planning.decide import decide
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
-from lowvram.request import FPS, Inputs, Request, read_inputs
+from lowvram.request import Inputs, Request, read_inputs
 from lowvram.runtime import Run, Runtime, memory_report
 from lowvram.schedule import Block, Denoised, Extent
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.vae import DROPPED_FIRST_FRAMES
+from lowvram_models.constants import DROPPED_FIRST_FRAMES
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
@@ -276,4 +276,4 @@ def _extent(request: Request, conditions: Conditions) -> Extent:
     return Extent.of(conditions.audio.num_frames, request.infer_frames)
 
 
-__all__ = ["FPS", "AvatarPipeline", "Begun", "Inputs", "Request", "read_inputs", "to_pixels"]
+__all__ = ["AvatarPipeline", "Begun", "Inputs", "Request", "read_inputs", "to_pixels"]

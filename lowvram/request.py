@@ -16,15 +16,12 @@ from lowvram.media.image import portrait_tensor, read_portrait
 from lowvram.media.sizes import output_size
 from lowvram.media.sound import Sound
 from lowvram.media.voice import SPEECH_RATE_HZ, Voice, load_voice
-from lowvram.schedule import FRAMES_PER_BLOCK, VIDEO_FRAMES_PER_LATENT, latent_frames_per_clip
+from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import CONTEXT_S, FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WHOLE_FILE_S, WINDOW_S
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
-
-FPS = 25
-PIXELS_PER_LATENT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +148,7 @@ def read_voice(request: Request) -> Voice:
         duration_s=request.audio_duration,
         limit_s=request.voice_limit_s,
     )
-    check_duration(voice.samples, FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT, FPS)
+    check_duration(voice.samples, FRAMES_PER_BLOCK * FRAMES_PER_LATENT, FPS)
     return voice
 
 

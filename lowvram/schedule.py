@@ -14,11 +14,11 @@ import torch
 
 from lowvram_kernels.errors import ConfigError
 from lowvram_kernels.rounding import round_up
+from lowvram_models.constants import FRAMES_PER_LATENT
 
 Tensor = torch.Tensor
 
 FRAMES_PER_BLOCK = 3
-VIDEO_FRAMES_PER_LATENT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def frames_to_denoise(
     missing = voice_frames - (frames - dropped)
     if missing <= 0 or clips == num_clip:
         return frames
-    block = FRAMES_PER_BLOCK * VIDEO_FRAMES_PER_LATENT
+    block = FRAMES_PER_BLOCK * FRAMES_PER_LATENT
     return frames + min(round_up(missing, block), infer_frames)
 
 
@@ -87,9 +87,7 @@ class Extent:
     def of(cls, frames: int, infer_frames: int) -> Extent:
         """Of ``frames`` video frames, a multiple of 4, in clips of ``infer_frames``."""
         clips, rest = divmod(frames, infer_frames)
-        return cls(
-            clips=clips, tail=rest // VIDEO_FRAMES_PER_LATENT, frames_per_clip=latent_frames_per_clip(infer_frames)
-        )
+        return cls(clips=clips, tail=rest // FRAMES_PER_LATENT, frames_per_clip=latent_frames_per_clip(infer_frames))
 
     @property
     def clips_begun(self) -> int:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import CONTEXT_S, FPS, WHOLE_FILE_S, WINDOW_S
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 SAMPLE_RATE_HZ = 16_000
 FEATURE_RATE_HZ = 50
 BUCKET_RATE_HZ = 30
-FPS = 25
 
 _PREFIX = "wav2vec2."
 _POSITION_WEIGHT = "encoder.pos_conv_embed.conv."
@@ -41,6 +42,9 @@ def build_wav2vec2(config: Mapping[str, Any]) -> Wav2Vec2Model:
     if config.get("model_type") != "wav2vec2":
         raise ValueError(f"model_type is {config.get('model_type')!r}; expected 'wav2vec2'")
     for_inference = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "apply_spec_augment": False, "layerdrop": 0.0}
+    # Four seconds to import: only who builds one pays.
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
     return Wav2Vec2Model(Wav2Vec2Config.from_dict({**config, **for_inference})).eval().requires_grad_(False)
 
 

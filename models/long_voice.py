@@ -7,23 +7,25 @@ comes out is what ``audio_embedding`` makes of its result, without the whole of 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from lowvram_models.audio_encoder import (
     BUCKET_RATE_HZ,
-    FPS,
     SAMPLE_RATE_HZ,
     count_buckets,
     cut_evenly,
     hidden_states,
     stride_and_kernel,
 )
-from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import CONTEXT_S, FPS, WHOLE_FILE_S, WINDOW_S
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 _PIECE = 1 << 20  # samples that are looked at together
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
 _T5_OUTSIDE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 _T5_IN_BLOCK = {
     "norm1.weight": "layer.0.layer_norm.weight",
@@ -45,6 +43,9 @@ def umt5_name(published: str) -> str | None:
 
 def vae_names(published: Iterable[str]) -> dict[str, str]:
     """Published name -> name in diffusers' ``AutoencoderKLWan``; unknown names come through as they are."""
+    # Two seconds to import, and of most components no name is asked for.
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     # The library's conversion moves values without looking at them, so names can travel in their place.
     renamed = convert_wan_vae_to_diffusers({name: name for name in published})
     return {old: new for new, old in renamed.items()}

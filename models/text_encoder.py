@@ -9,11 +9,14 @@ import html
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,9 @@ def build_umt5(
         if d_model % num_heads:
             raise ValueError(f"d_model {d_model} is no multiple of num_heads {num_heads}; give d_kv")
         d_kv = d_model // num_heads
+    # Four seconds to import: only who builds one pays.
+    from transformers import UMT5Config, UMT5EncoderModel
+
     config = UMT5Config(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -60,6 +66,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     file = Path(folder) / TOKENIZER_FILE
     if not file.is_file():
         raise ValueError(f"{folder} holds no {TOKENIZER_FILE}; copy the published folder google/umt5-xxl as a whole")
+    from transformers import PreTrainedTokenizerFast
+
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
     except Exception as error:  # the tokenizers library raises plain Exception

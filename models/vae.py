@@ -19,16 +19,11 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanEncoder3d
 from torch import Tensor, nn
 
+from lowvram_models.constants import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from lowvram_models.vae_layers import lighten
 from lowvram_models.vae_tiles import Slot, decode_in_strips
 
-FRAMES_PER_LATENT = 4
-PIXELS_PER_LATENT = 8
 MOTION_FRAMES = 73
-PRIMING_LATENTS = 7
-"""The pipeline primes its decoder with ``motion_latents[:, :7]``."""
-DROPPED_FIRST_FRAMES = 3
-"""Frames that the pipeline drops from a video's first decoded block; the decoder itself gives 4 frames a latent."""
 CACHED_INPUTS = 2
 """A causal convolution of temporal width 3 needs its last two inputs again."""
 

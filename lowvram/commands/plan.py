@@ -32,7 +32,7 @@ from lowvram.planning.team_report import compared_to_json, print_team
 from lowvram.planning.workload import Workload
 from lowvram.simulate.dry_run import dry_run, dry_run_team
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.voice_lengths import WHOLE_FILE_S
+from lowvram_models.constants import WHOLE_FILE_S
 from lowvram_quantize.format import Artifact
 
 

@@ -21,7 +21,8 @@ from lowvram.offload.oom import Attempt, Rung
 from lowvram.parallel.team import LATENT_CHANNELS, Chain, Team
 from lowvram.request import Request
 from lowvram.runtime import Run
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT, Block, Denoised, Tick, clip_noise, latent_frames_per_clip, ticks
+from lowvram.schedule import Block, Denoised, Tick, clip_noise, latent_frames_per_clip, ticks
+from lowvram_models.constants import FRAMES_PER_LATENT
 
 Tensor = torch.Tensor
 
@@ -147,5 +148,5 @@ class Denoiser:
         return noise[:, block.offset : block.offset + block.frames]
 
     def _audio(self, block: Block) -> Tensor:
-        first = block.first_frame * VIDEO_FRAMES_PER_LATENT
-        return self._conditions.audio.frames(first, block.frames * VIDEO_FRAMES_PER_LATENT)
+        first = block.first_frame * FRAMES_PER_LATENT
+        return self._conditions.audio.frames(first, block.frames * FRAMES_PER_LATENT)

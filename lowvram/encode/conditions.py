@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +19,13 @@ from lowvram.request import Inputs
 from lowvram.runtime import Run
 from lowvram.schedule import frames_to_denoise
 from lowvram_models.audio_encoder import audio_embedding, extract_features, num_clips
+from lowvram_models.constants import DROPPED_FIRST_FRAMES
 from lowvram_models.long_voice import LongVoice, Windowing, count_features
 from lowvram_models.text_encoder import encode_prompt, tokenize_prompt
-from lowvram_models.vae import DROPPED_FIRST_FRAMES, StreamingVAE
 from lowvram_quantize.format import Artifact
+
+if TYPE_CHECKING:
+    from lowvram_models.vae import StreamingVAE
 
 Tensor = torch.Tensor
 WINDOWING = Windowing()

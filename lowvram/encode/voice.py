@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from transformers import Wav2Vec2Model
 
 from lowvram.precision import exact_float32
 from lowvram_models.long_voice import LongVoice
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Model
 
 Tensor = torch.Tensor
 

@@ -8,27 +8,33 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
 
 from lowvram.devices import is_out_of_memory
 from lowvram.loading.weights import bind, load_slabs, swap_quantized
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_models.text_encoder import build_umt5, load_tokenizer
-from lowvram_models.vae import StreamingVAE, build_vae
 from lowvram_quantize.format import Artifact, Component
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, Wav2Vec2Model
+
+    from lowvram_models.vae import StreamingVAE
 
 log = logging.getLogger(__name__)
 
 
 def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
     """The VAE with its convolutions' weights as stored: dequantized at use where they are 8-bit."""
+    # diffusers takes two seconds to import: a rank that neither encodes nor decodes does not pay them.
+    from lowvram_models.vae import StreamingVAE, build_vae
+
     component = artifact.component("vae")
     with torch.device("meta"):
         model = build_vae(component.config["base_dim"])

@@ -27,7 +27,7 @@ from lowvram.planning.rank_plan import (
 from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, slowest
 from lowvram.planning.workload import Workload
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT
 from lowvram_quantize.format import Artifact
 
 
@@ -66,7 +66,7 @@ class TeamPlan:
 
     @property
     def frames_per_s(self) -> float:
-        return VIDEO_FRAMES_PER_LATENT * self.workload.frames_per_block / self.seconds_per_block
+        return FRAMES_PER_LATENT * self.workload.frames_per_block / self.seconds_per_block
 
     @property
     def limited_by(self) -> str:

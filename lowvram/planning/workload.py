@@ -9,8 +9,8 @@ import torch
 from lowvram.media.sizes import parse_size
 from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
+from lowvram_models.constants import PIXELS_PER_LATENT
 
-PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16
 _COMPUTED_IN = (torch.bfloat16, torch.float32)
 

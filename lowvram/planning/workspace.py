@@ -15,9 +15,9 @@ from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MI
 from lowvram.planning.model_sizes import AudioSizes, ModelSizes
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
-from lowvram_models import voice_lengths
+from lowvram_models import constants
 from lowvram_models.config import DiTConfig
-from lowvram_models.voice_lengths import CONTEXT_S, WHOLE_FILE_S
+from lowvram_models.constants import CONTEXT_S, WHOLE_FILE_S
 
 GRAPH_BYTES = 128 * KIB
 """One graph as the driver keeps it, about 30 launches. Not measured: a judgement."""
@@ -54,7 +54,7 @@ ENCODER_PLANES = 36.77
 
 # The longest stretches of a voice that go through wav2vec2 at once, of a short and of a long one, and its samples and
 # features a second.
-AUDIO_S, WINDOW_S, SAMPLES_PER_S, FEATURES_PER_S = WHOLE_FILE_S, voice_lengths.WINDOW_S + 2 * CONTEXT_S, 16_000, 50
+AUDIO_S, WINDOW_S, SAMPLES_PER_S, FEATURES_PER_S = WHOLE_FILE_S, constants.WINDOW_S + 2 * CONTEXT_S, 16_000, 50
 _RGB = 3
 _FRAMES_PER_LATENT = 4
 

@@ -27,8 +27,9 @@ from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.modules import Attention, swap_linear
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import PRIMING_LATENTS
 from lowvram_models.dit import CausalDiT
-from lowvram_models.vae import PRIMING_LATENTS, StreamingVAE, build_vae
+from lowvram_models.vae import StreamingVAE, build_vae
 
 Tensor = torch.Tensor
 

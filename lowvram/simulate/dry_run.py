@@ -15,13 +15,14 @@ from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LATENT_CHANNELS, SingleRank
-from lowvram.pipeline import FPS, AvatarPipeline, Inputs, Request
+from lowvram.pipeline import AvatarPipeline, Inputs, Request
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import FPS
 from lowvram_quantize.format import Artifact
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from PIL import Image
 from torch import nn
 
-from lowvram_models.vae import DROPPED_FIRST_FRAMES, PRIMING_LATENTS, EncoderState, StreamingVAE, build_vae
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, PRIMING_LATENTS
+from lowvram_models.vae import EncoderState, StreamingVAE, build_vae
 from lowvram_models.vae_layers import CausalConv3d, conv3d
 from tests.golden_cases import cases, relative_error
 

@@ -14,7 +14,8 @@ from PIL import Image
 from lowvram.compare.metrics import psnr
 from lowvram.media.samples import Person, Speech, synth_voice, write_wav
 from lowvram.media.talking import RATE_HZ, Curve, at_frames, correlation, envelope, mouth_opening
-from lowvram.pipeline import FPS, AvatarPipeline, Request
+from lowvram.pipeline import AvatarPipeline, Request
+from lowvram_models.constants import FPS
 from training.tiny_face import faces, motion
 
 PROMPT = "A person with a hat reads a poem"

@@ -24,7 +24,8 @@ import numpy as np
 
 from lowvram.media.samples import synth_voice
 from lowvram.media.talking import at_frames, correlation, envelope, mouth_opening
-from lowvram.pipeline import FPS, AvatarPipeline
+from lowvram.pipeline import AvatarPipeline
+from lowvram_models.constants import FPS
 from lowvram_quantize.convert import convert
 from lowvram_quantize.trained import write_trained
 from training.tiny_face import faces, rollouts

@@ -13,8 +13,8 @@ from torch import Tensor
 from lowvram.compare.metrics import psnr
 from lowvram.encode.conditions import Conditions
 from lowvram.parallel.team import Alone, Chain, SingleRank
-from lowvram.pipeline import FPS, AvatarPipeline
-from lowvram_models.vae import DROPPED_FIRST_FRAMES
+from lowvram.pipeline import AvatarPipeline
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, FPS
 from training.tiny_face.case import Case, Frames
 
 CLIP_FRAMES = 48

@@ -12,7 +12,7 @@ from lowvram.media.samples import write_wav
 from lowvram.media.video import VideoWriter
 from lowvram.schedule import Extent, blocks_of, frames_to_denoise
 from lowvram_models.audio_encoder import num_clips
-from lowvram_models.vae import DROPPED_FIRST_FRAMES
+from lowvram_models.constants import DROPPED_FIRST_FRAMES
 from tests.lowvram.media.boxes import durations_s, top_level
 
 SAMPLES_A_FRAME = 16_000 // 25

@@ -13,7 +13,8 @@ import torch
 
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram.media.video import VideoWriter, read_frames
-from lowvram.pipeline import FPS, to_pixels
+from lowvram.pipeline import to_pixels
+from lowvram_models.constants import FPS
 from tests.golden_cases import relative_error
 from tests.lowvram.parallel.conftest import Made, Maker, layout_options
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lowvram.planning.rank_layout import ParallelLayout, shares
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT
 from lowvram_models.rope import condition_rope
 from tests.lowvram.parallel.conftest import layout_options
 from tests.lowvram.parallel.spy import MOVERS, spying
@@ -38,7 +38,7 @@ def test_bytes_that_cross(maker, tmp_path, stages, ulysses, vae, more):
     given = layout_options(stages, ulysses, vae)
     made = maker.make(tmp_path, layout.world_size, *given, *more, options={"around": spying})
     audio = made.tensors["audio_emb"]
-    heard = audio.nbytes // audio.shape[-1] * VIDEO_FRAMES_PER_LATENT * sum(FRAMES)  # not what no frame is made of
+    heard = audio.nbytes // audio.shape[-1] * FRAMES_PER_LATENT * sum(FRAMES)  # not what no frame is made of
     encoded = heard + sum(made.tensors[name].nbytes for name in ("context", "ref_latents", "motion_latents"))
     for rank, end in enumerate(made.ended):
         role, seen, said = layout.role(rank), end.seen, made.report["ranks"][rank]["sent_bytes"]
