@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
 
 test-golden: setup
 	$(BIN)/python -m pytest -m golden tests

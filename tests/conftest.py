@@ -66,6 +66,12 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(root)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: begun last, one of them would keep one worker while the other has nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def kernels_as_they_were():
     """What a test switches off or prefers is set back behind it."""

@@ -165,6 +165,7 @@ def parallel(monkeypatch):
     return parallel
 
 
+@pytest.mark.slow
 def test_ranks_send_and_hold_what_formulas_say(parallel, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     names = ["fsdp-2", "stages-2", "ulysses-2", "ulysses-2-int8-streamed"]

@@ -18,6 +18,7 @@ def collisions(monkeypatch):
     return collisions
 
 
+@pytest.mark.slow
 def test_nothing_wrong_is_left_behind(collisions, tmp_path):
     rows = collisions.meetings(tmp_path, 1, 0)
     assert [row["kind"] for row in rows] == list(collisions.KINDS)

@@ -46,6 +46,7 @@ def test_every_case_has_a_name_of_its_own_and_says_all_its_kernel_takes(generati
 FEW_SPILLS = {(90, "linear fp8 gelu odd"), (90, "linear int8 gelu odd")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_no_spills_and_shared_memory_within_the_limit(usages, generation):
     found = usages[generation].values()

@@ -33,6 +33,7 @@ def run_checks(name: str, **environment: str) -> str:
     return result.stdout.splitlines()[-1] if result.stdout else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name):
     run_checks(name, LOWVRAM_CHECK_DEVICE="cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

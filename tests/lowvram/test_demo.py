@@ -308,7 +308,7 @@ def test_an_input_beside_what_the_demo_makes_stays(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_somebodys_own_face_talks(tmp_path):
     portrait = portrait_file(tmp_path, "jpg", (400, 240), 6)
-    voice = voice_file(tmp_path, "mp3", 1.6)
+    voice = voice_file(tmp_path, "mp3", 0.8)
     out = tmp_path / "demo"
     out.mkdir()
     (out / "voice.wav").write_bytes(b"of an earlier demo")
@@ -321,4 +321,4 @@ def test_somebodys_own_face_talks(tmp_path):
     for name in demo.PRECISIONS:
         report = json.loads((out / f"{name}.json").read_text())
         assert report["settings"]["audio"] == str(voice)
-        assert 40 <= probe(out / f"{name}.mp4")["frames"] <= 42
+        assert 20 <= probe(out / f"{name}.mp4")["frames"] <= 22

@@ -23,6 +23,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_an_hour_is_as_cheap_as_ten_seconds(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine take time as well
     benchmark.prepare(tmp_path)

@@ -65,6 +65,7 @@ def test_the_same_run_has_the_same_peaks(tiny):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_the_full_model_runs_in_seconds(tmp_path):
     """One clip of the 14B at 704*384, its weights on the device and its rings on the host in int8."""
     artifact = write_shape_artifact(tmp_path / "14b")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from lowvram_quantize.convert import convert
 from tests.quantize.checkpoints import contents, journaled, tensors_left
 
@@ -19,6 +21,7 @@ convert(checkpoint, out, lora=lora, lora_alpha=2.0, progress=lambda *_: time.sle
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued(tiny, written, tmp_path):
     out = tmp_path / "out"
     journal = out.with_name("out.partial") / "dit.safetensors.journal"

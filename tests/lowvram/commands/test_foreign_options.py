@@ -277,6 +277,7 @@ def test_options_of_other_programs_are_not_in_the_help():
     assert isinstance(main.commands["infer"], click.Command)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_that_is_used(tiny, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("\ufeffA person speaks\n", encoding="utf-8")

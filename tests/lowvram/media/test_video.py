@@ -273,6 +273,7 @@ def test_a_full_disk(tmp_path: Path, moving_frames: MakeFrames) -> None:
     assert not (tmp_path / "a.mp4").exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_length(tmp_path: Path, moving_frames: MakeFrames) -> None:
     write_wav(tmp_path / "long.wav", synth_voice(25.0), 16000)
     block, process, resident = moving_frames(20, 128, 192), psutil.Process(), []

@@ -21,7 +21,11 @@ from torch._C._distributed_c10d import TCPStore
 ADDRESS = "127.0.0.1"
 # Imported before the ranks are forked, so that it costs its seconds once.
 PRELOAD = ["lowvram.cli", "lowvram.infer", "lowvram.parallel.rank", "lowvram.parallel.launch", "torch.distributed"]
-PRELOAD += ["transformers.models.umt5.modeling_umt5", "transformers.models.wav2vec2.modeling_wav2vec2"]
+PRELOAD += [
+    "transformers.models.umt5.modeling_umt5",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+    "lowvram_models.vae",
+]
 LIMIT_S = 60.0
 
 Arguments = Sequence[str]

@@ -36,6 +36,7 @@ def alone(maker: Maker, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vae", [False, True], ids=["", "and-vae"])
 @pytest.mark.parametrize(("stages", "ulysses"), LAYOUTS, ids=[f"{s}x{u}" for s, u in LAYOUTS])
 def test_every_layout(maker, alone, tmp_path, stages, ulysses, vae):

@@ -18,6 +18,7 @@ def faults(monkeypatch):
     return faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "victim"), [("2 stages", 0), ("2 Ulysses ranks", 0)], ids=["another", "the-writer"])
 def test_a_killed_rank_ends_the_run(faults, tmp_path, layout, victim):
     fault = faults.Fault(layout=layout, victim=victim, signal="SIGKILL", running=True, after_s=0.5)

@@ -24,6 +24,7 @@ FIVE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "ranks"), [(FOUR, 4), (FIVE, 5)])
 def test_the_quoted_commands_run_as_they_stand(tiny, tmp_path, command, ranks):
     draw_portrait(128, 192).save(tmp_path / "portrait.png")

@@ -74,6 +74,7 @@ def test_every_tile_has_rows_that_are_compared():
     assert rows.diff().max() <= min(tile.m for tile in (*TILES.values(), FEW_ROWS)) // 2
 
 
+@pytest.mark.slow
 def test_kernels_pass_in_the_interpreter():
     """But for fp8, whose conversion the interpreter gets wrong: of that, the checks have to notice."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be checked")

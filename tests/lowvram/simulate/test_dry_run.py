@@ -29,6 +29,7 @@ def artifacts(tmp_path_factory):
     return {name: Artifact.open(write_shape_artifact(root / name, precision=name)) for name in ("int8", "bf16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "size", "budget_gib", "frames"), CASES)
 def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, frames):
     budget = int(budget_gib * GIB)
