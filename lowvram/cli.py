@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failed run or a missed ``--fail-under``, 2 input that
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -226,7 +227,7 @@ def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) 
     for name in ("audio_start", "audio_duration"):
         own[name] = None if own[name] is None else seconds_of(own[name], f"--{name.replace('_', '-')}")
     found = run_demo(out_dir, own=Own(**own), device=device, overwrite=overwrite, random=random)
-    result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
+    result = dataclasses.replace(compare_runs(out_dir / "int8.json", out_dir / "bf16.json"), forced=found.forced)
     write_page(result, out_dir / PAGE)
     print_comparison(result, Console())
     if found.sheet is None:

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lowvram.infer import infer
+from lowvram.compare.lessons import Lessons
+from lowvram.compare.teacher_forcing import Forced, force
+from lowvram.infer import Watching, infer
 from lowvram.media.contact_sheet import contact_sheet, follows
 from lowvram.media.image import fitted, load_portrait
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
@@ -41,6 +43,7 @@ TINY_LAYERS = 4
 VOICE_S = 3.7  # two clips, and nearly nothing behind them
 OWN_VOICE_S = 20.0  # as much of somebody's own voice as is taken unless they say how much
 SIDE_PX, RANDOM_SIDE_PX = 128, 256
+TAUGHT_BLOCKS = 2  # a second of video
 HEADROOM = 0.15  # of what is cut off a tall portrait as much lies above
 PORTRAIT, VOICE, SHEET, PAGE = "portrait.png", "voice.wav", "contact-sheet.png", "compare.html"
 LORA_ALPHA = 2.0  # with the tiny LoRA's rank of 4 this is the published factor alpha / rank of 0.5
@@ -179,9 +182,11 @@ def make_artifact(folder: Path, precision: str, *, random: bool = False) -> Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Each run's report; of trained weights the ``sheet``, and by precision how the mouth correlates with the voice."""
+    """Each run's report, and the int8 model's steps where the bf16 model taught it; of trained weights the ``sheet``,
+    and by precision how the mouth correlates with the voice."""
 
     reports: dict[str, dict[str, Any]]
+    forced: Forced
     sheet: Path | None = None
     follows: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -189,8 +194,9 @@ class Demo:
 def run_demo(
     folder: Path, *, own: Own | None = None, device: str = "auto", overwrite: bool = False, random: bool = False
 ) -> Demo:
-    """Convert the tiny checkpoint to int8 and bf16, infer both, and lay their frames side by side on a sheet. What an
-    earlier demo made in ``folder`` is replaced, and what somebody else did only with ``overwrite``.
+    """Convert the tiny checkpoint to int8 and bf16, infer both, teach int8 the first second of bf16's steps, and lay
+    their frames side by side on a sheet. What an earlier demo made in ``folder`` is replaced, and what somebody else
+    did only with ``overwrite``.
 
     Raises:
         InputError, OutputError: a file of ``own`` or the folder cannot be used, or the disk is full.
@@ -205,21 +211,32 @@ def run_demo(
             for name in (SHEET, PAGE, PORTRAIT, VOICE):  # an earlier demo's would stand beside other videos
                 (folder / name).unlink(missing_ok=True)
             request = prepare(folder, random=random, given=given)
-        reports = {}
-        for precision, outputs in places.items():
-            pipeline = AvatarPipeline.from_artifact(make_artifact(folder, precision, random=random), device=device)
-            reports[precision] = infer(pipeline, request, outputs)
-        return Demo(reports=reports) if random else _shown(folder, reports, request, places)
+        made = _made(folder, request, places, device=device, random=random)
+        return made if random else _shown(folder, made, request, places)
 
 
-def _shown(folder: Path, reports: dict[str, Any], request: Request, places: dict[str, Outputs]) -> Demo:
+def _made(folder: Path, request: Request, places: dict[str, Outputs], *, device: str, random: bool) -> Demo:
+    int8, bf16 = (
+        AvatarPipeline.from_artifact(make_artifact(folder, precision, random=random), device=device)
+        for precision in PRECISIONS
+    )
+    lessons = Lessons()
+    watching = Watching(begun=lessons.watcher(limit=TAUGHT_BLOCKS).begun)
+    reports = {
+        "bf16": infer(bf16, request, places["bf16"], watching=watching),
+        "int8": infer(int8, request, places["int8"]),
+    }
+    return Demo(reports=reports, forced=force(int8, request, lessons))
+
+
+def _shown(folder: Path, made: Demo, request: Request, places: dict[str, Outputs]) -> Demo:
     voice = read_voice(request).samples
     videos = {name: np.stack(list(read_frames(outputs.video))) for name, outputs in places.items()}
     sheet = folder / SHEET
     with disk_errors(sheet, 0):
         contact_sheet(load_portrait(request.image), videos, voice, FPS).save(sheet)
     found = {name: follows(frames, voice, FPS) for name, frames in videos.items()}
-    return Demo(reports=reports, sheet=sheet, follows=found)
+    return dataclasses.replace(made, sheet=sheet, follows=found)
 
 
 def check_places(folder: Path, own: Own, *, overwrite: bool) -> dict[str, Outputs]:

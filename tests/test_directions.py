@@ -74,7 +74,7 @@ ROOMS = {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
         "schedule", "simulate",
     },
-    "demo": {"infer", "media", "outputs", "pipeline", "request"},
+    "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
     "compare": {"denoise", "infer", "media", "outputs", "pipeline", "recorder", "schedule"},

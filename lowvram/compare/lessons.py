@@ -71,6 +71,14 @@ class Lessons:
     def lesson(self, block: int) -> Lesson:
         return self.kept[block]
 
+    def watcher(self, *, limit: int | None = None) -> Watcher:
+        """Keeps what a baseline does in its first ``limit`` blocks; see ``Watcher``."""
+        return Watcher(self.kept.__setitem__, limit=limit, at_start=self._begin)
+
+    def _begin(self, total: int, steps: int) -> None:
+        self.total, self.steps = total, steps
+        self.kept.clear()
+
 
 def sampled_tokens(count: int) -> Tensor:
     """Which of ``count`` tokens are looked at between layers: up to ``SAMPLED_TOKENS``, the same ones everywhere."""

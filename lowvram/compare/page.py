@@ -6,15 +6,22 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from lowvram.compare import taught_rows
 from lowvram.compare.charts import Chart, over_count, over_time
 from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
+from lowvram.compare.token_errors import UNCERTAINTY
 from lowvram.media.contact_sheet import AMPLIFIED
+from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
 from lowvram_kernels.errors import OutputError
+from lowvram_models.vae import DROPPED_FIRST_FRAMES
+
+if TYPE_CHECKING:
+    from lowvram.compare.teacher_forcing import Forced
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Figures in the page's head, in this order where they are there: name, label, unit, how it is written.
@@ -28,12 +35,16 @@ _FIGURES = (
     ("latent_error", "latents, relative error", "", ".3e"),
     ("latent_error_max", "latents, worst block", "", ".3e"),
     ("cosine", "latents, lowest cosine", "", ".7f"),
+    ("velocity_error", "taught: velocity, relative error", "", ".3e"),
+    ("token_error_median", "taught: median of the tokens", "", ".3e"),
+    ("token_error_p999", "taught: 99.9 % of the tokens", "", ".3e"),
 )
 
 
 def write_page(comparison: Comparison, path: Path, bounds: Mapping[str, float] | None = None) -> None:
     """Write the page to ``path``, which may be replaced: key figures with what ``bounds`` ask of them, clips and stills
-    of both runs and their difference, curves, blocks, stages, settings and checksums. The JSON of ``to_json`` is in it.
+    of both runs and their difference, curves, blocks, taught steps and layers, stages, settings and checksums. The JSON
+    of ``to_json`` is in it.
 
     Raises:
         ConfigError: as of ``Comparison.check``.
@@ -64,6 +75,9 @@ def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) ->
         json=_for_script(facts),
         figures=_figures(comparison),
         charts=_charts(comparison),
+        taught=_taught(comparison.forced),
+        runs=_runs(comparison),
+        whole=_whole(comparison),
         clip=make_clip(comparison),
         stills=make_stills(comparison),
         amplified=AMPLIFIED,
@@ -98,13 +112,64 @@ def _charts(comparison: Comparison) -> list[Chart]:
                       "by how much the difference changes from frame to frame"),
         ]  # fmt: skip
     if comparison.blocks:
-        errors = [block.relative_error for block in comparison.blocks]
-        charts.append(over_count("Latents, relative error by block", "", errors, "block"))
+        charts.append(_latents(comparison))
     return charts
 
 
+def _latents(comparison: Comparison) -> Chart:
+    """Over time, each block as long as it is shown; by block where no frames are."""
+    title, errors = "Latents, relative error", [block.relative_error for block in comparison.blocks]
+    if not (comparison.frames and comparison.pictures and comparison.right.dump):
+        return over_count(title, "", errors, "block")
+    lengths = [VIDEO_FRAMES_PER_LATENT * shape[1] for shape in comparison.right.dump.block_shapes()]
+    each = [error for error, length in zip(errors, lengths, strict=True) for _ in range(length)]
+    shown = each[DROPPED_FIRST_FRAMES:][: len(comparison.frames)]
+    return over_time(title, "", shown, comparison.pictures[1].fps, max, "of the whole block that a frame is of")
+
+
+def _taught(forced: Forced | None) -> dict[str, Any] | None:
+    """Tables and charts of a candidate that was taught."""
+    if forced is None:
+        return None
+    charts = [over_count("Velocities, relative error", "", [b.relative_error for b in forced.by_block], "block")]
+    if forced.layers is not None:
+        note = f"of sampled tokens, all steps of block{'s' if len(forced.layers_of) > 1 else ''} "
+        note += " and ".join(str(block) for block in forced.layers_of)
+        charts += [
+            over_count("Residual stream, relative error behind each layer", "", forced.layers.relative_errors[1:],
+                       "layer", note),
+            over_count("What each layer adds to it", "", forced.layers.increments[1:], "layer", note),
+        ]  # fmt: skip
+    return {
+        "columns": taught_rows.COLUMNS,
+        "rows": taught_rows.rows(forced),
+        "summary": taught_rows.summary(forced),
+        "uncertainty": UNCERTAINTY,
+        "charts": charts,
+        "steps": range(len(forced.layers_by_step)),
+        "layers": taught_rows.layer_rows(forced),
+    }
+
+
+def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:
+    return _side_by_side(comparison.left.run, comparison.right.run)
+
+
+def _whole(comparison: Comparison) -> list[tuple[float | None, int | None]]:
+    """Seconds of all stages and the highest of their peaks in bytes, of candidate and baseline."""
+    found = []
+    for sides in ([pair.a for pair in comparison.stages], [pair.b for pair in comparison.stages]):
+        seconds = [stage.seconds for stage in sides if stage and stage.seconds is not None]
+        peaks = [stage.peak_bytes for stage in sides if stage and stage.peak_bytes is not None]
+        found.append((sum(seconds) if seconds else None, max(peaks, default=None)))
+    return found
+
+
 def _settings(comparison: Comparison) -> list[tuple[str, str, str]]:
-    ours, theirs = comparison.left.settings, comparison.right.settings
+    return _side_by_side(comparison.left.settings, comparison.right.settings)
+
+
+def _side_by_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(name, str(ours.get(name, "")), str(theirs.get(name, ""))) for name in dict.fromkeys([*ours, *theirs])]
 
 

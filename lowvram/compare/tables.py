@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowvram.compare import taught_rows
 from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
+from lowvram.compare.token_errors import UNCERTAINTY
 
 if TYPE_CHECKING:
     from lowvram.compare.result import Comparison, StagePair
     from lowvram.compare.sources import Stage
+    from lowvram.compare.teacher_forcing import Forced
 
 # Up to this many frames each has a row; more are shown a second at a time, at 25 frames a second.
 _ROWS = 30
@@ -23,13 +26,17 @@ _FRAMES_A_ROW = 25
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print latents, tensors, frames and stages, each where there are any, then the summary and the warnings."""
+    """Print latents, tensors, frames, taught steps and stages, each where there are any, then the summary and the
+    warnings."""
     console.print(Text(f"{comparison.a} against the baseline {comparison.b}"), soft_wrap=True)
     for title, scores in (("Latents", comparison.blocks), ("Other tensors", comparison.tensors)):
         if scores:
             console.print(_tensor_table(title, scores))
     if comparison.frames:
         console.print(_frame_table(comparison.frames))
+    if comparison.forced:
+        for table in _taught_tables(comparison.forced):
+            console.print(table)
     if comparison.stages:
         console.print(_stage_table(comparison.stages))
     for line in _summary(comparison):
@@ -66,6 +73,20 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
     return table
 
 
+def _taught_tables(forced: Forced) -> list[Table]:
+    title = "Velocities of single steps from the baseline's latents: relative error in %, of all and of single tokens"
+    velocities = _table(title, *taught_rows.COLUMNS)
+    for row in taught_rows.narrow_rows(forced):
+        velocities.add_row(*row)
+    if forced.layers is None:
+        return [velocities]
+    names = [f"step {step}" for step in range(len(forced.layers_by_step))]
+    layers = _table("Error behind each layer", "", "all steps", "added", *names)
+    for row in taught_rows.layer_rows(forced):
+        layers.add_row(*row)
+    return [velocities, layers]
+
+
 def _stage_table(stages: tuple[StagePair, ...]) -> Table:
     table = _table("Stages", "", "seconds", "baseline", "peak MiB", "baseline")
     seconds: Callable[[Stage], str] = lambda s: "" if s.seconds is None else f"{s.seconds:.2f}"  # noqa: E731
@@ -96,6 +117,12 @@ def _summary(comparison: Comparison) -> list[str]:
             lines.append(f"worst frame: {worst.index} at {worst.time_s:.2f} s, {quality}")
         else:
             lines.append("all frames are identical")
+    if comparison.forced:
+        lines.append(
+            f"taught: relative error of velocities {values['velocity_error']:.3e}, worst block "
+            f"{values['velocity_error_max']:.3e}; {taught_rows.summary(comparison.forced)}"
+        )
+        lines.append(f"±: {UNCERTAINTY}")
     return lines
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowvram.compare.layer_errors import LayerErrors, LayerSums, Step
-from lowvram.compare.lessons import Lesson, Lessons, Sampler, Taught, Watcher, kept
+from lowvram.compare.lessons import Lesson, Lessons, Sampler, Taught, kept
 from lowvram.compare.metrics import TensorScore, TensorSums
 from lowvram.compare.token_errors import UNCERTAINTY, Sample, Statistics, statistics
 from lowvram.denoise.rollout import Rollout
@@ -100,12 +100,7 @@ def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int |
         LowvramError: as of ``AvatarPipeline.stream``.
     """
     lessons = Lessons()
-
-    def at_start(total: int, steps: int) -> None:
-        lessons.total, lessons.steps = total, steps
-
-    watcher = Watcher(lessons.kept.__setitem__, limit=blocks, at_start=at_start)
-    with contextlib.closing(baseline.denoise(request, watcher.begun)) as denoised:
+    with contextlib.closing(baseline.denoise(request, lessons.watcher(limit=blocks).begun)) as denoised:
         for block, _ in denoised:
             if block.index + 1 == blocks:
                 break

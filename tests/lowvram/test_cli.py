@@ -159,7 +159,10 @@ def test_compare_runs_both_itself(tiny, tmp_path):
     args += ["--size", "128*128", "--infer_frames", 12, "--num_clip", 1, "--sample_steps", 1, "--device", "cpu"]
     result = run(*args, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)
+    facts = json.loads(result.stdout)
+    assert 0 < facts["values"]["velocity_error"] < 0.1
+    assert facts["taught"]["blocks"] == facts["taught"]["of_blocks"] == 1
+    assert len(facts["taught"]["layers"]) == 5
     assert (tmp_path / "model.mp4").exists()
     again = run("compare", tmp_path / "model.json", tmp_path / "baseline.json", "--fail-under", "psnr=99")
     assert again.exit_code == 1

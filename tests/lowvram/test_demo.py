@@ -56,7 +56,13 @@ def test_a_face_talks(done):
     assert all(float(value) > 0.6 for value in found.values()), found
     shown = (demo.SHEET, demo.PAGE, "int8.mp4")
     assert done.stdout.splitlines()[-3:] == [str(done.folder / name) for name in shown]
-    assert "<video" in (done.folder / demo.PAGE).read_text()
+    page = (done.folder / demo.PAGE).read_text()
+    assert "<video" in page
+    taught = json.loads(page.split('<script type="application/json" id="comparison">')[1].split("</script>")[0])[
+        "taught"
+    ]
+    assert (taught["blocks"], len(taught["by_step"])) == (2, 4)
+    assert 0.002 < taught["velocity"]["mean"]["value"] < 0.05
     assert Image.open(done.folder / demo.SHEET).width > 9 * 128
     for name in demo.PRECISIONS:
         assert probe(done.folder / f"{name}.mp4")["frames"] == 45

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 import lowvram.commands.compare as command
 from lowvram.cli import main
 from lowvram.compare import record as recording
-from lowvram.compare.lessons import Lessons, Watcher
+from lowvram.compare.lessons import Lessons
 from lowvram.compare.reference import Reference
 from lowvram_kernels.errors import InputError
 from lowvram_quantize.claims import reading, writing
@@ -100,6 +101,31 @@ def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tm
     assert layers[0]["relative_error"] == 0
     assert all(0 < layer["increment"] <= 1.5 * layer["relative_error"] < 0.1 for layer in layers[1:])
     assert facts["values"]["velocity_error"] == taught["velocity"]["relative_error"]["value"]
+    rows = cells(text, "taught")
+    assert [row[0] for row in rows] == ["", "all steps", "step 0", "step 1"]
+    for row, figures in zip(rows[1:], [taught["velocity"], *taught["by_step"]], strict=True):
+        for cell, name in zip(row[1:], ("relative_error", "mean", "median", "p99", "p999", "maximum"), strict=False):
+            value, uncertainty = (float(part) / 100 for part in cell.removesuffix(" %").split(" ± "))
+            assert value == pytest.approx(figures[name]["value"], rel=5e-3)
+            assert uncertainty == pytest.approx(figures[name]["uncertainty"], rel=0.06)
+    rows = cells(text, "layers")[1:]
+    assert [row[0] for row in rows] == [layer["after"] for layer in layers]
+    for row, layer in zip(rows[1:], layers[1:], strict=True):
+        shown = [float(cell.removesuffix(" %")) / 100 for cell in row[1:3]]
+        assert shown == pytest.approx([layer["relative_error"], layer["increment"]], rel=5e-3)
+    assert {row[0] for row in cells(text, "runs")} >= {"artifact_sha256", "precision", "seconds", "machine"}
+    charts = (
+        "Velocities, relative error",
+        "Residual stream, relative error behind each layer",
+        "What each layer adds to it",
+    )
+    assert all(f'aria-label="{name}"' in text for name in charts)
+    assert "data-span" in text.split('aria-label="Latents, relative error"')[0].rsplit("<svg", 1)[1]  # over time
+
+
+def cells(page: str, table: str) -> list[list[str]]:
+    rows = page.split(f'<table id="{table}">')[1].split("</table>")[0].split("<tr>")[1:]
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
 
 
 REPEATED = {
@@ -368,7 +394,7 @@ def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
 def test_a_baseline_of_nan_is_not_recorded(wrong):
     lessons, block = Lessons(), SimpleNamespace(index=0)
     rollout = SimpleNamespace(steps=range(2))
-    Watcher(lessons.kept.__setitem__).begun(rollout, 1)
+    lessons.watcher().begun(rollout, 1)
     bad = torch.full((4, 1, 2, 2), float("inf") if wrong == "infinity" else float("nan"))
     good = torch.ones(4, 1, 2, 2)
     for step in range(2):
