@@ -16,9 +16,8 @@ from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
 from lowvram.compare.token_errors import UNCERTAINTY
 from lowvram.media.contact_sheet import AMPLIFIED
-from lowvram.schedule import VIDEO_FRAMES_PER_LATENT
 from lowvram_kernels.errors import OutputError
-from lowvram_models.vae import DROPPED_FIRST_FRAMES
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
     from lowvram.compare.teacher_forcing import Forced
@@ -121,7 +120,7 @@ def _latents(comparison: Comparison) -> Chart:
     title, errors = "Latents, relative error", [block.relative_error for block in comparison.blocks]
     if not (comparison.frames and comparison.pictures and comparison.right.dump):
         return over_count(title, "", errors, "block")
-    lengths = [VIDEO_FRAMES_PER_LATENT * shape[1] for shape in comparison.right.dump.block_shapes()]
+    lengths = [FRAMES_PER_LATENT * shape[1] for shape in comparison.right.dump.block_shapes()]
     each = [error for error, length in zip(errors, lengths, strict=True) for _ in range(length)]
     shown = each[DROPPED_FIRST_FRAMES:][: len(comparison.frames)]
     return over_time(title, "", shown, comparison.pictures[1].fps, max, "of the whole block that a frame is of")
