@@ -46,6 +46,8 @@ def main() -> None:
 def measure(folder: Path, layers: int, runs: int) -> dict[str, Any]:
     from importlib.metadata import version
 
+    import torch
+
     facts = write_dit(folder / "ckpt", layers)
     write_lora(folder / "lora.safetensors", layers)
     rows = {
@@ -59,6 +61,7 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores_used": 1,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy", "safetensors")},

@@ -1,8 +1,10 @@
-"""The progress bar on stderr: clip, block, frames a second, time left and memory."""
+"""Progress on stderr: a bar on a terminal, and where it is a file or a pipe, a line every ten seconds."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -11,6 +13,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -19,13 +22,36 @@ from rich.progress import (
 from lowvram.byte_sizes import gib
 from lowvram.recorder import Recorder
 
+EVERY_S = 10.0
+
+
+class LoggedProgress(Progress):
+    """A bar of columns on a terminal. Elsewhere rich draws it once, at the end, which of a run of hours is too late:
+    there the columns' words make a line every ``EVERY_S`` seconds, as updates come."""
+
+    _said = 0.0
+
+    def start(self) -> None:
+        self._said = time.monotonic()
+        super().start()
+
+    def show(self, task: TaskID, **changes: Any) -> None:
+        """``update``, and the line where one is due."""
+        self.update(task, **changes)
+        if self.disable or self.console.is_terminal or time.monotonic() - self._said < EVERY_S:
+            return
+        self._said = time.monotonic()
+        now = self.tasks[self.task_ids.index(task)]
+        words = [str(column(now)) for column in self.columns if not isinstance(column, str | BarColumn)]
+        self.console.print("  ".join(filter(None, words)), highlight=False, markup=False, soft_wrap=True)
+
 
 class RunProgress:
     """Context manager around a run on ``device``; ``update`` after each block. Does nothing when not enabled."""
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._device = device
-        self._progress = Progress(
+        self._progress = LoggedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} frames"),
@@ -52,7 +78,7 @@ class RunProgress:
         last = recorder.blocks[-1]
         done = sum(block.frames for block in recorder.blocks)
         seconds = last.denoise_s + last.decode_s
-        self._progress.update(
+        self._progress.show(
             self._task,
             description=f"clip {last.clip + 1} block {last.block + 1}",
             completed=done,
@@ -74,7 +100,7 @@ class ByteProgress:
     """Context manager for ``convert``: bytes of input done, speed and time left, on stderr."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = LoggedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
@@ -94,4 +120,4 @@ class ByteProgress:
         self._progress.stop()
 
     def update(self, done_bytes: int, total_bytes: int, what: str) -> None:
-        self._progress.update(self._task, completed=done_bytes, total=total_bytes, description=what)
+        self._progress.show(self._task, completed=done_bytes, total=total_bytes, description=what)
