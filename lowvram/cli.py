@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -37,7 +36,6 @@ from lowvram.commands.shared_options import (
     FILE,
     SETTINGS,
 )
-from lowvram.devices import is_out_of_memory
 from lowvram_kernels.errors import LowvramError, OutputError
 
 RECORD = "compare record"
@@ -70,6 +68,10 @@ class ErrorsToExitCodes(click.Group):
         except click.UsageError as error:  # in one line, without the page of usage that click puts in front
             fail(error.format_message(), 2)
         except RuntimeError as error:
+            import torch  # here, as it takes seconds, and a help page should not
+
+            from lowvram.devices import is_out_of_memory
+
             if is_out_of_memory(error):
                 fail(f"the GPU's memory ran out: {error}; give a smaller --vram-budget, which plans for less", 1)
             if not isinstance(error, torch.AcceleratorError):

@@ -14,7 +14,7 @@ ENCODERS = ("transformers", "diffusers.models.autoencoders", "bitsandbytes", "op
     ("module", "absent"),
     [
         ("lowvram", ("torch",)),
-        ("lowvram.cli", ("diffusers", *ENCODERS)),
+        ("lowvram.cli", ("torch", "numpy", "diffusers", *ENCODERS)),
         ("lowvram.planning", ("diffusers", *ENCODERS)),
         ("lowvram_quantize.format", ("diffusers", *ENCODERS)),
         # A rank that denoises encodes nothing and decodes nothing.
