@@ -23,7 +23,7 @@ from lowvram.compare.comparison import compare
 from lowvram.compare.sources import open_source
 from lowvram.outputs import Outputs, check_apart, check_file, check_folder
 from lowvram.parallel.rank_env import RankEnv
-from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.errors import ConfigError, InputError
 from lowvram_quantize.format import sha256_file
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _refuse_contradictions(reference: Reference, options: dict[str, Any]) -> Non
     for name in (name for name in _given() if name in _RECORDED):
         given, recorded = options[name], getattr(request, name)
         if name in ("image", "audio"):
-            same = given.is_file() and sha256_file(given) == files[recorded.name]["sha256"]
+            same = _checksum(given) == files[recorded.name]["sha256"]
         elif name in ("audio_start", "audio_duration"):
             same = seconds_of(given, f"--{either_spelling(name)}") == recorded
         else:
@@ -188,6 +188,14 @@ def _refuse_contradictions(reference: Reference, options: dict[str, Any]) -> Non
             f"{', '.join(wrong)}: the reference {reference.path} was made with something else; leave out what it says "
             "itself, or record another"
         )
+
+
+def _checksum(path: Path) -> str:
+    """Raises: InputError where the file cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; leave it out, the reference has a copy") from error
 
 
 def _inputs(options: dict[str, Any]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lowvram.compare.block_files import FRAMES, LATENTS, STEPS, block_file, read_lesson
+from lowvram.compare.block_files import CONDITIONS, FRAMES, LATENTS, STEPS, block_file, read_lesson
 from lowvram.compare.lessons import Lesson
 from lowvram.compare.sources import REFERENCE
 from lowvram.pipeline import Request
@@ -57,6 +57,7 @@ class Reference:
             _check_files(path, files)
             request = _request(path, settings, files)
             wanted = [block_file(Path(BLOCKS), kind, i) for i in range(blocks) for kind in (LATENTS, STEPS, FRAMES)]
+            wanted.append(Path(BLOCKS) / CONDITIONS)
             if missing := [str(name) for name in (*wanted, REPORT, VIDEO) if str(name) not in files]:
                 raise ValueError(f"{missing[0]} is not listed")
             dict(facts["artifact"]["dit"])

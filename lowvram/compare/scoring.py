@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from lowvram.compare.block_files import BlockRecorder, DiskLessons
 from lowvram.compare.comparison import compare
@@ -11,10 +12,10 @@ from lowvram.compare.reference import Reference
 from lowvram.compare.result import Comparison
 from lowvram.compare.sources import REFERENCE
 from lowvram.compare.teacher_forcing import force
-from lowvram.infer import Watching, infer
+from lowvram.infer import Watching, infer, write_json
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.claims import reading
 
 TAUGHT_BLOCKS = 8
@@ -42,9 +43,12 @@ def score(
     kept = scratch / "blocks"
     kept.mkdir()
     with reading(reference.path / REFERENCE):
-        infer(candidate, request, outputs, watching=Watching(recorder=lambda: BlockRecorder(kept), kept=kept))
+        watching = Watching(recorder=lambda: BlockRecorder(kept), kept=kept)
+        report = infer(candidate, request, outputs, watching=watching)
         forced = force(candidate, request, reference, blocks=blocks)
-        return dataclasses.replace(compare(_report(outputs), reference.report), forced=forced)
+        found = dataclasses.replace(compare(_report(outputs), reference.report), forced=forced)
+        write_json(_report(outputs), report | {"dump_tensors": None})  # what is scratch will not be there
+        return found
 
 
 def score_pair(
@@ -60,14 +64,23 @@ def score_pair(
     take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
 
     Raises:
+        OutOfMemoryError: one of them lost quality where memory ran out.
         LowvramError: as of ``infer`` and ``force``.
     """
     mine, theirs = places
     lessons = DiskLessons(scratch, limit=blocks)
-    infer(baseline, request, theirs, watching=Watching(begun=lessons.watcher.begun))
-    infer(candidate, request, mine)
+    _check_whole("baseline", infer(baseline, request, theirs, watching=Watching(begun=lessons.watcher.begun)))
+    _check_whole("candidate", infer(candidate, request, mine))
     forced = force(candidate, request, lessons)
     return dataclasses.replace(compare(_report(mine), _report(theirs)), forced=forced)
+
+
+def _check_whole(which: str, report: dict[str, Any]) -> None:
+    if lost := report["quality_lost"]:
+        raise OutOfMemoryError(
+            f"memory ran out, and the {which} was made with {', '.join(lost)}: two videos of different requests cannot "
+            "be compared; ask for as much of both"
+        )
 
 
 def _report(outputs: Outputs) -> Path:

@@ -16,9 +16,11 @@ from click.testing import CliRunner
 import lowvram.commands.compare as command
 from lowvram.cli import main
 from lowvram.compare import record as recording
+from lowvram.compare import scoring
+from lowvram.compare.block_files import BlockRecorder
 from lowvram.compare.lessons import Lessons
 from lowvram.compare.reference import Reference
-from lowvram_kernels.errors import InputError
+from lowvram_kernels.errors import InputError, OutOfMemoryError
 from lowvram_quantize.claims import reading, writing
 from tests.lowvram.compare.test_page import Reader
 
@@ -89,6 +91,7 @@ def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tm
     assert done.exit_code == 1
     assert "velocity_error is 0.0" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.mp4", "page.html"]
+    assert json.loads((tmp_path / "model.json").read_text())["dump_tensors"] is None
     text = page.read_text()
     facts = json.loads(Reader(text).scripts["comparison"])
     taught = facts["taught"]
@@ -143,7 +146,6 @@ REPEATED = {
     "upscale": ["--upscale"],
     "image": ["--image", "{voice}"],
     "audio": ["--audio", "{portrait}"],
-    "an image that is not there": ["--image", "no.png"],
 }
 
 
@@ -160,6 +162,14 @@ def test_what_the_reference_says_otherwise_is_refused_by_name(tiny, reference, n
     words = [word.format(voice=tiny.voice, portrait=tiny.portrait) for word in words]
     name = words[0].replace("_", "-")
     one_line(score(reference, tiny.artifact("int8"), *words), name, "recorded: ")
+
+
+@pytest.mark.parametrize("option", ["--image", "--audio"])
+@pytest.mark.parametrize("path", ["no.png", "."])
+def test_files_that_cannot_be_read(tiny, reference, no_run, option, path):
+    one_line(
+        score(reference, tiny.artifact("int8"), option, path), f"{path} cannot be read", "the reference has a copy"
+    )
 
 
 def test_what_it_says_too_is_taken(tiny, reference, no_run):
@@ -388,6 +398,25 @@ def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_line(run("compare", "./record", "b.json"), "record is not there; check the path")
     one_line(run("compare", "record", "b.json"), "--out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_frames_of_nan_are_not_kept(tmp_path, value):
+    frames = torch.zeros(3, 2, 16, 16)
+    recorder = BlockRecorder(tmp_path)
+    recorder.decoded(frames)
+    frames[1, 1, 3, 4] = value
+    with pytest.raises(InputError, match="frames of block 1 hold NaN or infinity"):
+        recorder.decoded(frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["frames-00000.safetensors"]
+
+
+@pytest.mark.parametrize("side", ["baseline", "candidate"])
+def test_two_videos_of_different_requests_are_not_compared(tmp_path, monkeypatch, side):
+    lost = {"baseline": [], "candidate": [], side: ["3 steps"]}
+    monkeypatch.setattr(scoring, "infer", lambda pipeline, *_a, **_m: {"quality_lost": lost[pipeline]})
+    with pytest.raises(OutOfMemoryError, match=f"the {side} was made with 3 steps"):
+        scoring.score_pair("candidate", "baseline", None, (None, None), tmp_path)
 
 
 @pytest.mark.parametrize("wrong", ["velocity", "latent", "infinity", "both", "the last step only"])

@@ -55,6 +55,30 @@ def test_of_its_own_latents_nothing_is_left(tiny, taught, memory, changes):
     assert found.latents.relative_error < 1e-6
 
 
+@pytest.mark.parametrize("memory", [{"wave": 2}, {"offload_model": True}])
+def test_what_is_recorded_does_not_depend_on_where_layers_are(tiny, taught, memory):
+    found = record(pipeline(tiny, **memory), tiny.request())
+    for block in range(BLOCKS):
+        mine, theirs = found.lesson(block), taught.lesson(block)
+        for name in ("before", "velocities", "end"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+        assert (mine.layers is None) == (theirs.layers is None) == (block not in (0, BLOCKS - 1))
+        if mine.layers is not None and theirs.layers is not None:
+            assert mine.layers.shape[:2] == (STEPS, 5)
+            torch.testing.assert_close(mine.layers, theirs.layers)
+
+
+def test_the_first_blocks_alone(tiny, taught):
+    some = record(pipeline(tiny), tiny.request(), blocks=2)
+    assert (some.blocks, some.total) == (2, BLOCKS)
+    assert some.lesson(1).layers is not None
+    found = force(pipeline(tiny, "int8"), tiny.request(), some)
+    assert len(found.by_block) == 2
+    whole = force(pipeline(tiny, "int8"), tiny.request(), taught, blocks=2)
+    assert found.velocity == whole.velocity
+    assert whole.layers_of == (0,)
+
+
 @pytest.mark.parametrize(
     ("precision", "memory", "most"),
     [
