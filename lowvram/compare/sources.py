@@ -226,6 +226,8 @@ def _another(path: Path) -> str:
     expected = "expected .safetensors (a dump), .mp4 or .json (a run's report)"
     if (path / MANIFEST).is_file():
         return f"{path} is an artifact, and runs are compared; name both with --model and --baseline to run them"
+    if (path / REFERENCE).is_file():
+        return f"{path} is a reference; score an artifact against it: --model and --reference"
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _KINDS)
         held = f", with {', '.join(files[:4])} in it" if files else ""

@@ -90,10 +90,12 @@ def statistics(blocks: Sequence[Sequence[Sample]]) -> Statistics:
     count = len(blocks)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) if count > 1 else None
     every = np.concatenate([sample.errors for block in blocks for sample in block])
-    owner = np.repeat(np.arange(count), [sum(len(sample.errors) for sample in block) for block in blocks])
+    tokens = [sum(len(sample.errors) for sample in block) for block in blocks]
+    owner = np.repeat(np.arange(count, dtype=np.int32), tokens)
     quantiles = _quantiles(every, owner, drawn)
     sums = np.stack([_together(block).parts for block in blocks])
-    totals = np.stack([[float(every[owner == at].sum(dtype=np.float64)), (owner == at).sum()] for at in range(count)])
+    errors = [sum(float(sample.errors.sum(dtype=np.float64)) for sample in block) for block in blocks]
+    totals = np.stack([errors, tokens], axis=1).astype(np.float64)
     return Statistics(
         tokens=len(every),
         relative_error=_figure(sums, drawn, lambda parts: TensorSums.of(parts).score("").relative_error),
@@ -118,7 +120,7 @@ def _figure(
     return Figure(value(of_blocks.sum(axis=0)), _deviation(again))
 
 
-def _quantiles(errors: Errors, owner: NDArray[np.int64], drawn: NDArray[np.int64] | None) -> dict[str, Figure]:
+def _quantiles(errors: Errors, owner: NDArray[np.int32], drawn: NDArray[np.int64] | None) -> dict[str, Figure]:
     """The smallest errors that so many tokens do not exceed."""
     order = np.argsort(errors, kind="stable")
     errors, owner = errors[order], owner[order]

@@ -394,6 +394,10 @@ def test_a_recording_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatc
     assert sorted(path.name for path in out.iterdir()) == ["old", "reference.json"]
 
 
+def test_a_reference_in_place_of_a_file(reference):
+    one_line(run("compare", reference, "b.json"), "is a reference", "--model and --reference")
+
+
 def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_line(run("compare", "./record", "b.json"), "record is not there; check the path")
