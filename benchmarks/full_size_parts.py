@@ -86,7 +86,7 @@ def write_artifact(options: argparse.Namespace, precision: str) -> dict[str, Any
             path, precision=precision, preset=options.preset, fill=RandomFill(options.seed), overwrite=True
         )
     except BaseException:
-        shutil.rmtree(path.with_name(path.name + ".phantom"), ignore_errors=True)
+        shutil.rmtree(path.with_name(path.name + ".shapes"), ignore_errors=True)
         raise
     seconds, nbytes = time.perf_counter() - begin, folder_bytes(path)
     return {"bytes": nbytes, "reused": False, "write_s": seconds, "bytes_per_second": nbytes / seconds}
@@ -94,7 +94,7 @@ def write_artifact(options: argparse.Namespace, precision: str) -> dict[str, Any
 
 def is_there(path: Path) -> bool:
     try:
-        return Artifact.open(path).phantom == "random values"
+        return Artifact.open(path).shape_values == "random values"
     except CheckpointError:
         return False
 

@@ -49,6 +49,18 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def _tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of tiles. Programs go down GROUP_M tiles of rows before the next tile of columns, so that both
+    operands stay in L2."""
+    group = program // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    height = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + (program % (GROUP_M * tiles_n)) % height
+    tile_n = (program % (GROUP_M * tiles_n)) // height
+    return tile_m, tile_n
+
+
+@triton.jit
 def product_tile(
     program,
     x,
@@ -72,15 +84,7 @@ def product_tile(
     PARTS: tl.constexpr,
 ):
     """The ``program``-th tile of a product."""
-    # Programs go down GROUP_M tiles of rows before the next tile of columns, so that both operands stay in L2.
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    height = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + (program % (GROUP_M * tiles_n)) % height
-    tile_n = (program % (GROUP_M * tiles_n)) // height
-
+    tile_m, tile_n = _tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     # Tile corners in 64 bits, offsets from them in 32: far fewer registers than a 64-bit offset for each element.
     first_row, first_column = tile_m * BLOCK_M, tile_n * BLOCK_N
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)

@@ -60,8 +60,7 @@ def _linears_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Three products of the same width and depth, all packed, in one grid: the tiles of each behind those of the one
-    before. The last may have no rows."""
+    """Three products of one width and depth, packed, in one grid, tiles behind tiles; the last may have no rows."""
     program = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     second = tl.cdiv(M0, BLOCK_M) * tiles_n

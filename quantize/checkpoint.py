@@ -41,6 +41,12 @@ class Named:
     audio_encoder: Path | None = None
     tokenizer: Path | None = None
 
+    @classmethod
+    def of(cls, *parts: str | Path | None) -> Named:
+        """Of ``parts`` in the order of the fields."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: None if part is None else Path(part) for name, part in zip(names, parts, strict=True)})
+
     @property
     def by_option(self) -> dict[str, Path | None]:
         """The same by the names of the command line."""

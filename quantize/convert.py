@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -111,27 +112,34 @@ def convert(
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
-    named = Named(
-        dit=_path(dit_file),
-        vae=_path(vae_file),
-        text_encoder=_path(text_encoder_file),
-        audio_encoder=_path(audio_encoder_dir),
-        tokenizer=_path(tokenizer_dir),
-    )
-    checkpoint, out, wanted = Checkpoint(_path(ckpt_dir), named), Path(out), tuple(components)
-    chosen = _precisions(precision, dit, vae, text_encoder)
-    _check_components(wanted)
+    named = Named.of(dit_file, vae_file, text_encoder_file, audio_encoder_dir, tokenizer_dir)
+    folder, out, wanted = None if ckpt_dir is None else Path(ckpt_dir), Path(out), _wanted(components)
+    checkpoint, chosen = Checkpoint(folder, named), _precisions(precision, dit, vae, text_encoder)
     loras = lora_sources(lora, lora_alpha)
-    given = {"--ckpt-dir": _path(ckpt_dir), **named.by_option}
+    given = {"--ckpt-dir": folder, **named.by_option}
     check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
+    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate)
+    return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
+
+
+def _make(
+    out: Path,
+    plan: Callable[[], list[ComponentPlan]],
+    checkpoint: Checkpoint,
+    wanted: tuple[str, ...],
+    progress: Progress | None,
+    *,
+    overwrite: bool,
+) -> Path:
+    """Write beside ``out``, alone, what comes there once it is complete."""
     place = real(out)  # what is unfinished lies beside a link's target, on the same disk
     with writing(place, "lowvram convert"):
         check_target(place, overwrite=overwrite)  # another run may just have finished it
-        plans = _plans(checkpoint, wanted, chosen, loras, rotate)
+        plans = plan()
         folders = _check_folders(checkpoint, wanted)
         # Where what was named holds links, it is what they lead to that must not go.
-        files = [file for plan in plans for file in plan.source_files]
+        files = [file for each in plans for file in each.source_files]
         files += [file for folder in folders for file in folder.iterdir() if file.is_file()]
         check_inputs(out, [("the checkpoint", real(file)) for file in files])
         partial = partial_of(place)
@@ -171,13 +179,11 @@ def _precisions(default: str, dit: str | None, vae: str | None, text_encoder: st
     return chosen
 
 
-def _check_components(wanted: tuple[str, ...]) -> None:
+def _wanted(components: Iterable[str]) -> tuple[str, ...]:
+    wanted = tuple(components)
     if not wanted or set(wanted) - set(COMPONENTS):
         raise ConfigError(f"components are {list(wanted)}; expected some of {', '.join(COMPONENTS)}")
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+    return wanted
 
 
 def lora_sources(

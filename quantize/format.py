@@ -319,8 +319,8 @@ class Artifact:
             raise CheckpointError(f"{self.path} was replaced by another artifact while it was opened; run again")
 
     @property
-    def phantom(self) -> str | None:
-        """What stands in place of trained values, where this is no converted checkpoint; see ``phantom``."""
+    def shape_values(self) -> str | None:
+        """What a shape artifact has in place of trained values; None for a converted checkpoint."""
         facts = self.manifest.get("phantom")
         return None if facts is None else str(facts["values"])
 
@@ -338,10 +338,10 @@ class Artifact:
 
     def verify(self) -> None:
         """Raises: CheckpointError naming the first file whose bytes are not those that were written."""
-        if self.phantom is not None:
+        if self.shape_values is not None:
             raise CheckpointError(
-                f"{self.path} is a phantom ({self.phantom}): it has the shapes of a model, no checksums and nothing to "
-                "verify; convert a checkpoint for an artifact that can be verified"
+                f"{self.path} is a shape artifact ({self.shape_values}): it has the shapes of a model, no checksums "
+                "and nothing to verify; convert a checkpoint for an artifact that can be verified"
             )
         for component in self._components.values():
             component.verify()

@@ -88,7 +88,8 @@ def summary(facts: dict[str, Any]) -> str:
         *([_lora_line(lora) for lora in facts["loras"]] or ["no LoRA was merged"]),
     ]
     if facts["phantom"]:
-        lines.append(f"phantom of preset {facts['phantom']['preset']}: {facts['phantom']['values']}, no checksums")
+        shapes = facts["phantom"]
+        lines.append(f"shape artifact of preset {shapes['preset']}: {shapes['values']}, no checksums")
     for name, component in facts["components"].items():
         lines += ["", *_component_lines(name, component)]
     lines += ["", "copied"] + [f"  {name:<44}{_size(size):>12}" for name, size in facts["files"].items()]

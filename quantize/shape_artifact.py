@@ -89,7 +89,7 @@ def write_shape_artifact(
     out = Path(out)
     shapes = _checked(preset, precision, text_encoder)
     check_target(out, overwrite=overwrite)
-    partial = out.with_name(out.name + ".phantom")
+    partial = out.with_name(out.name + ".shapes")
     with disk_errors(partial, 0):
         shutil.rmtree(partial, ignore_errors=True)
         for folder in (AUDIO_ENCODER, TOKENIZER):

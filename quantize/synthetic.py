@@ -8,6 +8,7 @@ nor the number of shards changes a value, and no more than one shard is in memor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -106,23 +107,29 @@ def write_checkpoint(
         raise ConfigError(f"shards is {shards}, but the DiT has {len(shapes)} tensors; ask for that many at most")
     refuse_foreign(root)
     draw = Draw(seed)
+    with _whole(root, {"seed": seed, "lora_rank": lora_rank} | settings) as (base, lora):
+        _write_dit(base, draw, config, shapes, shards)
+        _write_vae(base, draw, vae_base_dim)
+        _write_text_encoder(base, draw, text_dim)
+        _write_audio_encoder(base, draw, audio_dim)
+        save_file(_lora(model, draw, lora_rank), lora / "liveavatar.safetensors", {"format": "pt"})
+    log.info("wrote a random checkpoint of %d DiT tensors in %s", len(shapes), root)
+    return root
+
+
+@contextlib.contextmanager
+def _whole(root: Path, facts: dict[str, Any]) -> Iterator[tuple[Path, Path]]:
+    """Folders of base and LoRA to write in, which come to ``root`` as a whole, with what they were made of."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
-            base, lora = Path(partial, BASE_FOLDER), Path(partial, LORA_FOLDER)
-            base.mkdir()
-            lora.mkdir()
-            _write_dit(base, draw, config, shapes, shards)
-            _write_vae(base, draw, vae_base_dim)
-            _write_text_encoder(base, draw, text_dim)
-            _write_audio_encoder(base, draw, audio_dim)
-            save_file(_lora(model, draw, lora_rank), lora / "liveavatar.safetensors", {"format": "pt"})
-            facts = {"note": "random weights in the published layout; not a trained model", "seed": seed}
-            publish(root, (base, lora), facts | {"lora_rank": lora_rank} | settings)
+            folders = Path(partial, BASE_FOLDER), Path(partial, LORA_FOLDER)
+            for folder in folders:
+                folder.mkdir()
+            yield folders
+            publish(root, folders, {"note": "random weights in the published layout; not a trained model"} | facts)
     except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
         raise OutputError(f"{root} cannot be written: {error}; choose another folder or free some space") from error
-    log.info("wrote a random checkpoint of %d DiT tensors in %s", len(shapes), root)
-    return root
 
 
 class Draw:

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("shapes") / "14b"))
 
 
 def stored_shapes(artifact: Artifact, component: str) -> dict[str, tuple[int, ...]]:
@@ -74,9 +74,9 @@ def test_files_without_values_take_no_disk(published):
 
 
 def test_nothing_is_said_to_be_verified(published):
-    with pytest.raises(CheckpointError, match=r"is a phantom \(no values\).*no checksums"):
+    with pytest.raises(CheckpointError, match=r"is a shape artifact \(no values\).*no checksums"):
         Artifact.open(published.path, verify=True)
-    assert "phantom of preset 14b: no values" in summary(describe(published.path))
+    assert "shape artifact of preset 14b: no values" in summary(describe(published.path))
 
 
 @pytest.mark.parametrize(("precision", "text_encoder"), [("int8", None), ("fp8", "nf4"), ("bf16", None)])
