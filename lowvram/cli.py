@@ -286,9 +286,8 @@ def selftest(device: str, report: Path | None, overwrite: bool, as_json: bool) -
     Exits with 1 where something fails that no other kernel makes good.
     """
     from lowvram.outputs import check_file
-    from lowvram.selftest.command import selftest as run
-    from lowvram.selftest.command import write_text
-    from lowvram.selftest.report import bug_report, print_examined
+    from lowvram.selftest.examine import selftest as run
+    from lowvram.selftest.report import bug_report, print_examined, write_text
 
     if report:
         check_file("--report", report, overwrite=overwrite)

@@ -246,7 +246,7 @@ def _nccl() -> str | None:
 
 
 def bind(port: int) -> str:
-    """Listen for a moment where the ranks' meeting point will; the system's error, "" without one."""
+    """Listen for a moment where the ranks' rendezvous will; the system's error, "" without one."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
         # As PyTorch's store does: a port that was just left is free, one that somebody listens at is not.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

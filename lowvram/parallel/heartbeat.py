@@ -81,8 +81,8 @@ class _Heard:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a rank does, since when, and how long it may take: replaced in one piece, as the watch reads it. Between two
-    pieces of work a rank is ``idle``."""
+    """What a rank does, since when, and how long it may take: replaced in one piece, as the heartbeat reads it.
+    Between two pieces of work a rank is ``idle``."""
 
     what: str
     since: float
@@ -109,7 +109,7 @@ class Heartbeat:
         self._cause: str | None = None
         self._caused = threading.Event()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lowvram-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lowvram-heartbeat", daemon=True)
 
     def begin(self) -> None:
         self._beat()

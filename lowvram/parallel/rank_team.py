@@ -34,11 +34,11 @@ from lowvram_kernels.errors import ConfigError, DistributedError, LowvramError
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)
 
-# Exchanges wait for as long as the slowest rank takes; the watch ends what waits in vain.
+# Exchanges wait for as long as the slowest rank takes; the heartbeat ends what waits in vain.
 _PATIENCE = datetime.timedelta(days=7)
 _HANDSHAKE_S = 25.0
 _CAUSE_S = 14.0
-# A starter that ends this rank because another one failed does so about when the watch finds it.
+# A starter that ends this rank because another one failed does so about when the heartbeat finds it.
 _TOLD_S = 1.0
 
 
@@ -64,7 +64,7 @@ class RankTeam:
     def settle(self, layout: ParallelLayout) -> None:
         """Take another layout than the one that was met with; before ``connect``."""
         self.layout, self.role = layout, layout.role(self.env.rank)
-        # In place: the watch has the same list.
+        # In place: the heartbeat has the same list.
         self.peers[:] = [dataclasses.replace(peer, name=layout.role(rank).name) for rank, peer in enumerate(self.peers)]
 
     def connect(self, device: torch.device) -> None:
@@ -83,14 +83,14 @@ class RankTeam:
             dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size, timeout=_PATIENCE)
         comm = Comm(_group(range(env.world_size), "gloo"), self.sent)
         mine: Any = None
-        meeting: Any = None
+        agreeing: Any = None
         if layout.ulysses_size > 1:
             for stage in range(layout.stages):
                 members = layout.members(stage)
                 exchange = _group(members, "nccl" if device.type == "cuda" else "gloo")
                 control = _group(members, "gloo")
                 if stage == self.role.stage:
-                    mine, meeting = exchange, control
+                    mine, agreeing = exchange, control
         if mine is None or self.role.index is None:
             return comm, None, Whole()
         sequence = Ulysses(self.role.index, layout.ulysses_size, StageExchange(mine, self.role.index, self.sent))
@@ -100,7 +100,7 @@ class RankTeam:
             measuring_group(card, layout.ulysses_size),
         ):
             _try_exchange(sequence, device)
-        return comm, meeting, sequence
+        return comm, agreeing, sequence
 
     def share(self, what: str, value: Any) -> list[Any]:
         """Every rank tells ``value``; all ranks' values.

@@ -174,10 +174,13 @@ def _pairs(values: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
     return tuple((int(pixels), int(nbytes)) for pixels, nbytes in values)
 
 
-def _start(device: torch.device) -> dict[str, Any]:
+_PROBE = "lowvram.selftest.library_memory_probe"
+
+
+def _start(device: torch.device, probe: str = _PROBE) -> dict[str, Any]:
     index = device.index or 0
     free, _ = torch.cuda.mem_get_info(index)  # before the other process has a context
-    command = [sys.executable, "-m", "lowvram.selftest.library_memory_probe", str(index), str(free)]
+    command = [sys.executable, "-m", probe, str(index), str(free)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -40,7 +40,7 @@ class DeviceParts:
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.asdict(self).values())
+        return sum(vars(self).values())
 
 
 def device_parts(
@@ -245,7 +245,7 @@ class ReferenceParts:
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.asdict(self).values())
+        return sum(vars(self).values())
 
 
 def reference_parts(sizes: ModelSizes, work: Workload) -> ReferenceParts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -81,7 +82,7 @@ class ModelSizes:
         """The DiT's, wherever they lie."""
         return self.start.nbytes + self.shared.nbytes + sum(self.layer_bytes)
 
-    @property
+    @functools.cached_property
     def layer_bytes(self) -> tuple[int, ...]:
         """Of each layer's slab, as it is stored."""
         return tuple(slab.nbytes for slab in self.layers)

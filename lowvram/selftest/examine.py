@@ -5,16 +5,24 @@ What is measured of it and judged by no bound is read by plans.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from lowvram.devices import choose_device
 from lowvram.planning.library_memory import OutsideAllocator, measure_outside_allocator
 from lowvram.planning.measure import CudaRunner
+from lowvram.selftest import cache
+from lowvram.selftest.cache import identity_of
 from lowvram.selftest.isolated import BEGIN_S, CHECK_S, Heard, run_isolated
+from lowvram.selftest.report import Examined
 from lowvram.selftest.results import Result, Subject, judge
 from lowvram_kernels.errors import DeviceError
+
+log = logging.getLogger(__name__)
 
 
 def outside_bytes(device: torch.device) -> Result:
@@ -36,6 +44,7 @@ def figures_of(found: OutsideAllocator) -> dict[str, float]:
 SOURCES = ("lowvram.selftest.checks:kernel_checks", "lowvram.selftest.streaming:moving_checks")
 """Where workers find the checks. What failed in the first is not used in the second."""
 _START = "start of "
+NO_GPU = "no CUDA device is here: the processor's half is examined, and nothing is said of any GPU"
 Measure = Callable[[torch.device], Result]
 
 
@@ -75,3 +84,30 @@ def examine(
             results.append(measure(device))
             heard(results[-1])
     return results, begun and time.monotonic() < until
+
+
+def selftest(
+    device: str = "auto", *, file: Path | None = None, sources: tuple[str, ...] | None = None
+) -> tuple[list[Examined], str]:
+    """Examine a GPU and the processor, or the processor alone: (each, what is to be said beside).
+
+    Raises:
+        HardwareError: a device that is not there.
+    """
+    chosen = choose_device(device)
+    devices = [chosen] if chosen.type == "cpu" else [chosen, torch.device("cpu")]
+    note = NO_GPU if not torch.cuda.is_available() else ""
+    return [_examined(one, file or cache.cache_file(), sources or SOURCES) for one in devices], note
+
+
+def _examined(device: torch.device, file: Path, sources: tuple[str, ...]) -> Examined:
+    def said(result: Result) -> None:
+        if result.status != "passed":
+            log.warning("%s: %s %s: %s", device, result.subject.name, result.status, result.message)
+
+    identity = identity_of(device)
+    results, complete = examine(device, heard=said, sources=sources)
+    with cache.alone(file):
+        found = cache.Known(results=tuple(results), complete=complete)
+        cache.write(file, cache.read(file) | {identity.key: found})
+    return Examined(device=device, identity=identity, results=results)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lowvram.selftest.cache import Identity
 from lowvram.selftest.results import Result, Verdict, judge
+from lowvram_kernels.errors import OutputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,3 +102,11 @@ def _short(value: float | None) -> str:
 
 def _ms(result: Result) -> float | None:
     return None if result.seconds is None else result.seconds * 1000
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises: OutputError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error}; choose another place") from error

@@ -55,7 +55,7 @@ class SimulatedDevice:
         # Storages that are known: their block, or None where they take no memory. By the address of the C++ object,
         # which is its own as long as the storage lives.
         self._blocks: dict[int, MemoryBlock | None] = {}
-        self._watches: dict[int, weakref.ref[Any]] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
         self._modes = contextlib.ExitStack()
 
     @property
@@ -101,7 +101,7 @@ class SimulatedDevice:
             key = storage._cdata
             if key not in self._blocks:
                 self._blocks[key] = None if placeholder else self.allocate(storage.nbytes())
-                self._watches[key] = weakref.ref(storage, functools.partial(self._forget, key))
+                self._storages[key] = weakref.ref(storage, functools.partial(self._forget, key))
 
     def knows(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._blocks
@@ -145,7 +145,7 @@ class SimulatedDevice:
 
     def _forget(self, key: int, _: object) -> None:
         self.memory.release(self._blocks.pop(key))
-        del self._watches[key]
+        del self._storages[key]
 
 
 class SimulatedEngine(Engine):

@@ -26,7 +26,7 @@ def counted(counts_module, tmp_path_factory):
     """Rings -> counts of a layer, a step and a block of the tiny model, once two clips are behind it."""
     from lowvram_quantize.shape_artifact import write_shape_artifact
 
-    artifact = write_shape_artifact(tmp_path_factory.mktemp("phantom") / "tiny", preset="tiny", precision="int8")
+    artifact = write_shape_artifact(tmp_path_factory.mktemp("shapes") / "tiny", preset="tiny", precision="int8")
     found = {}
     for kv in ("int8", "plain"):
         counting = counts_module.Counting()

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import lowvram.commands.compare as compare_both
 import lowvram.demo as demo
-import lowvram.selftest.command as selftest
+import lowvram.selftest.examine as selftest
 from lowvram.cli import main
 from lowvram_quantize.claims import writing
 

@@ -88,7 +88,8 @@ def test_as_many_frames_are_made_as_hold_the_voice(voice, clips, num_clip, expec
 
 
 @pytest.mark.parametrize(
-    ("frames", "clips", "tail", "begun"), [(48, 1, 0, 1), (96, 2, 0, 2), (60, 1, 3, 2), (144, 3, 0, 3), (12, 0, 3, 1)]
+    ("frames", "clips", "tail", "begun"),
+    [(48, 1, 0, 1), (96, 2, 0, 2), (60, 1, 3, 2), (144, 3, 0, 3), (12, 0, 3, 1), (52, 1, 1, 2)],
 )
 def test_a_clip_is_begun_where_blocks_of_it_are_made(frames, clips, tail, begun):
     extent = Extent.of(frames, 48)

@@ -90,7 +90,7 @@ def left() -> Left:
 
 @pytest.fixture
 def begin(clock, store, left) -> Iterator[Callable[..., Heartbeat]]:
-    """A watch of rank 0 over itself and another rank, far away unless said otherwise."""
+    """The heartbeat of rank 0 over itself and another rank, far away unless said otherwise."""
     begun: list[Heartbeat] = []
 
     def start(other: Peer | None = None) -> Heartbeat:
@@ -111,7 +111,7 @@ def begin(clock, store, left) -> Iterator[Callable[..., Heartbeat]]:
 
 @pytest.fixture
 def alone(begin, store) -> Heartbeat:
-    """A watch whose other rank has nothing more to say."""
+    """A heartbeat whose other rank has nothing more to say."""
     store.set("end/1", json.dumps({"done": True}))
     return begin()
 
@@ -129,83 +129,83 @@ def child() -> Iterator[subprocess.Popen]:
 
 
 def beats(store: FakeStore, count: int = 3) -> None:
-    """Until the watch has looked so many times."""
+    """Until the heartbeat has looked so many times."""
     first = json.loads(store.words["beat/0"])[0]
     pause = threading.Event()
     for _ in range(int(PATIENCE_S / BEAT_S)):
         if json.loads(store.words["beat/0"])[0] >= first + count:
             return
         pause.wait(BEAT_S)
-    raise AssertionError("the watch looks no more")
+    raise AssertionError("the heartbeat looks no more")
 
 
 def test_a_rank_that_fails_is_named_with_its_words(begin, store, left):
-    watch = begin()
+    heartbeat = begin()
     store.set("end/1", json.dumps({"failed": "OutputError: the disk is full"}))
-    assert watch.wait_for_cause(PATIENCE_S) == "rank 1 (VAE) on far failed: OutputError: the disk is full"
-    assert watch.cause == store.words["found/0"]
+    assert heartbeat.wait_for_cause(PATIENCE_S) == "rank 1 (VAE) on far failed: OutputError: the disk is full"
+    assert heartbeat.cause == store.words["found/0"]
     # Its own work does not end within the grace.
     assert left.wait() == [1]
 
 
 def test_work_that_ends_by_itself_is_left_alone(begin, store, left, monkeypatch):
     monkeypatch.setattr(watching, "GRACE_S", PATIENCE_S)
-    watch = begin()
+    heartbeat = begin()
     store.set("end/1", json.dumps({"failed": "ended"}))
-    assert watch.wait_for_cause(PATIENCE_S)
-    watch.done()
-    watch._thread.join(PATIENCE_S)
+    assert heartbeat.wait_for_cause(PATIENCE_S)
+    heartbeat.done()
+    heartbeat._thread.join(PATIENCE_S)
     assert left.codes == []
 
 
 def test_a_rank_that_is_done_is_not_missed(begin, store, clock, child):
-    watch = begin(neighbour(child.pid))
+    heartbeat = begin(neighbour(child.pid))
     store.set("end/1", json.dumps({"done": True}))
     child.kill()
     child.wait()
     clock.now += 10 * SILENCE_S
     beats(store)
-    assert watch.cause is None
+    assert heartbeat.cause is None
 
 
 @pytest.mark.parametrize("reaped", [False, True])
 def test_a_process_that_died(begin, store, child, reaped):
-    watch = begin(neighbour(child.pid))
+    heartbeat = begin(neighbour(child.pid))
     store.beat(1, 1, "denoising block 3")
     beats(store)
-    assert watch.cause is None
+    assert heartbeat.cause is None
     child.kill()
     if reaped:
         child.wait()
-    assert watch.wait_for_cause(PATIENCE_S) == "rank 1 (VAE) on here died; last it was denoising block 3"
+    assert heartbeat.wait_for_cause(PATIENCE_S) == "rank 1 (VAE) on here died; last it was denoising block 3"
 
 
 def test_silence_of_another_machine(begin, store, clock):
-    watch = begin()
+    heartbeat = begin()
     for count in range(1, 4):
         clock.now += SILENCE_S - 1
         store.beat(1, count, "decoding block 2")
         beats(store)
-        assert watch.cause is None
+        assert heartbeat.cause is None
     clock.now += SILENCE_S + 1
     words = "rank 1 (VAE) on far has given no sign of life for 11 s; last it was decoding block 2"
-    assert watch.wait_for_cause(PATIENCE_S) == words
+    assert heartbeat.wait_for_cause(PATIENCE_S) == words
 
 
 def test_a_stopped_process_does_not_stay_behind(begin, store, clock, child):
-    watch = begin(neighbour(child.pid))
+    heartbeat = begin(neighbour(child.pid))
     store.beat(1, 1, "denoising block 0")
     beats(store)
     os.kill(child.pid, signal.SIGSTOP)
     clock.now += SILENCE_S + 1
-    assert "no sign of life" in (watch.wait_for_cause(PATIENCE_S) or "")
+    assert "no sign of life" in (heartbeat.wait_for_cause(PATIENCE_S) or "")
     assert child.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 def test_a_store_that_is_gone(begin, store, left):
-    watch = begin()
+    heartbeat = begin()
     store.gone = True
-    cause = watch.wait_for_cause(PATIENCE_S)
+    cause = heartbeat.wait_for_cause(PATIENCE_S)
     assert cause == (
         "the store that ranks meet at does not answer (Broken pipe); rank 0 (stage 0, part 0) on here or its "
         "launcher is gone"
@@ -262,11 +262,11 @@ def test_others_are_told_what_it_does(begin, store):
         beats(store)
         return json.loads(store.words["beat/0"])[1]
 
-    watch = begin()
+    heartbeat = begin()
     assert said() == "starting"
-    with watch.doing("denoising block 0", "denoise"):
+    with heartbeat.doing("denoising block 0", "denoise"):
         assert said() == "denoising block 0"
-        with watch.waiting("the other ranks"):
+        with heartbeat.waiting("the other ranks"):
             assert said() == "waiting for the other ranks"
         assert said() == "denoising block 0"
     assert said() == "done with denoising block 0"

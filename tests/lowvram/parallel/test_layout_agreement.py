@@ -32,7 +32,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("shapes") / "14b"))
 
 
 class Ranks:

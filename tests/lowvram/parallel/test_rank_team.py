@@ -224,9 +224,9 @@ def test_nobody_keeps_the_store(maker, ranks, tmp_path):
 
 @contextlib.contextmanager
 def no_patience() -> Iterator[None]:
-    import lowvram.parallel.rendezvous as meeting
+    from lowvram.parallel import rendezvous
 
-    meeting.RENDEZVOUS_S = 1
+    rendezvous.RENDEZVOUS_S = 1
     yield
 
 

@@ -27,7 +27,7 @@ WORK = Workload.of_size("704*384")
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Artifact:
-    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("phantom") / "14b"))
+    return Artifact.open(write_shape_artifact(tmp_path_factory.mktemp("shapes") / "14b"))
 
 
 @pytest.fixture

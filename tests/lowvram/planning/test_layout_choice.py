@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lowvram.planning import CARDS, DoesNotFit, Machines, Workload, alternatives, choose_team
-from lowvram.planning.layout_choice import Alternative
+from lowvram.planning.layout_choice import Alternative, _layouts
 from lowvram.planning.memory_costs import GIB
 from lowvram.planning.rank_layout import LayoutOptions, ParallelLayout, layouts
 from lowvram_kernels.errors import ConfigError
@@ -36,6 +38,13 @@ def test_the_fastest_of_what_is_allowed_is_taken(sizes, gpus):
     allowed = [each.plan for each in every if each.plan and each.layout.vae_rank == found.layout.vae_rank]
     assert found.seconds_per_block == min(plan.seconds_per_block for plan in allowed)
     assert found in allowed
+
+
+@pytest.mark.parametrize(("latent", "most"), [((8, 8), 10), ((8, 10), 20), ((10, 8), 20), ((8, 12), 20), ((9, 8), 10)])
+def test_no_rank_is_without_a_token(sizes, latent, most):
+    """Of 20 GPUs, and 16 to 24 tokens a latent frame."""
+    every = _layouts(sizes("int8"), dataclasses.replace(WORK, latent_size=latent), machines(20))
+    assert max(layout.ulysses_size for layout in every) == most
 
 
 def test_of_equally_fast_ones_that_with_more_stages(sizes):

@@ -116,11 +116,17 @@ def test_a_damaged_file_is_said_and_replaced(tmp_path, caplog, text):
     assert outside_allocator(KEY, file=file) == FOUND
 
 
-def test_a_process_that_fails_is_said(monkeypatch):
-    """Here it is a machine without a card that fails."""
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        ("no_such_module", r"exit code 1: .*No module named no_such_module\); plans"),
+        ("abc", r"exit code 0: \); plans"),
+    ],
+)
+def test_a_process_that_fails_is_said(monkeypatch, probe, said):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1, 2))
-    with pytest.raises(DeviceError, match=r"could not be measured \(exit code 1: .*flat value"):
-        outside._start(GPU)
+    with pytest.raises(DeviceError, match=r"could not be measured \(" + said + ".*flat value"):
+        outside._start(GPU, probe)
 
 
 def test_the_layers_of_a_run_call_its_kernels():

@@ -15,10 +15,10 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+import lowvram.selftest.examine as examining
 from lowvram.cli import main
 from lowvram.infer import Outputs, infer
 from lowvram.pipeline import AvatarPipeline
-from lowvram.selftest import command
 from lowvram.selftest.checks import kernel_check
 from lowvram.selftest.examine import examine
 from lowvram.selftest.report import Examined, bug_report, print_examined, without_user
@@ -61,7 +61,7 @@ def test_a_machine_without_a_gpu_says_so_and_examines_its_processor(tmp_path):
 @pytest.mark.parametrize(("fault", "code"), [("right", 0), ("wrong", 0), ("nan", 0), ("compile_error", 0)])
 def test_a_kernel_that_is_gone_around_is_no_failure(fault, code, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(command, "SOURCES", (f"tests.lowvram.selftest.fakes:fault_{fault}",))
+    monkeypatch.setattr(examining, "SOURCES", (f"tests.lowvram.selftest.fakes:fault_{fault}",))
     done = CliRunner().invoke(main, ["selftest", "--device", "cpu"])
     assert done.exit_code == code, done.output
     assert ("off: linear_w8a8 int8: triton is switched off" in done.stdout) == (fault != "right")
@@ -69,7 +69,7 @@ def test_a_kernel_that_is_gone_around_is_no_failure(fault, code, tmp_path, monke
 
 def test_what_nothing_makes_good_ends_with_1(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(command, "SOURCES", ("tests.lowvram.selftest.fakes:two",))
+    monkeypatch.setattr(examining, "SOURCES", ("tests.lowvram.selftest.fakes:two",))
     done = CliRunner().invoke(main, ["selftest", "--device", "cpu"])
     assert done.exit_code == 1
     assert "no way around: first" in done.stdout
@@ -132,7 +132,7 @@ def test_a_report_names_versions_and_failures_and_no_user(monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "selftest", functools.partial(lambda device: ([], "")))
+    monkeypatch.setattr(examining, "selftest", functools.partial(lambda device: ([], "")))
     done = CliRunner().invoke(main, ["selftest", "--report", str(tmp_path / "none" / "report.txt")])
     assert done.exit_code == 2
     assert "cannot be written" in done.stderr

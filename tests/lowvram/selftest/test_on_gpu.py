@@ -8,7 +8,7 @@ import torch
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.pipeline import AvatarPipeline
 from lowvram.recorder import TensorRecorder
-from lowvram.selftest.command import selftest
+from lowvram.selftest.examine import selftest
 from lowvram_kernels import choices
 
 pytestmark = [
