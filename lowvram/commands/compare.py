@@ -162,7 +162,7 @@ def _refuse_run_options() -> None:
     allowed = _OF_FILES | ({"overwrite"} if "html" in given else set())
     if beyond := sorted(set(given) - allowed):
         names = ", ".join(f"--{either_spelling(name)}" for name in beyond)
-        raise click.UsageError(f"{names} have an effect with --model and --baseline only; leave them out")
+        raise click.UsageError(f"{names} have an effect with --model only, which runs what is compared; leave them out")
 
 
 def _refuse_contradictions(reference: Reference, options: dict[str, Any]) -> None:
