@@ -14,7 +14,6 @@ from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, START, dit_slab, umt5_slab
 from lowvram_models.text_encoder import build_umt5
-from lowvram_models.vae import build_vae
 from lowvram_quantize.lora import Lora, LoraSource, merge_loras, open_lora
 from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.presets import PUBLISHED
@@ -113,6 +112,9 @@ def plan_vae(file: Path, precision: str) -> ComponentPlan:
 
 def vae_shapes(base_dim: int) -> Shapes:
     """Names (of diffusers' module) and shapes of the VAE."""
+    # diffusers takes two seconds to import: a checkpoint that cannot be used is refused before.
+    from lowvram_models.vae import build_vae
+
     with torch.device("meta"):
         return _shapes(build_vae(base_dim))
 

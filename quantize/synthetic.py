@@ -17,13 +17,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Wav2Vec2ForCTC
 
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_models.config import DiTConfig
@@ -36,6 +35,9 @@ from lowvram_quantize.synthetic_encoders import (
     wav2vec2_model,
     wav2vec2_preprocessor,
 )
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2ForCTC
 
 log = logging.getLogger(__name__)
 

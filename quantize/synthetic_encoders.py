@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import string
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2ForCTC
 
 LATENT_CHANNELS = 16
 
@@ -143,6 +145,9 @@ def wav2vec2_model(width: int, **changes: Any) -> Wav2Vec2ForCTC:
 
     All else is small; ``changes`` are fields of transformers' configuration to set otherwise.
     """
+    # Four seconds to import, and a conversion needs no more than this module's constants.
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
     small: dict[str, Any] = {
         "intermediate_size": 2 * width,
         "num_attention_heads": 4,

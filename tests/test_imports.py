@@ -17,6 +17,7 @@ ENCODERS = ("transformers", "diffusers.models.autoencoders", "bitsandbytes", "op
         ("lowvram.cli", ("torch", "numpy", "diffusers", *ENCODERS)),
         ("lowvram.planning", ("diffusers", *ENCODERS)),
         ("lowvram_quantize.format", ("diffusers", *ENCODERS)),
+        ("lowvram_quantize.convert", ("diffusers", *ENCODERS)),
         # A rank that denoises encodes nothing and decodes nothing.
         ("lowvram.pipeline", ENCODERS),
         ("lowvram.parallel.rank_team", ENCODERS),
