@@ -18,9 +18,9 @@ ENCODERS = ("transformers", "diffusers.models.autoencoders", "bitsandbytes", "op
         ("lowvram.planning", ("diffusers", *ENCODERS)),
         ("lowvram_quantize.format", ("diffusers", *ENCODERS)),
         ("lowvram_quantize.convert", ("diffusers", *ENCODERS)),
-        # A rank that denoises encodes nothing and decodes nothing.
-        ("lowvram.pipeline", ENCODERS),
-        ("lowvram.parallel.rank_team", ENCODERS),
+        # Input is refused before, and a rank that denoises encodes nothing and decodes nothing.
+        ("lowvram.pipeline", ("diffusers", *ENCODERS)),
+        ("lowvram.parallel.rank_team", ("diffusers", *ENCODERS)),
     ],
 )
 def test_what_is_not_needed_is_not_imported(module, absent):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lowvram.denoise.cuda_graphs import Lane, LayerGraphs
 from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink, Window
@@ -123,6 +122,9 @@ class Rollout:
         self.graphs = graphs
         self.sequence: Sequence = sequence or Whole()
         self.steps = range(settings.sample_steps) if steps is None else steps
+        # Seconds to import, which a rank that only decodes, and an input that is refused, need not wait for.
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT)
         self.scheduler = scheduler
         self.scheduler.set_timesteps(settings.sample_steps)

@@ -25,6 +25,7 @@ PRELOAD += [
     "transformers.models.umt5.modeling_umt5",
     "transformers.models.wav2vec2.modeling_wav2vec2",
     "lowvram_models.vae",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
 ]
 LIMIT_S = 60.0
 
