@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from lowvram.media.sizes import output_size
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
-from lowvram.schedule import blocks_of
+from lowvram.schedule import Block, blocks_of
 from lowvram_models.audio_encoder import audio_embedding
+from lowvram_models.dit import CausalDiT
 from lowvram_quantize.convert import convert
-from lowvram_quantize.format import Artifact
+from lowvram_quantize.format import Artifact, Component
 from tests.golden_cases import ROOT, Case, cases, relative_error
 
 pytestmark = pytest.mark.golden
@@ -29,6 +31,28 @@ CPU = torch.device("cpu")
 
 def test_there_are_cases():
     assert cases("dit") or cases("pipeline"), f"{ROOT} holds no case folder (one with a case.json)"
+
+
+def rollout_of(
+    case: Case, dit: CausalDiT, component: Component, on_prediction: Callable[[Block, int, torch.Tensor], None]
+) -> Rollout:
+    settings, inputs, engine = case.settings, case.tensors("inputs"), Engine(CPU)
+    return Rollout(
+        dit,
+        Layers(dit, component, engine, torch.float32),
+        inputs["context"],
+        RolloutSettings(
+            frames_per_clip=settings["latent_frames_per_clip"],
+            latent_size=tuple(inputs["noise"].shape[-2:]),
+            frames_per_block=settings["frames_per_block"],
+            sample_steps=settings["sample_steps"],
+            cond_rope_distance=settings["cond_rope_distance"],
+        ),
+        dtype=torch.float32,
+        engine=engine,
+        placement=Placement(),
+        on_prediction=on_prediction,
+    )
 
 
 @pytest.mark.parametrize("case", cases("dit"), ids=lambda c: c.folder.name)
@@ -48,23 +72,7 @@ def test_dit_alone(case: Case, tmp_path: Path):
         index = block.offset // settings["frames_per_block"]
         check(f"noise_pred.clip{block.clip}.block{index}.step{step}", velocity)
 
-    engine = Engine(CPU)
-    rollout = Rollout(
-        dit,
-        Layers(dit, component, engine, torch.float32),
-        inputs["context"],
-        RolloutSettings(
-            frames_per_clip=settings["latent_frames_per_clip"],
-            latent_size=tuple(inputs["noise"].shape[-2:]),
-            frames_per_block=settings["frames_per_block"],
-            sample_steps=settings["sample_steps"],
-            cond_rope_distance=settings["cond_rope_distance"],
-        ),
-        dtype=torch.float32,
-        engine=engine,
-        placement=Placement(),
-        on_prediction=on_prediction,
-    )
+    rollout = rollout_of(case, dit, component, on_prediction)
     rollout.prefill(inputs["ref_latents"][0], inputs["motion_latents"][0])
     latents = torch.zeros_like(golden["latents"])
     per_clip = settings["latent_frames_per_clip"]

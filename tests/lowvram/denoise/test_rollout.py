@@ -89,3 +89,23 @@ def test_two_blocks_at_one_step_share_no_lane(rollout, monkeypatch, steps, asked
     for block in blocks:
         rollout.finish(block)
     assert lanes.asked == asked
+
+
+@pytest.mark.parametrize("wanted", range(-1, STEPS + 1))
+def test_latents_are_seen_before_each_step_and_behind_the_last(rollout, monkeypatch, wanted):
+    """And what is given for one of them takes its place."""
+    block, given = BLOCKS[0], torch.full((16, BLOCKS[0].frames, 8, 8), 0.5)
+    seen: list[tuple[int, bool]] = []
+
+    def on_latent(of: Block, step: int, latent: torch.Tensor) -> torch.Tensor:
+        assert of is block
+        seen.append((step, torch.equal(latent, noise)))
+        return given if step == wanted else latent
+
+    monkeypatch.setattr(rollout, "on_latent", on_latent)
+    noise = torch.zeros(16, block.frames, 8, 8)
+    audio = torch.zeros(1, rollout.dit.config.audio_layers, rollout.dit.config.audio_dim, 4 * block.frames)
+    rollout.prefill(torch.zeros(16, 1, 8, 8), torch.zeros(16, 19, 8, 8))
+    found = rollout.denoise(block, noise, audio)
+    assert seen == [(step, step == 0) for step in range(STEPS + 1)]
+    assert torch.equal(found, given) == (wanted == STEPS)
