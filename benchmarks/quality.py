@@ -3,9 +3,9 @@
 python benchmarks/quality.py [--people 3] [--seconds 8] [--only int8,fp8] [--out benchmarks/results/quality_cpu.json]
 
 People and voices are drawn and synthesized by numbers that training never saw. Each artifact makes each video twice:
-freely, from the same seed, which gives frames; and taught, every step from the latents of the bf16 run, which gives the
-error of single steps (``lowvram/compare/teacher_forcing.py``). Rings are kept in the dtype that is computed in (float32
-on a processor) unless they are said to be int8.
+freely, from the same seed, which gives frames; and teacher-forced, every step from the latents of the bf16 run, which
+gives the error of single steps (``lowvram/compare/teacher_forcing.py``). Rings are kept in the dtype that is computed
+in (float32 on a processor) unless they are said to be int8.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # training is not ins
 import numpy as np
 import torch
 
-from lowvram.compare.lessons import Taught
 from lowvram.compare.metrics import FrameScorer, TensorSums, mean_psnr, moving_pixels
 from lowvram.compare.teacher_forcing import force, record
+from lowvram.compare.trajectories import Teacher
 from lowvram.infer import machine
 from lowvram.media.contact_sheet import follows
 from lowvram.offload.placement import MemoryOptions
@@ -95,12 +95,12 @@ def measure(folder: Path, only: tuple[str, ...], *, people: int, seconds: float)
     cases = [Case(folder, FIRST + index, seconds) for index in range(people)]
     baseline = pipeline_of(root, folder / "bf16", BASELINE)
     runs = {case.name: Run.free(baseline, case) for case in cases}
-    taught = {case.name: record(baseline, case.request()) for case in cases}
+    teachers = {case.name: record(baseline, case.request()) for case in cases}
     own = [of_face(case, runs[case.name]) for case in cases]
     rows = []
     for name in only:
         candidate = pipeline_of(root, folder / name, VARIANTS[name])
-        each = [scores(candidate, case, runs[case.name], taught[case.name]) for case in cases]
+        each = [scores(candidate, case, runs[case.name], teachers[case.name]) for case in cases]
         rows.append({"name": name, "title": VARIANTS[name].title, "kv": VARIANTS[name].kv, **summary(each)})
         print(f"{name}: done", file=sys.stderr, flush=True)
     return {
@@ -147,10 +147,10 @@ class Run:
         return cls(recorder.latents, frames[: case.frames])
 
 
-def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught) -> dict[str, Any]:
-    """Of one person and voice: freely, taught, and what is seen of the face."""
+def scores(candidate: AvatarPipeline, case: Case, baseline: Run, teacher: Teacher) -> dict[str, Any]:
+    """Of one person and voice: freely, teacher-forced, and what is seen of the face."""
     run = Run.free(candidate, case)
-    forced = force(candidate, case.request(), taught)
+    forced = force(candidate, case.request(), teacher)
     scorer = FrameScorer(FPS, moving_pixels(baseline.frames))
     frames = [scorer.score(mine, theirs) for mine, theirs in zip(run.frames, baseline.frames, strict=True)]
     total, blocks = TensorSums(), []
@@ -160,7 +160,7 @@ def scores(candidate: AvatarPipeline, case: Case, baseline: Run, taught: Taught)
         total.merge(sums)
         blocks.append(sums.score("").relative_error)
     return {
-        "taught": forced.values | {"by_step": [step.relative_error.value for step in forced.by_step]},
+        "teacher_forced": forced.values | {"by_step": [step.relative_error.value for step in forced.by_step]},
         "free": {
             "latent_error": total.score("").relative_error,
             "latent_error_first": blocks[0],
@@ -203,17 +203,17 @@ def spread(values: list[Any]) -> Any:
 def markdown(result: dict[str, Any]) -> str:
     """One row a variant: relative errors, decibels and correlations, mean and deviation of all people."""
     lines = [
-        "| artifact | taught: velocity | first block | steps, first to last | free: latents | worst block | PSNR | "
-        "SSIM | mouth with voice | background |",
+        "| artifact | teacher-forced: velocity | first block | steps, first to last | free: latents | worst block | "
+        "PSNR | SSIM | mouth with voice | background |",
         "| --- " + "| ---: " * 9 + "|",
     ]
     own = result["baseline"]
     lines.append(f"| {own['title']} | | | | | | | | {plain(own, 'mouth_with_voice')} | {decibels(own, 'face')} |")
     for row in result["variants"]:
-        taught, free = row["taught"], row["free"]
+        forced, free = row["teacher_forced"], row["free"]
         cells = [
-            *(percent(taught[name]) for name in ("velocity_error", "velocity_error_first")),
-            ", ".join(f"{step['mean'] * 100:.2f}" for step in taught["by_step"]) + "%",
+            *(percent(forced[name]) for name in ("velocity_error", "velocity_error_first")),
+            ", ".join(f"{step['mean'] * 100:.2f}" for step in forced["by_step"]) + "%",
             *(percent(free[name]) for name in ("latent_error", "latent_error_max")),
             decibels(row, "free", "psnr"),
             f"{free['ssim']['mean']:.4f} ± {free['ssim']['deviation']:.4f}",

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lowvram.compare.lessons import Lessons
 from lowvram.compare.teacher_forcing import Forced, force
+from lowvram.compare.trajectories import Trajectories
 from lowvram.infer import Watching, infer
 from lowvram.media.contact_sheet import contact_sheet, follows
 from lowvram.media.image import fitted, load_portrait
@@ -43,7 +43,7 @@ TINY_LAYERS = 4
 VOICE_S = 3.7  # two clips, and nearly nothing behind them
 OWN_VOICE_S = 20.0  # as much of somebody's own voice as is taken unless they say how much
 SIDE_PX, RANDOM_SIDE_PX = 128, 256
-TAUGHT_BLOCKS = 2  # a second of video
+TEACHER_FORCED_BLOCKS = 2  # a second of video
 HEADROOM = 0.15  # of what is cut off a tall portrait as much lies above
 PORTRAIT, VOICE, SHEET, PAGE = "portrait.png", "voice.wav", "contact-sheet.png", "compare.html"
 LORA_ALPHA = 2.0  # with the tiny LoRA's rank of 4 this is the published factor alpha / rank of 0.5
@@ -182,7 +182,7 @@ def make_artifact(folder: Path, precision: str, *, random: bool = False) -> Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Each run's report, and the int8 model's steps where the bf16 model taught it; of trained weights the ``sheet``,
+    """Each run's report, and the int8 model's teacher-forced steps; of trained weights the ``sheet``,
     and by precision how the mouth correlates with the voice."""
 
     reports: dict[str, dict[str, Any]]
@@ -194,7 +194,7 @@ class Demo:
 def run_demo(
     folder: Path, *, own: Own | None = None, device: str = "auto", overwrite: bool = False, random: bool = False
 ) -> Demo:
-    """Convert the tiny checkpoint to int8 and bf16, infer both, teach int8 the first second of bf16's steps, and lay
+    """Convert the tiny checkpoint to int8 and bf16, infer both, int8 teacher-forced over a second of bf16 too, and lay
     their frames side by side on a sheet. What an earlier demo made in ``folder`` is replaced, and what somebody else
     did only with ``overwrite``.
 
@@ -220,13 +220,13 @@ def _made(folder: Path, request: Request, places: dict[str, Outputs], *, device:
         AvatarPipeline.from_artifact(make_artifact(folder, precision, random=random), device=device)
         for precision in PRECISIONS
     )
-    lessons = Lessons()
-    watching = Watching(begun=lessons.watcher(limit=TAUGHT_BLOCKS).begun)
+    trajectories = Trajectories()
+    watching = Watching(begun=trajectories.watcher(limit=TEACHER_FORCED_BLOCKS).begun)
     reports = {
         "bf16": infer(bf16, request, places["bf16"], watching=watching),
         "int8": infer(int8, request, places["int8"]),
     }
-    return Demo(reports=reports, forced=force(int8, request, lessons))
+    return Demo(reports=reports, forced=force(int8, request, trajectories))
 
 
 def _shown(folder: Path, made: Demo, request: Request, places: dict[str, Outputs]) -> Demo:

@@ -21,14 +21,14 @@ def quality(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_artifact_is_scored_freely_and_taught(quality, tmp_path):
+def test_each_artifact_is_scored_freely_and_teacher_forced(quality, tmp_path):
     result = quality.measure(tmp_path, ("int8-dit",), people=1, seconds=0.8)
     json.dumps(result, allow_nan=False)
     (row,) = result["variants"]
     assert row["title"] == "DiT int8, others bf16"
-    taught, free = row["taught"], row["free"]
-    assert 0.002 < taught["velocity_error"]["mean"] < 0.05
-    assert len(taught["by_step"]) == 4
+    forced, free = row["teacher_forced"], row["free"]
+    assert 0.002 < forced["velocity_error"]["mean"] < 0.05
+    assert len(forced["by_step"]) == 4
     assert 0.002 < free["latent_error"]["mean"] < 0.1
     assert 35 < free["psnr"]["mean"] < 70
     assert 0.97 < free["ssim"]["mean"] < 1
@@ -40,8 +40,8 @@ def test_each_artifact_is_scored_freely_and_taught(quality, tmp_path):
 
 
 def test_people_are_told_by_mean_and_spread(quality):
-    each = [{"taught": {"error": value, "by_step": [value, 2 * value]}} for value in (1.0, 2.0, 6.0)]
-    found = quality.summary(each)["taught"]
+    each = [{"teacher_forced": {"error": value, "by_step": [value, 2 * value]}} for value in (1.0, 2.0, 6.0)]
+    found = quality.summary(each)["teacher_forced"]
     assert found["error"] == {"mean": 3.0, "deviation": pytest.approx(7**0.5), "each": [1.0, 2.0, 6.0]}
     assert [step["mean"] for step in found["by_step"]] == [3.0, 6.0]
     assert quality.percent(found["error"]) == "300.00% ± 264.58"

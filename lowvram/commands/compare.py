@@ -81,7 +81,7 @@ def record_as_asked(options: dict[str, Any]) -> Path:
 
 
 def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: Callable[[], Path]) -> Comparison:
-    from lowvram.compare.scoring import TAUGHT_BLOCKS, score_pair
+    from lowvram.compare.scoring import TEACHER_FORCED_BLOCKS, score_pair
 
     needed = ("model", "baseline", "image", "audio", "prompt")
     if missing := [f"--{name}" for name in needed if options[name] is None]:
@@ -89,7 +89,7 @@ def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: 
     if a is not None or b is not None:
         raise click.UsageError("give either two files, or --model and --baseline; not both")
     _alone()
-    blocks = _taught_blocks(options) or TAUGHT_BLOCKS
+    blocks = _teacher_forced_blocks(options) or TEACHER_FORCED_BLOCKS
     folder, places = _places(options, scratch, "model", "baseline")
     request, inputs = make_request(options), _inputs(options)
     _check_page(options, inputs, *places)
@@ -115,7 +115,7 @@ def _against_reference(
         raise click.UsageError("--model is missing: which artifact is to be scored against the reference?")
     _alone()
     _refuse_quality_loss(options)
-    blocks = _taught_blocks(options)
+    blocks = _teacher_forced_blocks(options)
     folder, (outputs,) = _places(options, scratch, "model")
     inputs = {"--model": options["model"], "--reference": options["reference"]}
     _check_page(options, inputs, outputs)
@@ -143,10 +143,10 @@ def _refuse_quality_loss(options: dict[str, Any]) -> None:
         raise ConfigError("--allow-quality-loss would change what is compared; leave it out")
 
 
-def _taught_blocks(options: dict[str, Any]) -> int | None:
-    blocks: int | None = options["taught_blocks"]
+def _teacher_forced_blocks(options: dict[str, Any]) -> int | None:
+    blocks: int | None = options["teacher_forced_blocks"]
     if blocks is not None and blocks < 1:
-        raise ConfigError(f"--taught-blocks is {blocks}; expected 1 or more, or none for the default")
+        raise ConfigError(f"--teacher-forced-blocks is {blocks}; expected 1 or more, or none for the default")
     return blocks
 
 

@@ -77,7 +77,7 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--baseline", type=FILE, help="Artifact to run as the baseline, instead of naming B."),
         click.option("--reference", type=FILE, help="What compare record made of a baseline, instead of running it."),
         click.option(
-            "--taught-blocks",
+            "--teacher-forced-blocks",
             type=int,
             help="Blocks whose single steps are compared too; default: 8, with --reference all.",
         ),

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lowvram.compare.lessons import Lesson, Watcher
 from lowvram.compare.metrics import Frame, pixels_of
+from lowvram.compare.trajectories import Trajectory, Watcher
 from lowvram.recorder import Recorder
 from lowvram.schedule import Block
 from lowvram_kernels.errors import InputError, OutputError
@@ -110,7 +110,7 @@ class BlockFiles:
             yield from _tensor(block_file(self.path, FRAMES, index), FRAMES).numpy()
 
 
-class DiskLessons:
+class TrajectoryFiles:
     """What a baseline does, kept in ``folder`` while it is done: ``watcher`` of the first ``limit`` blocks."""
 
     def __init__(self, folder: Path, *, limit: int | None = None):
@@ -121,22 +121,22 @@ class DiskLessons:
     def _begin(self, total: int, steps: int) -> None:
         self.blocks, self.total, self.steps = 0, total, steps
 
-    def _keep(self, block: int, lesson: Lesson) -> None:
-        save_lesson(self._folder, block, lesson)
+    def _keep(self, block: int, trajectory: Trajectory) -> None:
+        save_trajectory(self._folder, block, trajectory)
         self.blocks = block + 1
 
-    def lesson(self, block: int) -> Lesson:
+    def trajectory(self, block: int) -> Trajectory:
         """Of one block."""
-        return read_lesson(self._folder, block)
+        return read_trajectory(self._folder, block)
 
 
-def save_lesson(folder: Path, block: int, lesson: Lesson) -> None:
+def save_trajectory(folder: Path, block: int, trajectory: Trajectory) -> None:
     """Raises: OutputError."""
-    tensors = {name: getattr(lesson, name) for name in ("before", "velocities", "end", "layers")}
+    tensors = {name: getattr(trajectory, name) for name in ("before", "velocities", "end", "layers")}
     _save(block_file(folder, STEPS, block), {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-def read_lesson(folder: Path, block: int) -> Lesson:
+def read_trajectory(folder: Path, block: int) -> Trajectory:
     """Raises: InputError where the file is missing or damaged."""
     path = block_file(folder, STEPS, block)
     try:
@@ -148,7 +148,7 @@ def read_lesson(folder: Path, block: int) -> Lesson:
         raise InputError(f"{path} has {', '.join(found)}; expected before, velocities and end: record it again")
     if not before.shape == velocities.shape == (len(before), *end.shape):
         raise InputError(f"{path} has latents of different shapes: record it again")
-    return Lesson(before=before, velocities=velocities, end=end, layers=found.get("layers"))
+    return Trajectory(before=before, velocities=velocities, end=end, layers=found.get("layers"))
 
 
 def _count(folder: Path, kind: str) -> int:

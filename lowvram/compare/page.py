@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from lowvram.compare import taught_rows
+from lowvram.compare import teacher_forced_rows
 from lowvram.compare.charts import Chart, over_count, over_time
 from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
@@ -34,16 +34,16 @@ _FIGURES = (
     ("latent_error", "latents, relative error", "", ".3e"),
     ("latent_error_max", "latents, worst block", "", ".3e"),
     ("cosine", "latents, lowest cosine", "", ".7f"),
-    ("velocity_error", "taught: velocity, relative error", "", ".3e"),
-    ("token_error_median", "taught: median of the tokens", "", ".3e"),
-    ("token_error_p999", "taught: 99.9 % of the tokens", "", ".3e"),
+    ("velocity_error", "teacher-forced: velocity, relative error", "", ".3e"),
+    ("token_error_median", "teacher-forced: median of the tokens", "", ".3e"),
+    ("token_error_p999", "teacher-forced: 99.9 % of the tokens", "", ".3e"),
 )
 
 
 def write_page(comparison: Comparison, path: Path, bounds: Mapping[str, float] | None = None) -> None:
     """Write the page to ``path``, which may be replaced: key figures with what ``bounds`` ask of them, clips and stills
-    of both runs and their difference, curves, blocks, taught steps and layers, stages, settings and checksums. The JSON
-    of ``to_json`` is in it.
+    of both runs and their difference, curves, blocks, teacher-forced steps and layers, stages, settings and
+    checksums. The JSON of ``to_json`` is in it.
 
     Raises:
         ConfigError: as of ``Comparison.check``.
@@ -74,7 +74,7 @@ def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) ->
         json=_for_script(facts),
         figures=_figures(comparison),
         charts=_charts(comparison),
-        taught=_taught(comparison.forced),
+        teacher_forced=_teacher_forced(comparison.forced),
         runs=_runs(comparison),
         whole=_whole(comparison),
         clip=make_clip(comparison),
@@ -126,8 +126,8 @@ def _latents(comparison: Comparison) -> Chart:
     return over_time(title, "", shown, comparison.pictures[1].fps, max, "of the whole block that a frame is of")
 
 
-def _taught(forced: Forced | None) -> dict[str, Any] | None:
-    """Tables and charts of a candidate that was taught."""
+def _teacher_forced(forced: Forced | None) -> dict[str, Any] | None:
+    """Tables and charts of a teacher-forced candidate."""
     if forced is None:
         return None
     charts = [over_count("Velocities, relative error", "", [b.relative_error for b in forced.by_block], "block")]
@@ -140,13 +140,13 @@ def _taught(forced: Forced | None) -> dict[str, Any] | None:
             over_count("What each layer adds to it", "", forced.layers.increments[1:], "layer", note),
         ]  # fmt: skip
     return {
-        "columns": taught_rows.COLUMNS,
-        "rows": taught_rows.rows(forced),
-        "summary": taught_rows.summary(forced),
+        "columns": teacher_forced_rows.COLUMNS,
+        "rows": teacher_forced_rows.rows(forced),
+        "summary": teacher_forced_rows.summary(forced),
         "uncertainty": UNCERTAINTY,
         "charts": charts,
         "steps": range(len(forced.layers_by_step)),
-        "layers": taught_rows.layer_rows(forced),
+        "layers": teacher_forced_rows.layer_rows(forced),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowvram.compare.block_files import BlockRecorder, DiskLessons, full
+from lowvram.compare.block_files import BlockRecorder, TrajectoryFiles, full
 from lowvram.compare.reference import BLOCKS, FILES, FORMAT, REPORT, VERSION, VIDEO
 from lowvram.compare.sources import REFERENCE
 from lowvram.infer import Watching, infer, write_json
@@ -83,13 +83,13 @@ def _run(
 ) -> dict[str, int]:
     """Make the video; says how many blocks there are, and steps each."""
     blocks = partial / BLOCKS
-    lessons = DiskLessons(blocks)
-    watching = Watching(begun=lessons.watcher.begun, recorder=lambda: BlockRecorder(blocks), kept=blocks)
+    trajectories = TrajectoryFiles(blocks)
+    watching = Watching(begun=trajectories.watcher.begun, recorder=lambda: BlockRecorder(blocks), kept=blocks)
     report = infer(pipeline, request, Outputs(video=partial / VIDEO), quiet=quiet, watching=watching)
     report |= {"video": VIDEO, "dump_tensors": BLOCKS}
     report["settings"] |= copies
     write_json(partial / REPORT, report)
-    return {"blocks": lessons.blocks, "steps": lessons.steps}
+    return {"blocks": trajectories.blocks, "steps": trajectories.steps}
 
 
 def _describe(

@@ -12,9 +12,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lowvram.compare.block_files import CONDITIONS, FRAMES, LATENTS, STEPS, block_file, read_lesson
-from lowvram.compare.lessons import Lesson
+from lowvram.compare.block_files import CONDITIONS, FRAMES, LATENTS, STEPS, block_file, read_trajectory
 from lowvram.compare.sources import REFERENCE
+from lowvram.compare.trajectories import Trajectory
 from lowvram.pipeline import Request
 from lowvram_kernels.errors import InputError, LowvramError
 from lowvram_quantize.format import Artifact, sha256_file
@@ -35,7 +35,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """An opened one, whose files are what they were when it was recorded. Its ``request`` makes the baseline's video
-    again; the lessons are of all its blocks."""
+    again; the trajectories are of all its blocks."""
 
     path: Path
     facts: dict[str, Any]
@@ -83,9 +83,9 @@ class Reference:
     def steps(self) -> int:
         return int(self.facts["steps"])
 
-    def lesson(self, block: int) -> Lesson:
+    def trajectory(self, block: int) -> Trajectory:
         """What the baseline did in one block."""
-        return read_lesson(self.path / BLOCKS, block)
+        return read_trajectory(self.path / BLOCKS, block)
 
     def check_model(self, artifact: Artifact) -> None:
         """Raises: InputError where an artifact is of another model than the baseline."""

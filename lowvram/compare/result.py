@@ -21,7 +21,7 @@ LOWER_BOUNDS = ("psnr", "psnr_min", "moving_psnr", "ssim", "ssim_min", "cosine",
 UPPER_BOUNDS = (
     "flicker", "latent_error", "latent_error_max", "velocity_error", "velocity_error_first", "velocity_error_max",
     "token_error_mean", "token_error_median", "token_error_p99", "token_error_p999", "token_error_maximum",
-    "taught_latent_error",
+    "teacher_forced_latent_error",
 )  # fmt: skip
 """What ``--fail-under`` can hold a run to; see ``Comparison.values``. Of errors the bound is an upper one."""
 
@@ -54,7 +54,7 @@ class Comparison:
     """Candidate ``left`` against baseline ``right``.
 
     ``latents`` are all blocks taken together, ``blocks`` each one; ``tensors`` what else both dumps have; ``frames``
-    every frame of ``pictures``, candidate and baseline; ``forced`` the candidate's steps where the baseline taught it.
+    every frame of ``pictures``, candidate and baseline; ``forced`` the candidate's teacher-forced steps.
     What the two do not have in common is empty.
     """
 
@@ -97,8 +97,8 @@ class Comparison:
         ``psnr`` is the mean over the frames that differ (infinite where none does), ``psnr_min`` the worst frame's;
         ``moving_psnr`` the mean where the baseline moves most; ``ssim`` and ``ssim_min`` mean and worst over all
         frames; ``flicker`` the mean in levels of 255; ``cosine`` the lowest of any block; ``latent_error`` the relative
-        error of all latents together, ``latent_error_max`` that of the worst block. Of a candidate that was taught
-        ``Forced.values`` too, whose latents' error is ``taught_latent_error``.
+        error of all latents together, ``latent_error_max`` that of the worst block. Of a teacher-forced candidate
+        ``Forced.values`` too, whose latents' error is ``teacher_forced_latent_error``.
         """
         found: dict[str, float] = {}
         if self.frames:
@@ -113,8 +113,8 @@ class Comparison:
             found["latent_error"] = self.latents.relative_error
             found["latent_error_max"] = max(block.relative_error for block in self.blocks)
         if self.forced:
-            taught = self.forced.values
-            found |= {"taught_latent_error": taught.pop("latent_error"), **taught}
+            forced = self.forced.values
+            found |= {"teacher_forced_latent_error": forced.pop("latent_error"), **forced}
         return found
 
     def check(self, bounds: Mapping[str, float]) -> list[str]:
@@ -168,7 +168,7 @@ class Comparison:
             "worst_frame": dataclasses.asdict(worst) if worst else None,
             "stages": [_stage_json(pair) for pair in self.stages],
             "runs": {"a": self.left.run, "b": self.right.run},
-            "taught": self.forced.to_json() if self.forced else None,
+            "teacher_forced": self.forced.to_json() if self.forced else None,
         }
         return dict(_strict(value))
 

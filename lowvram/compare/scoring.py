@@ -1,4 +1,4 @@
-"""A candidate run and scored: freely, by what is seen, and taught, step by step."""
+"""A candidate run and scored: freely, by what is seen, and teacher-forced, step by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lowvram.compare.block_files import BlockRecorder, DiskLessons
+from lowvram.compare.block_files import BlockRecorder, TrajectoryFiles
 from lowvram.compare.comparison import compare
 from lowvram.compare.reference import Reference
 from lowvram.compare.result import Comparison
@@ -18,7 +18,7 @@ from lowvram.pipeline import AvatarPipeline, Request
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 from lowvram_quantize.claims import reading
 
-TAUGHT_BLOCKS = 8
+TEACHER_FORCED_BLOCKS = 8
 """So many of two models that are both run, where nobody says how many: about 4 s of video, denoised once more."""
 
 
@@ -58,7 +58,7 @@ def score_pair(
     places: tuple[Outputs, Outputs],
     scratch: Path,
     *,
-    blocks: int = TAUGHT_BLOCKS,
+    blocks: int = TEACHER_FORCED_BLOCKS,
 ) -> Comparison:
     """Let both make a video, with dump and report where ``places`` say, the candidate's first; and let the candidate
     take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
@@ -68,10 +68,10 @@ def score_pair(
         LowvramError: as of ``infer`` and ``force``.
     """
     mine, theirs = places
-    lessons = DiskLessons(scratch, limit=blocks)
-    _check_whole("baseline", infer(baseline, request, theirs, watching=Watching(begun=lessons.watcher.begun)))
+    trajectories = TrajectoryFiles(scratch, limit=blocks)
+    _check_whole("baseline", infer(baseline, request, theirs, watching=Watching(begun=trajectories.watcher.begun)))
     _check_whole("candidate", infer(candidate, request, mine))
-    forced = force(candidate, request, lessons)
+    forced = force(candidate, request, trajectories)
     return dataclasses.replace(compare(_report(mine), _report(theirs)), forced=forced)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.compare import taught_rows
+from lowvram.compare import teacher_forced_rows
 from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
 from lowvram.compare.token_errors import UNCERTAINTY
 
@@ -26,8 +26,8 @@ _FRAMES_A_ROW = 25
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print latents, tensors, frames, taught steps and stages, each where there are any, then the summary and the
-    warnings."""
+    """Print latents, tensors, frames, teacher-forced steps and stages, each where there are any, then the summary and
+    the warnings."""
     console.print(Text(f"{comparison.a} against the baseline {comparison.b}"), soft_wrap=True)
     for title, scores in (("Latents", comparison.blocks), ("Other tensors", comparison.tensors)):
         if scores:
@@ -35,7 +35,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.frames:
         console.print(_frame_table(comparison.frames))
     if comparison.forced:
-        for table in _taught_tables(comparison.forced):
+        for table in _teacher_forced_tables(comparison.forced):
             console.print(table)
     if comparison.stages:
         console.print(_stage_table(comparison.stages))
@@ -73,16 +73,16 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
     return table
 
 
-def _taught_tables(forced: Forced) -> list[Table]:
+def _teacher_forced_tables(forced: Forced) -> list[Table]:
     title = "Velocities of single steps from the baseline's latents: relative error in %, of all and of single tokens"
-    velocities = _table(title, *taught_rows.COLUMNS)
-    for row in taught_rows.narrow_rows(forced):
+    velocities = _table(title, *teacher_forced_rows.COLUMNS)
+    for row in teacher_forced_rows.narrow_rows(forced):
         velocities.add_row(*row)
     if forced.layers is None:
         return [velocities]
     names = [f"step {step}" for step in range(len(forced.layers_by_step))]
     layers = _table("Error behind each layer", "", "all steps", "added", *names)
-    for row in taught_rows.layer_rows(forced):
+    for row in teacher_forced_rows.layer_rows(forced):
         layers.add_row(*row)
     return [velocities, layers]
 
@@ -119,8 +119,8 @@ def _summary(comparison: Comparison) -> list[str]:
             lines.append("all frames are identical")
     if comparison.forced:
         lines.append(
-            f"taught: relative error of velocities {values['velocity_error']:.3e}, worst block "
-            f"{values['velocity_error_max']:.3e}; {taught_rows.summary(comparison.forced)}"
+            f"teacher-forced: relative error of velocities {values['velocity_error']:.3e}, worst block "
+            f"{values['velocity_error_max']:.3e}; {teacher_forced_rows.summary(comparison.forced)}"
         )
         lines.append(f"±: {UNCERTAINTY}")
     return lines

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from lowvram.compare.layer_errors import LayerErrors, LayerSums, Step
-from lowvram.compare.lessons import Lesson, Lessons, Sampler, Taught, kept
 from lowvram.compare.metrics import TensorScore, TensorSums
 from lowvram.compare.token_errors import UNCERTAINTY, Sample, Statistics, statistics
+from lowvram.compare.trajectories import Sampler, Teacher, Trajectories, Trajectory, kept
 from lowvram.denoise.rollout import Rollout
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
 from lowvram.schedule import Block
@@ -41,10 +41,10 @@ class StepScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forced:
-    """A candidate against the baseline that taught it ``total`` blocks or the first of them, step by step in the order
-    of blocks; the others are taken together: all velocities, those of each step and of each block, and the latents
-    after all last steps. ``layers`` are of the blocks and steps that the baseline's were kept of, ``layers_by_step``
-    of each step; of none where none were. ``seconds`` it took, encoding and loading with it."""
+    """A candidate, teacher-forced over the first of a baseline's ``total`` blocks or all of them: step by step in the
+    order of blocks; the others are taken together: all velocities, those of each step and of each block, and the
+    latents after all last steps. ``layers`` are of the blocks and steps that the baseline's were kept of,
+    ``layers_by_step`` of each step; of none where none were. ``seconds`` it took, encoding and loading with it."""
 
     total: int
     each: tuple[StepScore, ...]
@@ -92,22 +92,24 @@ class Forced:
         }
 
 
-def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int | None = None) -> Lessons:
+def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int | None = None) -> Trajectories:
     """Let the baseline denoise ``request`` freely, all of it or its first ``blocks``, and keep every step in memory.
 
     Raises:
         InputError: it gave NaN or infinity.
         LowvramError: as of ``AvatarPipeline.stream``.
     """
-    lessons = Lessons()
-    with contextlib.closing(baseline.denoise(request, lessons.watcher(limit=blocks).begun)) as denoised:
+    trajectories = Trajectories()
+    with contextlib.closing(baseline.denoise(request, trajectories.watcher(limit=blocks).begun)) as denoised:
         for block, _ in denoised:
             if block.index + 1 == blocks:
                 break
-    return lessons
+    return trajectories
 
 
-def force(candidate: AvatarPipeline, request: Request | Inputs, taught: Taught, *, blocks: int | None = None) -> Forced:
+def force(
+    candidate: AvatarPipeline, request: Request | Inputs, teacher: Teacher, *, blocks: int | None = None
+) -> Forced:
     """Let the candidate denoise the same ``request`` with the baseline's latents before every step, as far as those go
     or the first ``blocks``, and score what it makes of them.
 
@@ -117,40 +119,40 @@ def force(candidate: AvatarPipeline, request: Request | Inputs, taught: Taught, 
         LowvramError: as of ``AvatarPipeline.stream``.
     """
     begin = time.perf_counter()
-    pupil = _Pupil(taught, min(taught.blocks, blocks or taught.blocks))
-    with contextlib.closing(candidate.denoise(request, pupil.begun)) as denoised:
+    student = _Student(teacher, min(teacher.blocks, blocks or teacher.blocks))
+    with contextlib.closing(candidate.denoise(request, student.begun)) as denoised:
         for block, _ in denoised:
-            if block.index + 1 == pupil.blocks:
+            if block.index + 1 == student.blocks:
                 break
-    return pupil.scores(time.perf_counter() - begin)
+    return student.scores(time.perf_counter() - begin)
 
 
-class _Pupil:
+class _Student:
     """Of every step, while it is taken."""
 
-    def __init__(self, taught: Taught, blocks: int):
-        self._taught, self.blocks = taught, blocks
-        self._lessons: dict[int, Lesson] = {}  # of blocks that are under way
+    def __init__(self, teacher: Teacher, blocks: int):
+        self._teacher, self.blocks = teacher, blocks
+        self._trajectories: dict[int, Trajectory] = {}  # of blocks that are under way
         self._velocities: dict[Step, Sample] = {}
         self._latents: dict[Step, TensorSums] = {}
         self._layers, self._sampler = LayerSums(), Sampler()
 
     def begun(self, rollout: Rollout, blocks: int) -> None:
-        taught, steps = self._taught, len(rollout.steps)
-        if steps != taught.steps:
-            raise _other(f"{steps} steps", f"{taught.steps}")
-        if blocks != taught.total:
-            raise _other(f"{blocks} blocks", f"{taught.total}")
+        teacher, steps = self._teacher, len(rollout.steps)
+        if steps != teacher.steps:
+            raise _other(f"{steps} steps", f"{teacher.steps}")
+        if blocks != teacher.total:
+            raise _other(f"{blocks} blocks", f"{teacher.total}")
         rollout.on_prediction, rollout.on_latent, rollout.on_layer = self._predicted, self._seen, self._passed
 
     def _predicted(self, block: Block, step: int, velocity: Tensor) -> None:
         if block.index < self.blocks:
             with _where(block.index, step):
-                wanted = self._lesson(block.index).velocities[step]
+                wanted = self._trajectory(block.index).velocities[step]
                 self._velocities[block.index, step] = Sample.of(kept(velocity), wanted)
 
     def _passed(self, block: Block, step: int, count: int, x_LD: Tensor) -> None:
-        if block.index < self.blocks and (layers := self._lesson(block.index).layers) is not None:
+        if block.index < self.blocks and (layers := self._trajectory(block.index).layers) is not None:
             if count >= layers.shape[1]:
                 raise _other(f"with {count} layers and more", f"with {layers.shape[1] - 1}")
             self._layers.add((block.index, step), count, self._sampler(x_LD), layers[step, count])
@@ -159,28 +161,28 @@ class _Pupil:
         """The candidate's latent is that of its step before this one; the baseline's comes back."""
         if block.index >= self.blocks:
             return latent
-        lesson, last = self._lesson(block.index), step == self._taught.steps
-        wanted = lesson.end if last else lesson.before[step]
+        trajectory, last = self._trajectory(block.index), step == self._teacher.steps
+        wanted = trajectory.end if last else trajectory.before[step]
         if latent.shape != wanted.shape:
             raise _other(f"latents {list(latent.shape)} of block {block.index}", f"{list(wanted.shape)}")
         if step:
             with _where(block.index, step - 1):
                 sums = self._latents[block.index, step - 1] = TensorSums()
-                sums.add(kept(latent), lesson.after(step - 1))
+                sums.add(kept(latent), trajectory.after(step - 1))
         if last:
-            del self._lessons[block.index]
+            del self._trajectories[block.index]
         return wanted.to(latent.device)
 
-    def _lesson(self, block: int) -> Lesson:
-        if block not in self._lessons:
-            self._lessons[block] = self._taught.lesson(block)
-        return self._lessons[block]
+    def _trajectory(self, block: int) -> Trajectory:
+        if block not in self._trajectories:
+            self._trajectories[block] = self._teacher.trajectory(block)
+        return self._trajectories[block]
 
     def scores(self, seconds: float) -> Forced:
-        blocks, steps = range(self.blocks), range(self._taught.steps)
+        blocks, steps = range(self.blocks), range(self._teacher.steps)
         velocities, layered = self._velocities, self._layers.steps
         return Forced(
-            total=self._taught.total,
+            total=self._teacher.total,
             each=tuple(
                 StepScore(
                     block=block,

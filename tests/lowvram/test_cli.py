@@ -161,8 +161,8 @@ def test_compare_runs_both_itself(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert 0 < facts["values"]["velocity_error"] < 0.1
-    assert facts["taught"]["blocks"] == facts["taught"]["of_blocks"] == 1
-    assert len(facts["taught"]["layers"]) == 5
+    assert facts["teacher_forced"]["blocks"] == facts["teacher_forced"]["of_blocks"] == 1
+    assert len(facts["teacher_forced"]["layers"]) == 5
     assert (tmp_path / "model.mp4").exists()
     again = run("compare", tmp_path / "model.json", tmp_path / "baseline.json", "--fail-under", "psnr=99")
     assert again.exit_code == 1

@@ -58,11 +58,11 @@ def test_a_face_talks(done):
     assert done.stdout.splitlines()[-3:] == [str(done.folder / name) for name in shown]
     page = (done.folder / demo.PAGE).read_text()
     assert "<video" in page
-    taught = json.loads(page.split('<script type="application/json" id="comparison">')[1].split("</script>")[0])[
-        "taught"
+    forced = json.loads(page.split('<script type="application/json" id="comparison">')[1].split("</script>")[0])[
+        "teacher_forced"
     ]
-    assert (taught["blocks"], len(taught["by_step"])) == (2, 4)
-    assert 0.002 < taught["velocity"]["mean"]["value"] < 0.05
+    assert (forced["blocks"], len(forced["by_step"])) == (2, 4)
+    assert 0.002 < forced["velocity"]["mean"]["value"] < 0.05
     assert Image.open(done.folder / demo.SHEET).width > 9 * 128
     for name in demo.PRECISIONS:
         assert probe(done.folder / f"{name}.mp4")["frames"] == 45

@@ -18,8 +18,8 @@ from lowvram.cli import main
 from lowvram.compare import record as recording
 from lowvram.compare import scoring
 from lowvram.compare.block_files import BlockRecorder
-from lowvram.compare.lessons import Lessons
 from lowvram.compare.reference import Reference
+from lowvram.compare.trajectories import Trajectories
 from lowvram_kernels.errors import InputError, OutOfMemoryError
 from lowvram_quantize.claims import reading, writing
 from tests.lowvram.compare.test_page import Reader
@@ -65,7 +65,7 @@ def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
         "ssim=1",
         "velocity_error=0",
         "token_error_maximum=0",
-        "taught_latent_error=0",
+        "teacher_forced_latent_error=0",
         "latent_error=0",
     ]
     done = score(moved, tiny.artifact("fp32"), "--json", *(f"--fail-under={bound}" for bound in bounds))
@@ -74,7 +74,7 @@ def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
     assert facts["values"]["psnr"] == "inf"
     assert all(threshold["met"] for threshold in facts["thresholds"])
     assert facts["warnings"] == []
-    assert {layer["relative_error"] for layer in facts["taught"]["layers"]} == {0}
+    assert {layer["relative_error"] for layer in facts["teacher_forced"]["layers"]} == {0}
     assert facts["identical_frames"] == len(facts["frames"]) == 29
     assert [Path(file["path"]).name for file in facts["files"]["b"]] == [
         "baseline.json",
@@ -86,7 +86,8 @@ def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
 
 def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tmp_path):
     page = tmp_path / "page.html"
-    options = ["--html", page, "--out-dir", tmp_path, "--fail-under", "velocity_error=0.001", "--taught-blocks", "3"]
+    options = ["--html", page, "--out-dir", tmp_path, "--fail-under", "velocity_error=0.001"]
+    options += ["--teacher-forced-blocks", "3"]
     done = score(reference, tiny.artifact("int8"), *options)
     assert done.exit_code == 1
     assert "velocity_error is 0.0" in done.stderr
@@ -94,19 +95,19 @@ def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tm
     assert json.loads((tmp_path / "model.json").read_text())["dump_tensors"] is None
     text = page.read_text()
     facts = json.loads(Reader(text).scripts["comparison"])
-    taught = facts["taught"]
-    assert (taught["blocks"], taught["of_blocks"]) == (3, 4)
-    assert [step["tokens"] for step in taught["by_step"]] == [(3 + 1 + 3) * 64] * 2
-    assert 0 < taught["velocity"]["median"]["value"] <= taught["velocity"]["p99"]["value"] < 0.1
-    assert taught["velocity"]["mean"]["uncertainty"] > 0
-    layers = taught["layers"]
+    forced = facts["teacher_forced"]
+    assert (forced["blocks"], forced["of_blocks"]) == (3, 4)
+    assert [step["tokens"] for step in forced["by_step"]] == [(3 + 1 + 3) * 64] * 2
+    assert 0 < forced["velocity"]["median"]["value"] <= forced["velocity"]["p99"]["value"] < 0.1
+    assert forced["velocity"]["mean"]["uncertainty"] > 0
+    layers = forced["layers"]
     assert [layer["after"] for layer in layers] == ["embedding", *(f"layer {i}" for i in range(4))]
     assert layers[0]["relative_error"] == 0
     assert all(0 < layer["increment"] <= 1.5 * layer["relative_error"] < 0.1 for layer in layers[1:])
-    assert facts["values"]["velocity_error"] == taught["velocity"]["relative_error"]["value"]
-    rows = cells(text, "taught")
+    assert facts["values"]["velocity_error"] == forced["velocity"]["relative_error"]["value"]
+    rows = cells(text, "teacher_forced")
     assert [row[0] for row in rows] == ["", "all steps", "step 0", "step 1"]
-    for row, figures in zip(rows[1:], [taught["velocity"], *taught["by_step"]], strict=True):
+    for row, figures in zip(rows[1:], [forced["velocity"], *forced["by_step"]], strict=True):
         for cell, name in zip(row[1:], ("relative_error", "mean", "median", "p99", "p999", "maximum"), strict=False):
             value, uncertainty = (float(part) / 100 for part in cell.removesuffix(" %").split(" ± "))
             assert value == pytest.approx(figures[name]["value"], rel=5e-3)
@@ -279,7 +280,7 @@ OPTIONS = {
     "a baseline too": (["--baseline", "x"], "--baseline: the reference is the baseline"),
     "its rings": (["--baseline-kv", "int8"], "--baseline-kv: the reference is the baseline"),
     "less quality": (["--allow-quality-loss"], "--allow-quality-loss"),
-    "no blocks": (["--taught-blocks", "0"], "--taught-blocks is 0"),
+    "no blocks": (["--teacher-forced-blocks", "0"], "--teacher-forced-blocks is 0"),
     "a page inside": (["--html", "{reference}/page.html"], "inside --reference"),
     "runs inside": (["--out-dir", "{reference}"], "inside --reference"),
     "no folder": (["--out-dir", "{reference}/no"], "--out-dir"),
@@ -425,9 +426,9 @@ def test_two_videos_of_different_requests_are_not_compared(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("wrong", ["velocity", "latent", "infinity", "both", "the last step only"])
 def test_a_baseline_of_nan_is_not_recorded(wrong):
-    lessons, block = Lessons(), SimpleNamespace(index=0)
+    trajectories, block = Trajectories(), SimpleNamespace(index=0)
     rollout = SimpleNamespace(steps=range(2))
-    lessons.watcher().begun(rollout, 1)
+    trajectories.watcher().begun(rollout, 1)
     bad = torch.full((4, 1, 2, 2), float("inf") if wrong == "infinity" else float("nan"))
     good = torch.ones(4, 1, 2, 2)
     for step in range(2):
@@ -436,4 +437,4 @@ def test_a_baseline_of_nan_is_not_recorded(wrong):
         rollout.on_prediction(block, step, bad if wrong != "latent" and last else good)
     with pytest.raises(InputError, match="block 0 of the baseline holds NaN or infinity"):
         rollout.on_latent(block, 2, bad if wrong in ("latent", "both") else good)
-    assert not lessons.kept
+    assert not trajectories.kept

@@ -1,4 +1,4 @@
-"""A candidate that is taught sees the baseline's latents at every step, in sink and rings too."""
+"""A candidate that is teacher-forced sees the baseline's latents at every step, in sink and rings too."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def pipeline(tiny, precision: str = "fp32", **memory) -> AvatarPipeline:
 
 
 @pytest.fixture(scope="module")
-def taught(tiny):
+def teacher(tiny):
     return record(pipeline(tiny), tiny.request())
 
 
-def test_what_is_recorded_is_the_free_run(tiny, taught):
+def test_what_is_recorded_is_the_free_run(tiny, teacher):
     recorder = TensorRecorder()
     for _ in pipeline(tiny).stream(tiny.request(), recorder=recorder):
         pass
     free = recorder.tensors()
-    assert (taught.blocks, taught.total, taught.steps) == (BLOCKS, BLOCKS, STEPS)
+    assert (teacher.blocks, teacher.total, teacher.steps) == (BLOCKS, BLOCKS, STEPS)
     for block in range(BLOCKS):
-        lesson = taught.lesson(block)
-        assert lesson.before.shape == lesson.velocities.shape == (STEPS, *lesson.end.shape)
-        assert torch.equal(free[f"latents.block{block}"], lesson.end)
-        assert torch.equal(lesson.after(0), lesson.before[1])
-        assert torch.equal(lesson.after(1), lesson.end)
+        trajectory = teacher.trajectory(block)
+        assert trajectory.before.shape == trajectory.velocities.shape == (STEPS, *trajectory.end.shape)
+        assert torch.equal(free[f"latents.block{block}"], trajectory.end)
+        assert torch.equal(trajectory.after(0), trajectory.before[1])
+        assert torch.equal(trajectory.after(1), trajectory.end)
 
 
 @pytest.mark.parametrize(
@@ -47,19 +47,19 @@ def test_what_is_recorded_is_the_free_run(tiny, taught):
         ({"offload_kv_cache": True, "wave": 2}, {"base_seed": 4}),
     ],
 )
-def test_of_its_own_latents_nothing_is_left(tiny, taught, memory, changes):
+def test_of_its_own_latents_nothing_is_left(tiny, teacher, memory, changes):
     """Another seed's noise, which the sink is refreshed from too, is never seen."""
-    found = force(pipeline(tiny, **memory), tiny.request(**changes), taught)
+    found = force(pipeline(tiny, **memory), tiny.request(**changes), teacher)
     assert found.velocity.relative_error.value < 1e-6
     assert max(found.layers.relative_errors) < 1e-6
     assert found.latents.relative_error < 1e-6
 
 
 @pytest.mark.parametrize("memory", [{"wave": 2}, {"offload_model": True}])
-def test_what_is_recorded_does_not_depend_on_where_layers_are(tiny, taught, memory):
+def test_what_is_recorded_does_not_depend_on_where_layers_are(tiny, teacher, memory):
     found = record(pipeline(tiny, **memory), tiny.request())
     for block in range(BLOCKS):
-        mine, theirs = found.lesson(block), taught.lesson(block)
+        mine, theirs = found.trajectory(block), teacher.trajectory(block)
         for name in ("before", "velocities", "end"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
         assert (mine.layers is None) == (theirs.layers is None) == (block not in (0, BLOCKS - 1))
@@ -68,13 +68,13 @@ def test_what_is_recorded_does_not_depend_on_where_layers_are(tiny, taught, memo
             torch.testing.assert_close(mine.layers, theirs.layers)
 
 
-def test_the_first_blocks_alone(tiny, taught):
+def test_the_first_blocks_alone(tiny, teacher):
     some = record(pipeline(tiny), tiny.request(), blocks=2)
     assert (some.blocks, some.total) == (2, BLOCKS)
-    assert some.lesson(1).layers is not None
+    assert some.trajectory(1).layers is not None
     found = force(pipeline(tiny, "int8"), tiny.request(), some)
     assert len(found.by_block) == 2
-    whole = force(pipeline(tiny, "int8"), tiny.request(), taught, blocks=2)
+    whole = force(pipeline(tiny, "int8"), tiny.request(), teacher, blocks=2)
     assert found.velocity == whole.velocity
     assert whole.layers_of == (0,)
 
@@ -89,8 +89,8 @@ def test_the_first_blocks_alone(tiny, taught):
         ("bf16", {}, 0.02),
     ],
 )
-def test_a_candidate_is_scored_step_by_step(tiny, taught, precision, memory, most):
-    found = force(pipeline(tiny, precision, **memory), tiny.request(), taught)
+def test_a_candidate_is_scored_step_by_step(tiny, teacher, precision, memory, most):
+    found = force(pipeline(tiny, precision, **memory), tiny.request(), teacher)
     assert [(score.block, score.step) for score in found.each] == [
         (block, step) for block in range(BLOCKS) for step in range(STEPS)
     ]
@@ -106,14 +106,14 @@ def test_a_candidate_is_scored_step_by_step(tiny, taught, precision, memory, mos
     assert 0.98 < values["velocity_cosine"] < 1
 
 
-def test_errors_do_not_add_up(tiny, taught):
+def test_errors_do_not_add_up(tiny, teacher):
     """The first step sees the same noise as a free run; behind it a free run is further away."""
     int8 = pipeline(tiny, "int8")
-    forced, free = force(int8, tiny.request(), taught), record(int8, tiny.request())
+    forced, free = force(int8, tiny.request(), teacher), record(int8, tiny.request())
 
     def error(block: int, step: int) -> float:
-        wanted = taught.lesson(block).velocities[step]
-        return float((free.lesson(block).velocities[step] - wanted).norm() / wanted.norm())
+        wanted = teacher.trajectory(block).velocities[step]
+        return float((free.trajectory(block).velocities[step] - wanted).norm() / wanted.norm())
 
     each = {(score.block, score.step): score.velocity.relative_error for score in forced.each}
     assert each[0, 0] == pytest.approx(error(0, 0), rel=1e-4)
@@ -131,6 +131,6 @@ def test_errors_do_not_add_up(tiny, taught):
         ({"sample_steps": 1}, "1 steps, the baseline did 2"),
     ],
 )
-def test_another_request(tiny, taught, changes, said):
+def test_another_request(tiny, teacher, changes, said):
     with pytest.raises(InputError, match=said):
-        force(pipeline(tiny), tiny.request(**changes), taught)
+        force(pipeline(tiny), tiny.request(**changes), teacher)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowvram.compare.layer_errors import LayerSums
-from lowvram.compare.lessons import SAMPLED_TOKENS, Sampler, sampled_tokens
 from lowvram.compare.token_errors import Sample, statistics, token_errors
+from lowvram.compare.trajectories import SAMPLED_TOKENS, Sampler, sampled_tokens
 from lowvram_kernels.errors import InputError
 
 

@@ -1,4 +1,4 @@
-"""What a candidate did that was taught, as rows of text: for a console and for a page."""
+"""What a teacher-forced candidate did, as rows of text: for a console and for a page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def layer_rows(forced: Forced) -> list[tuple[str, ...]]:
 
 
 def summary(forced: Forced) -> str:
-    """What was taught, in a line."""
+    """How far it was teacher-forced, in a line."""
     of = "all" if len(forced.by_block) == forced.total else f"the first {len(forced.by_block)} of"
     return (
         f"{of} {forced.total} blocks, {len(forced.by_step)} steps each, {forced.velocity.tokens} tokens, "

@@ -1,4 +1,4 @@
-"""Lessons: what a baseline did in every step of every block, for a candidate to be taught and scored by.
+"""Trajectories: what a baseline did in every step of every block, for a candidate to be teacher-forced and scored by.
 
 Shapes: S steps, C latent channels, F latent frames, h x w latent size; N layers, K sampled tokens, D width.
 """
@@ -24,7 +24,7 @@ SAMPLED_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lesson:
+class Trajectory:
     """One block, on the host in float32: ``before`` [S, C, F, h, w] each step, the ``velocities`` [S, C, F, h, w] that
     the DiT gave, and the latent at the ``end`` [C, F, h, w]; ``layers`` [S, N + 1, K, D], where they were kept: the
     sampled tokens before the first layer and after each."""
@@ -39,8 +39,8 @@ class Lesson:
         return self.end if step == len(self.before) - 1 else self.before[step + 1]
 
 
-class Taught(Protocol):
-    """All lessons: of the first ``blocks`` of a video of ``total`` blocks, ``steps`` each."""
+class Teacher(Protocol):
+    """All trajectories: of the first ``blocks`` of a video of ``total`` blocks, ``steps`` each."""
 
     @property
     def blocks(self) -> int: ...
@@ -51,24 +51,24 @@ class Taught(Protocol):
     @property
     def steps(self) -> int: ...
 
-    def lesson(self, block: int) -> Lesson:
+    def trajectory(self, block: int) -> Trajectory:
         """Of one block, read where it is kept."""
         ...
 
 
 @dataclasses.dataclass
-class Lessons:
+class Trajectories:
     """In memory: two latents a block and step."""
 
     total: int = 0
     steps: int = 0
-    kept: dict[int, Lesson] = dataclasses.field(default_factory=dict)
+    kept: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
         return len(self.kept)
 
-    def lesson(self, block: int) -> Lesson:
+    def trajectory(self, block: int) -> Trajectory:
         return self.kept[block]
 
     def watcher(self, *, limit: int | None = None) -> Watcher:
@@ -110,7 +110,7 @@ class Watcher:
 
     def __init__(
         self,
-        keep: Callable[[int, Lesson], object],
+        keep: Callable[[int, Trajectory], object],
         *,
         limit: int | None = None,
         at_start: Callable[[int, int], object] | None = None,
@@ -145,18 +145,18 @@ class Watcher:
             return latent
         before, velocities = (_stacked(of.pop(block.index)) for of in (self._before, self._velocities))
         layers = self._layers.pop(block.index, None)
-        lesson = Lesson(
+        trajectory = Trajectory(
             before=before,
             velocities=velocities,
             end=kept(latent),
             layers=_stacked({at: torch.stack(passed) for at, passed in layers.items()}) if layers else None,
         )
-        if not (velocities.isfinite().all() and lesson.end.isfinite().all()):
+        if not (velocities.isfinite().all() and trajectory.end.isfinite().all()):
             raise InputError(
                 f"block {block.index} of the baseline holds NaN or infinity: nothing can be learnt from it; look at "
                 "the artifact it was made with"
             )
-        self._keep(block.index, lesson)
+        self._keep(block.index, trajectory)
         return latent
 
 
