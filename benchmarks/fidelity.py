@@ -32,8 +32,8 @@ class Variant:
 BASELINE = ("--precision", "fp32")
 VARIANTS = {
     "int8-dit": Variant(title="DiT int8, others fp32", options=(*BASELINE, "--dit", "int8"), limit=0.01),
-    "int8-rotated": Variant(
-        title="DiT int8 rotated, others fp32", options=(*BASELINE, "--dit", "int8", "--rotate"), limit=0.01
+    "int8-not-rotated": Variant(
+        title="DiT int8 not rotated, others fp32", options=(*BASELINE, "--dit", "int8", "--rotate", "none"), limit=0.01
     ),
     "fp8-dit": Variant(title="DiT fp8, others fp32", options=(*BASELINE, "--dit", "fp8"), limit=0.04),
     "int8-rings": Variant(title="all fp32, KV rings int8", options=BASELINE, limit=0.005, infer=("--kv", "int8")),

@@ -49,7 +49,7 @@ class Variant:
     """How an artifact is made, and how its rings are kept."""
 
     title: str
-    options: dict[str, str]
+    options: dict[str, Any]
     kv: str = "auto"
 
 
@@ -61,6 +61,9 @@ VARIANTS = {
         title="every component int8, text encoder nf4", options={"precision": "int8", "text_encoder": "nf4"}
     ),
     "int8-dit": Variant(title="DiT int8, others bf16", options={"precision": "bf16", "dit": "int8"}),
+    "int8-dit-not-rotated": Variant(
+        title="DiT int8 not rotated, others bf16", options={"precision": "bf16", "dit": "int8", "rotate": False}
+    ),
     "fp8": Variant(title="every component fp8", options={"precision": "fp8"}),
 }
 FIRST = faces.HELD_OUT + 700

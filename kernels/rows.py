@@ -58,7 +58,11 @@ def reference_rows(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Te
     x32 = rotated(x_MK.float(), group)
     if not x32.shape[1]:
         return x32.to(dtype), x32.new_full((len(x32), 1), FLOOR)
-    scale = x32.abs().amax(dim=1, keepdim=True).clamp_min_(FLOOR).mul_(1 / QMAX[dtype])
-    scaled = x32 * scale.reciprocal()
+    if group == 1:
+        amax = x32.abs().amax(dim=1, keepdim=True)
+    else:  # what was rotated is a copy already, beside which no other has to stand
+        amax = torch.maximum(x32.amax(dim=1, keepdim=True), x32.amin(dim=1, keepdim=True).neg_())
+    scale = amax.clamp_min_(FLOOR).mul_(1 / QMAX[dtype])
+    scaled = x32 * scale.reciprocal() if group == 1 else x32.mul_(scale.reciprocal())
     # No clamp: the largest is QMAX but for rounding errors, and still rounds to QMAX.
     return (scaled.round_() if dtype is torch.int8 else scaled).to(dtype), scale

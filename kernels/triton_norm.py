@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
-from lowvram_kernels.rotation import GROUP
+from lowvram_kernels.rotation import GROUP, SYLVESTER
 from lowvram_kernels.rows import QMAX
 from lowvram_kernels.triton_rows import (
     magnitude_bits,
@@ -159,4 +161,13 @@ def aot_cases(generation: int) -> list[Case]:
             fp_fusion=False,
         )
         for name, own, qmax, mode, group in kinds
+    ]
+
+
+def more_aot_cases(generation: int) -> list[Case]:
+    """Groups of earlier artifacts."""
+    return [
+        dataclasses.replace(case, name=f"{case.name} by {SYLVESTER}", constants={**case.constants, "GROUP": SYLVESTER})
+        for case in aot_cases(generation)
+        if "rotated" in case.name
     ]

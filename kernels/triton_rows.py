@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
+from lowvram_kernels import rotation
 from lowvram_kernels.aot import Case
-from lowvram_kernels.rotation import GROUP
 from lowvram_kernels.rows import QMAX
 
 Tensor = torch.Tensor
@@ -15,6 +17,7 @@ Tensor = torch.Tensor
 FLOOR_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100 as float32
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |y| < 2^22 it leaves round(y) in the low bits
 ABS_MASK = tl.constexpr(0x7FFFFFFF)
+SYLVESTER = tl.constexpr(rotation.SYLVESTER)
 
 
 @triton.jit
@@ -40,13 +43,26 @@ def to_8bit(y, INT8: tl.constexpr):
 
 
 @triton.jit
-def rotate_groups(value, GROUP: tl.constexpr):
-    """Each group of neighbours times a Hadamard matrix: one addition a value and doubling. A program that stores 8 bits
-    has 16 neighbours in a thread, so that the compiler moves no value."""
+def rotate_fours(value, APART: tl.constexpr):
+    """Of four values that are so far apart each becomes their sum less twice itself."""
     LENGTH: tl.constexpr = value.shape[0]
-    for bit in tl.static_range(GROUP.bit_length() - 1):
+    four = tl.reshape(value, [LENGTH // (4 * APART), 4, APART])
+    return tl.reshape(tl.sum(four, 1, keep_dims=True) - 2.0 * four, [LENGTH])
+
+
+@triton.jit
+def rotate_groups(value, GROUP: tl.constexpr):
+    """Each group of neighbours times ``rotation.matrix``. A program that stores 8 bits has 16 neighbours in a thread
+    and 512 in a warp, so that the compiler moves no value within 16, and sums within 512 from thread to thread without
+    shared memory."""
+    LENGTH: tl.constexpr = value.shape[0]
+    BITS: tl.constexpr = GROUP.bit_length() - 1
+    PAIRS: tl.constexpr = BITS // 2 if GROUP > SYLVESTER else 0
+    for bit in tl.static_range(BITS - 2 * PAIRS):
         a, b = tl.split(tl.permute(tl.reshape(value, [LENGTH // (2 << bit), 2, 1 << bit]), (0, 2, 1)))
         value = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [LENGTH])
+    for pair in tl.static_range(PAIRS):
+        value = rotate_fours(value, 1 << (BITS - 2 * PAIRS + 2 * pair))
     return value * (GROUP**-0.5)
 
 
@@ -110,10 +126,22 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tu
     return q, scale
 
 
+def more_aot_cases(generation: int) -> list[Case]:
+    """Groups of other sizes, as other widths and earlier artifacts have them."""
+    rows = [case for case in aot_cases(generation) if "rotated" in case.name]
+    return [
+        dataclasses.replace(case, name=f"{case.name} by {group}", constants={**case.constants, "GROUP": group})
+        for case in rows
+        for group in (rotation.SYLVESTER, 32, 64, 128)
+    ]
+
+
 def aot_cases(generation: int) -> list[Case]:
     cases = []
     for width in (5120, 13824):
-        kinds = {"int8": (True, 1), "int8 rotated": (True, GROUP)} | ({"fp8": (False, 1)} if generation >= 89 else {})
+        kinds = {"int8": (True, 1), "int8 rotated": (True, rotation.GROUP)} | (
+            {"fp8": (False, 1)} if generation >= 89 else {}
+        )
         for kind, (int8, group) in kinds.items():
             types = {"x": "*bf16", "q": "*i8" if int8 else "*fp8e4nv", "scale": "*fp32", "K": "i32:16"}
             constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "GROUP": group}

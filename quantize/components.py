@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rotation import GROUP
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, START, dit_slab, umt5_slab
@@ -47,8 +48,9 @@ class ComponentPlan:
     deltas: dict[str, Update] = dataclasses.field(default_factory=dict)
 
     @property
-    def rotated(self) -> bool:
-        return any(item.scheme.group > 1 for item in self.items)
+    def largest_group(self) -> int:
+        """Of the input channels that are rotated together; 1 where none are."""
+        return max((item.scheme.group for item in self.items), default=1)
 
     @property
     def source_files(self) -> list[Path]:
@@ -56,12 +58,13 @@ class ComponentPlan:
 
 
 def plan_dit(
-    dit: Path, config_file: Path | None, precision: str, loras: Sequence[LoraSource] = (), *, rotate: bool = False
+    dit: Path, config_file: Path | None, precision: str, loras: Sequence[LoraSource] = (), *, group: int = GROUP
 ) -> ComponentPlan:
     """The DiT of a file, or an index of shards, with LoRAs merged into it.
 
     Args:
         config_file: its config.json; without one only the published model's shapes are known.
+        group: the most input channels of int8 Linears to rotate together; 1: none.
     """
     table = open_component(dit, "dit")
     values = PUBLISHED.dit if config_file is None else read_json(config_file)
@@ -80,7 +83,7 @@ def plan_dit(
     check_shapes(table, shapes, f"the DiT in {dit.parent}")
     opened = tuple(open_lora(source, table) for source in loras)
     deltas, replaced = merge_loras(opened)
-    items = dit_items(config, table | replaced, precision, rotate=rotate)
+    items = dit_items(config, table | replaced, precision, group)
     return ComponentPlan("dit", precision, values, items, opened, deltas)
 
 
@@ -90,12 +93,11 @@ def dit_shapes(config: DiTConfig) -> Shapes:
         return _shapes(CausalDiT(config))
 
 
-def dit_items(config: DiTConfig, sources: TensorTable, precision: str, *, rotate: bool = False) -> list[Item]:
+def dit_items(config: DiTConfig, sources: TensorTable, precision: str, group: int = GROUP) -> list[Item]:
     """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer."""
     items = []
     for name, shape in dit_shapes(config).items():
-        scheme = dit_scheme(name, precision)
-        scheme = with_rotation(scheme, shape) if rotate else scheme
+        scheme = with_rotation(dit_scheme(name, precision), shape, group)
         items.append(Item(name, sources[name], scheme, dit_slab(name, config.audio_inject_layers)))
     order = {START: -2, SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
     return sorted(items, key=lambda item: order[item.slab])

@@ -37,6 +37,7 @@ from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.places import real
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
 from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
+from lowvram_quantize.schemes import chosen_group
 from lowvram_quantize.store import stored_specs, write_item
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
@@ -78,7 +79,7 @@ def convert(
     text_encoder: str | None = None,
     lora: str | Path | Sequence[str | Path | LoraSource] | None = None,
     lora_alpha: float | None = None,
-    rotate: bool = False,
+    rotate: bool | int | None = None,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -100,15 +101,17 @@ def convert(
             ``W += weight * alpha / r * B @ A`` before quantizing; also whole differences, LoHa and LoKr.
         lora_alpha: for LoRAs that state none; by default 64, LiveAvatar's, or the rank where factors are called
             lora_down and lora_up.
-        rotate: turn groups of 16 input channels of the DiT's int8 Linears by a Hadamard matrix before quantizing, which
-            outliers then disturb less; the runtime turns activations alike, see ``lowvram_kernels.rotation``.
+        rotate: the most input channels of the DiT's int8 Linears (16, 32, 64, 128 or 256; True: 256) that are turned
+            together by a Hadamard matrix before quantizing, which outliers then disturb less; the runtime turns
+            activations alike, see ``lowvram_kernels.rotation``. False: none; by default 256 where the DiT is int8.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.
 
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
-        ConfigError: an unknown precision or component, ``rotate`` with nothing to rotate, or ``out`` exists.
+        ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate, or
+            ``out`` exists.
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
@@ -199,14 +202,18 @@ def lora_sources(
 
 
 def _plans(
-    checkpoint: Checkpoint, wanted: tuple[str, ...], chosen: dict[str, str], loras: list[LoraSource], rotate: bool
+    checkpoint: Checkpoint,
+    wanted: tuple[str, ...],
+    chosen: dict[str, str],
+    loras: list[LoraSource],
+    rotate: bool | int | None,
 ) -> list[ComponentPlan]:
-    plans = []
+    plans, group = [], chosen_group(rotate)
     if "dit" in wanted:
         file = checkpoint.file("dit")
-        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, rotate=rotate))
+        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, group=group))
         _check_alpha(loras, plans[0])
-    if rotate and not any(plan.rotated for plan in plans):
+    if rotate and not any(plan.largest_group > 1 for plan in plans):
         dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
         raise ConfigError(
             f"--rotate was given for an artifact {dit}; expected a DiT in int8 with Linears of an even width, whose "

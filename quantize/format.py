@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rotation import GROUP, SYLVESTER
 from lowvram_kernels.rounding import round_up
 from lowvram_quantize.manifest import check_manifest
 
@@ -29,8 +30,12 @@ Tensor = torch.Tensor
 
 FORMAT = "lowvram-artifact"
 FORMAT_VERSION = 1
-# Of an artifact with rotated weights: a program that reads version 1 alone would multiply them with unrotated inputs.
+# Of an artifact with rotated weights: a program that reads version 1 alone would multiply them with unrotated inputs,
+# and one that reads up to version 2 would rotate inputs in groups above 16 by another matrix.
 ROTATED_VERSION = 2
+LARGE_GROUPS_VERSION = 3
+# The largest group of rotated channels that a version has; see ``lowvram_kernels.rotation``.
+LARGEST_GROUPS = {FORMAT_VERSION: 1, ROTATED_VERSION: SYLVESTER, LARGE_GROUPS_VERSION: GROUP}
 MANIFEST = "manifest.json"
 SLAB_ALIGNMENT = 4096
 TENSOR_ALIGNMENT = 16
@@ -371,10 +376,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}; convert again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} does not say format {FORMAT!r}; make an artifact with lowvram convert")
-    if manifest.get("format_version") not in (FORMAT_VERSION, ROTATED_VERSION):
+    version = manifest.get("format_version")
+    if type(version) is not int or version not in LARGEST_GROUPS:
         raise CheckpointError(
-            f"{file} has format version {manifest.get('format_version')!r}; this lowvram reads {FORMAT_VERSION} and "
-            f"{ROTATED_VERSION}: convert again, or use the lowvram that wrote it"
+            f"{file} has format version {version!r}; this lowvram reads {FORMAT_VERSION} to {LARGE_GROUPS_VERSION}: "
+            "convert again, or use the lowvram that wrote it"
         )
-    check_manifest(file, manifest)
+    check_manifest(file, manifest, LARGEST_GROUPS[version])
     return manifest

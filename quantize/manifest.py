@@ -22,11 +22,14 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def check_manifest(file: Path, manifest: Any) -> None:
-    """Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it."""
+def check_manifest(file: Path, manifest: Any, largest_group: int) -> None:
+    """``largest_group``: of the channels that its format version may have rotated together.
+
+    Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it.
+    """
     _check_part(file, "manifest", manifest)
     for component in manifest["components"].values():
-        _check_rotation(file, component["tensors"])
+        _check_rotation(file, component["tensors"], largest_group)
         for facts in component["tensors"].values():
             if "from" in facts:
                 _check_part(file, "from", facts["from"])
@@ -40,16 +43,17 @@ def check_manifest(file: Path, manifest: Any) -> None:
             _check_part(file, part, manifest[part])
 
 
-def _check_rotation(file: Path, tensors: dict[str, dict[str, Any]]) -> None:
+def _check_rotation(file: Path, tensors: dict[str, dict[str, Any]], largest: int) -> None:
     """Nothing but the inputs of W8A8 INT8 weights is rotated at run time."""
     for name, facts in tensors.items():
         if "rotated_group" not in facts:
             continue
         group = facts["rotated_group"]
-        if type(group) is not int or group < 2 or facts["scheme"] != "int8":
+        if type(group) is not int or not 2 <= group <= largest or facts["scheme"] != "int8":
             raise CheckpointError(
                 f"{file} is damaged: {name} ({facts['scheme']}) would be rotated in groups of {group!r}; expected "
-                "groups of 2 and more, in int8: convert again"
+                f"{f'groups of 2 to {largest}, in int8' if largest > 1 else 'none in its format version'}: "
+                "convert again"
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_quantize.components import ComponentPlan
-from lowvram_quantize.format import FORMAT, FORMAT_VERSION, ROTATED_VERSION, Slab
+from lowvram_quantize.format import FORMAT, LARGEST_GROUPS, Slab
 from lowvram_quantize.source import TensorRef
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")
@@ -60,7 +60,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     loras = [lora.summary() | {"sha256": hashes[lora.file].result()} for plan in plans for lora in plan.loras]
     return {
-        **origin(rotated=any(plan.rotated for plan in plans)),
+        **origin(plans),
         "components": facts,
         "files": files,
         "sources": [
@@ -73,11 +73,12 @@ def manifest_of(
     }
 
 
-def origin(*, rotated: bool = False) -> dict[str, Any]:
-    """The manifest's first fields: format (of another version with ``rotated`` weights) and what writes it."""
+def origin(plans: list[ComponentPlan]) -> dict[str, Any]:
+    """The manifest's first fields: format (the lowest version that has groups as large) and what writes it."""
+    group = max((plan.largest_group for plan in plans), default=1)
     return {
         "format": FORMAT,
-        "format_version": ROTATED_VERSION if rotated else FORMAT_VERSION,
+        "format_version": min(version for version, largest in LARGEST_GROUPS.items() if group <= largest),
         "lowvram": version("lowvram"),
         "libraries": versions(),
     }

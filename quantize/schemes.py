@@ -1,7 +1,7 @@
 """Schemes of storing tensors: the one table of what is quantized and why, and the arithmetic of it.
 
 INT8 is symmetric per output channel (a row of the weight, everything behind dimension 0 flattened): scale = amax / 127,
-values -127..127. FP8 is e4m3 per output channel: scale = amax / 448. Where it is asked for, groups of neighbouring
+values -127..127. FP8 is e4m3 per output channel: scale = amax / 448. Unless it is not wanted, groups of neighbouring
 input channels of the W8A8 INT8 weights are rotated in float32 before.
 """
 
@@ -12,8 +12,8 @@ import re
 
 import torch
 
-from lowvram_kernels.errors import CheckpointError
-from lowvram_kernels.rotation import largest_group
+from lowvram_kernels.errors import CheckpointError, ConfigError
+from lowvram_kernels.rotation import GROUP, largest_group
 from lowvram_kernels.rows import QMAX
 
 Tensor = torch.Tensor
@@ -23,6 +23,9 @@ Tensor = torch.Tensor
 CHUNK_VALUES = 1 << 18
 
 NF4_BLOCK = 64
+
+GROUPS = (16, 32, 64, 128, 256)
+"""Of channels that ``convert`` can rotate together, at the most."""
 
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,12 +71,27 @@ def dit_scheme(name: str, precision: str) -> Scheme:
     return Scheme("bf16", "kept", torch.bfloat16)
 
 
-def with_rotation(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
-    """The same with rotated groups where it is W8A8 INT8: of 16 input channels, or of the largest smaller power of two
-    that divides them (none where they are odd)."""
+def chosen_group(rotate: bool | int | None) -> int:
+    """The most input channels to rotate together: as ``rotate`` says, 1 for False, the default for True and None.
+
+    Raises:
+        ConfigError: a number that is none of ``GROUPS``.
+    """
+    if rotate is None or isinstance(rotate, bool):
+        return 1 if rotate is False else GROUP
+    if rotate not in GROUPS:
+        raise ConfigError(
+            f"rotate is {rotate!r}; expected {', '.join(map(str, GROUPS))} channels, True for {GROUP}, False for none"
+        )
+    return rotate
+
+
+def with_rotation(scheme: Scheme, shape: tuple[int, ...], most: int = GROUP) -> Scheme:
+    """The same with rotated groups where it is W8A8 INT8: of ``most`` input channels, or of the largest smaller power
+    of two that divides them (none where they are odd, or ``most`` is 1)."""
     if scheme != Scheme("int8", "rows", torch.int8):
         return scheme
-    return dataclasses.replace(scheme, group=largest_group(shape[-1]))
+    return dataclasses.replace(scheme, group=largest_group(shape[-1], most))
 
 
 def vae_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:

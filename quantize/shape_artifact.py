@@ -98,7 +98,7 @@ def write_shape_artifact(
     plans = shape_plans(shapes, precision, text_encoder)
     facts = {plan.name: _write_component(plan, partial, fill) for plan in plans}
     _write_audio_encoder(shapes, partial / AUDIO_ENCODER, fill)
-    publish(partial, out, _manifest(preset, facts, partial, "random values" if fill else "no values"))
+    publish(partial, out, _manifest(preset, plans, facts, partial, "random values" if fill else "no values"))
     return out
 
 
@@ -200,10 +200,12 @@ def _write_tensor(file: int, fill: Fill, item: Item, spec: TensorSpec, place: in
             raw, at = raw[written:], at + written
 
 
-def _manifest(preset: str, facts: dict[str, dict[str, Any]], folder: Path, values: str) -> dict[str, Any]:
+def _manifest(
+    preset: str, plans: list[ComponentPlan], facts: dict[str, dict[str, Any]], folder: Path, values: str
+) -> dict[str, Any]:
     copied = [path for name in (AUDIO_ENCODER, TOKENIZER) for path in sorted((folder / name).iterdir())]
     return {
-        **origin(),
+        **origin(plans),
         "phantom": {"preset": preset, "values": values},
         "components": facts,
         "files": {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": ""} for path in copied},

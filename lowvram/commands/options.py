@@ -14,6 +14,14 @@ RINGS = click.Choice(["auto", "int8", "bf16"])
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 
 
+class Rotation(click.Choice):
+    """How many channels: as ``convert`` of the library takes it, False for none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | bool:
+        chosen = super().convert(str(value), param, ctx)
+        return False if chosen == "none" else int(chosen)
+
+
 def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``convert`` reads, what it makes of it, and where."""
     options: list[Callable[..., Any]] = [
@@ -45,7 +53,11 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder."
         ),
         click.option(
-            "--rotate", is_flag=True, help="Rotate groups of 16 inputs of the DiT's int8 Linears against outliers."
+            "--rotate",
+            type=Rotation(["none", "16", "32", "64", "128", "256"]),
+            is_flag=False,
+            flag_value="256",
+            help="The most inputs of the DiT's int8 Linears to rotate together against outliers; default: 256.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
     ]

@@ -15,6 +15,7 @@ from lowvram.selftest.results import Result, Subject
 from lowvram.selftest.trials import FULL, SMALL, Sizes, Trial, beside_finite, worst
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.choices import FP8, INT8, OPERATIONS, ROTATED, TRITON, WIDE, backends
+from lowvram_kernels.rotation import GROUP, SYLVESTER
 
 Make = Callable[[Sizes, torch.device], Trial]  # the operation on random operands
 REPEATS = 5
@@ -39,9 +40,10 @@ def makers() -> Iterator[tuple[str, Make]]:
         yield f"add_gated_norm_rows {name}", part(trials.fused_norm, dtype=dtype)
         yield f"norm_rows {name}", part(trials.fused_norm, dtype=dtype, gated=False)
     yield f"linears_w8a8 {INT8}", trials.linears
-    yield f"quantize_rows {ROTATED}", part(trials.quantize_rows, dtype=torch.int8, group=8)
-    yield f"add_gated_norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, group=16)
-    yield f"norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, gated=False, group=16)
+    for group in (SYLVESTER, GROUP):  # of artifacts of format version 2, and of what convert makes
+        yield f"quantize_rows {ROTATED}", part(trials.quantize_rows, dtype=torch.int8, most=group)
+    yield f"add_gated_norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, most=GROUP)
+    yield f"norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, gated=False, most=GROUP)
     yield "add_gated", part(trials.fused_norm, dtype=None)
     yield "norm_rope", ring_trials.norm_rope
     yield "encode_kv", ring_trials.encode_kv

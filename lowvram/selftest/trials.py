@@ -15,7 +15,7 @@ from lowvram_kernels.choices import ONE_BY_ONE, TORCH, TRITON
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, linear_q8, reference_w8a8, wide_mm
 from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
-from lowvram_kernels.rotation import rotated
+from lowvram_kernels.rotation import largest_group, rotated
 from lowvram_kernels.rows import reference_rows
 
 Tensor = torch.Tensor
@@ -110,7 +110,9 @@ def random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device)
 
 
-def quantize_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, group: int = 1) -> Trial:
+def quantize_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, most: int = 1) -> Trial:
+    """``most``: channels to rotate together, where so many divide the width."""
+    group = largest_group(sizes.ffn, most)
     x = random(device, sizes.tokens, sizes.ffn).bfloat16() * torch.logspace(-3, 3, sizes.tokens, device=device)[:, None]
 
     def triton() -> Outputs:
@@ -201,10 +203,11 @@ def linears(sizes: Sizes, device: torch.device) -> Trial:
 
 
 def fused_norm(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype | None, *, gated: bool = True, group: int = 1
+    sizes: Sizes, device: torch.device, dtype: torch.dtype | None, *, gated: bool = True, most: int = 1
 ) -> Trial:
-    """Gate and residual, LayerNorm, modulation, rounding to ``dtype``; without one, gate and residual alone; with
-    ``gated`` False the norm alone."""
+    """Gate and residual, LayerNorm, modulation, rounding to ``dtype`` in rotated groups of ``most`` channels as far as
+    they divide the width; without one, gate and residual alone; with ``gated`` False the norm alone."""
+    group = largest_group(sizes.width, most)
     x, y = random(device, sizes.tokens, sizes.width) * 3 + 1, random(device, sizes.tokens, sizes.width).bfloat16()
     gate, gain, offset = (random(device, 3, sizes.width) for _ in range(3))
     added, gate_ = (y, gate) if gated else (None, None)

@@ -3,30 +3,58 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram_kernels.rotation import GROUP, check_group, largest_group, rotated
+from lowvram_kernels.rotation import GROUP, SYLVESTER, check_group, largest_group, matrix, rotated
+
+GROUPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
-@pytest.mark.parametrize("group", [2, 8, 16, 128])
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_rotation_is_orthogonal_and_its_own_inverse(group):
-    matrix = rotated(torch.eye(group, dtype=torch.float64), group)
-    assert torch.allclose(matrix @ matrix.t(), torch.eye(group, dtype=torch.float64), atol=1e-15)
-    assert torch.equal(matrix, matrix.t())
-    assert torch.allclose(matrix.abs(), torch.full_like(matrix, group**-0.5))
+    turned = rotated(torch.eye(group, dtype=torch.float64), group)
+    assert torch.allclose(turned @ turned.t(), torch.eye(group, dtype=torch.float64), atol=2e-15)
+    assert torch.equal(turned, turned.t())
+    assert torch.allclose(turned.abs(), torch.full_like(turned, group**-0.5))
+    assert torch.allclose(turned, matrix(group), atol=1e-15)
 
 
-@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_all_channels_share_stays_spread_in_large_groups(group):
+    """A regular matrix's rows have the sum 1 or -1; with the 2 x 2 one behind it, some the square root of 2."""
+    shared = rotated(torch.ones(group, dtype=torch.float64), group).abs().max().item()
+    odd = group.bit_length() % 2 == 0
+    assert shared == pytest.approx(group**0.5 if group <= SYLVESTER else 2**0.5 if odd else 1.0)
+
+
+def test_groups_of_artifacts_that_are_there_stay_as_they_were():
+    """Sylvester's, row by row: the sign of a product's entry is the parity of the bits that both numbers share."""
+    for group in (2, 4, 8, 16):
+        signs = [[(-1.0) ** (row & column).bit_count() for column in range(group)] for row in range(group)]
+        assert torch.equal(matrix(group).float(), (torch.tensor(signs) * group**-0.5).float())
+
+
+def test_more_rows_than_are_rotated_at_a_time_and_views():
+    x = torch.randn(257, 33, 256)[:, 1:].transpose(0, 1)
+    out = rotated(x, 256)
+    assert out.shape == x.shape
+    assert torch.allclose(out, (x.double() @ matrix(256)).float(), atol=1e-5)
+    assert rotated(torch.empty(0, 512), 256).shape == (0, 512)
+
+
+@pytest.mark.parametrize("group", [1, 4, 16, 32, 64, 256])
 def test_a_product_stays_what_it_was(group):
-    x, w = torch.randn(5, 48, dtype=torch.float64), torch.randn(7, 48, dtype=torch.float64)
+    width = 768 if group > 16 else 48
+    x, w = torch.randn(5, width, dtype=torch.float64), torch.randn(7, width, dtype=torch.float64)
     expected = x @ w.t()
     assert torch.allclose(rotated(x, group) @ rotated(w, group).t(), expected, rtol=1e-12, atol=1e-12)
     assert group == 1 or not torch.allclose(rotated(x, group) @ w.t(), expected, rtol=0.1)
 
 
+@pytest.mark.parametrize("group", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_float64(dtype):
+def test_against_float64(dtype, group):
     x = torch.randn(3, 5, 64).to(dtype)
-    out = rotated(x, 16)
-    exact = rotated(x.double(), 16)
+    out = rotated(x, group)
+    exact = rotated(x.double(), group)
     assert out.dtype is dtype
     assert (out.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps
 
@@ -46,8 +74,9 @@ def test_no_rotation_and_no_rows():
 
 
 def test_the_largest_group_that_fits():
-    assert GROUP == 16
-    assert [largest_group(width) for width in (5120, 13824, 216, 6, 81)] == [16, 16, 8, 2, 1]
+    assert GROUP == 256
+    assert [largest_group(width) for width in (5120, 13824, 384, 216, 6, 81)] == [256, 256, 128, 8, 2, 1]
+    assert [largest_group(width, 16) for width in (5120, 384, 216, 81)] == [16, 16, 8, 1]
 
 
 @pytest.mark.parametrize("group", [0, -2, 3, 12, 32])

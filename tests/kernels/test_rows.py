@@ -31,11 +31,15 @@ def test_unknown_dtype_is_refused():
         quantize_rows(torch.ones(1, 1), torch.int16)
 
 
-@pytest.mark.parametrize("shape", [(3, 16), (7, 80), (2, 4, 32)])
-def test_rotated_rows_against_float64(shape):
+@pytest.mark.parametrize(
+    ("shape", "group"), [((3, 16), 16), ((7, 80), 16), ((2, 4, 32), 32), ((5, 192), 64), ((2, 768), 256)]
+)
+def test_rotated_rows_against_float64(shape, group):
     x = torch.randn(shape).flatten(0, -2)
-    q, scale = quantize_rows(x, torch.int8, group=16)
-    exact = rotated(x.double(), 16)
+    before = x.clone()
+    q, scale = quantize_rows(x, torch.int8, group=group)
+    assert torch.equal(x, before)
+    exact = rotated(x.double(), group)
     assert ((q.double() * scale - exact).abs() <= 0.5001 * scale).all()
     assert torch.equal(q.abs().amax(1), torch.full((len(x),), 127, dtype=torch.int8))
 
@@ -61,9 +65,11 @@ def test_rotation_is_told_and_refused_where_it_cannot_be():
         quantize_rows(torch.randn(2, 32), torch.float8_e4m3fn, group=16)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_rotated_row_that_is_not_finite_shows(value):
-    x = torch.randn(3, 32)
-    x[1, 4] = value
-    _, scale = quantize_rows(x, torch.int8, group=16)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("group", [16, 64])
+def test_a_rotated_row_that_is_not_finite_shows_and_one_of_zeros_stays(value, group):
+    x = torch.randn(3, 64)
+    x[1, 4], x[2] = value, 0
+    q, scale = quantize_rows(x, torch.int8, group=group)
     assert scale.isfinite().flatten().tolist() == [True, False, True]
+    assert not q[2].any()

@@ -18,7 +18,7 @@ from lowvram_quantize.format import MANIFEST, Artifact
 from tests.quantize.checkpoints import base_of, change_dit, clone, replace_json
 
 LAYERS = 4
-KINDS = {"fp32": {"dit": "fp32"}, "int8": {}, "rotated": {"rotate": True}}
+KINDS = {"fp32": {"dit": "fp32"}, "int8": {"rotate": False}, "rotated": {}}
 
 
 def artifacts(checkpoint: Path, folder: Path) -> dict[str, Path]:
@@ -88,13 +88,14 @@ def test_the_same_names_and_bytes_but_other_values(made):
     assert [manifest["format_version"] for manifest in manifests] == [1, 2]
 
 
-@pytest.mark.parametrize("group", [12, 32])
+@pytest.mark.parametrize("group", [12, 32, 256])
 def test_groups_that_a_layer_cannot_have_are_refused(made, tmp_path, group):
     path = clone(made["rotated"], tmp_path / "artifact")
     name = "blocks.0.ffn.0"
 
     def change(manifest):
         manifest["components"]["dit"]["tensors"][f"{name}.weight"]["rotated_group"] = group
+        manifest["format_version"] = 3
 
     replace_json(path / MANIFEST, change)
     with pytest.raises(CheckpointError, match=rf"{name} cannot be used: groups of {group} .* divides 80"):

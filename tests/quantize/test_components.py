@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lowvram.loading.encoders import load_text_encoder, load_vae
 from lowvram.loading.weights import build_dit, load_slabs
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.rotation import rotated
 from lowvram_models.names import umt5_name, vae_names
 from lowvram_models.text_encoder import build_umt5, encode_prompt
 from lowvram_quantize.components import plan_dit, plan_text_encoder, plan_vae
@@ -190,6 +191,7 @@ def test_quantized_weights_in_the_runtimes_model(tiny, precision):
         if name not in quantized:
             assert met(parameters[name], weight, size, BF16), name
             continue
+        weight = rotated(weight.double(), facts[name].get("rotated_group", 1))
         scale = parameters[f"{name}_scale"].double().view(-1, *[1] * (weight.ndim - 1))
         back = parameters[name].double() * scale
         half = scale / 2 if precision == "int8" else (weight.abs() * 2**-4).maximum(scale * 2**-10)

@@ -18,6 +18,7 @@ from lowvram_kernels.errors import CheckpointError, ConfigError, InputError, Low
 from lowvram_quantize import copied
 from lowvram_quantize.convert import COMPONENTS
 from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.schemes import chosen_group
 from lowvram_quantize.source import TEXT_ENCODER_FILE, VAE_FILE
 from lowvram_quantize.writer import SlabWriter
 from tests.quantize.checkpoints import (
@@ -338,10 +339,21 @@ def test_a_rotation_with_nothing_to_rotate(tiny, out, options, said):
     assert not out.with_name("out.partial").exists()
 
 
-def test_a_rotation_on_the_command_line(tiny, out, tmp_path):
-    assert command(tiny.checkpoint, out, "--rotate").exit_code == 0
-    run(tiny.checkpoint, tmp_path / "called", rotate=True, components=COMPONENTS)
-    assert contents(out) == contents(tmp_path / "called")
+@pytest.mark.parametrize(
+    ("given", "rotate"),
+    [((), None), (("--rotate",), True), (("--rotate", "none"), False), (("--rotate=16",), 16)],
+)
+def test_a_rotation_on_the_command_line(tiny, out, monkeypatch, given, rotate):
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "lowvram_quantize.convert.convert", lambda *_, **options: asked.append(options["rotate"]) or out
+    )
+    assert command(tiny.checkpoint, out, *given).exit_code == 0
+    assert chosen_group(asked[0]) == chosen_group(rotate)
+
+
+def test_what_cannot_be_rotated_on_the_command_line(tiny, tmp_path):
+    one_line(command(tiny.checkpoint, tmp_path / "twelve", "--rotate", "12"), 2, "--rotate", "'12'", "none")
     one_line(command(tiny.checkpoint, tmp_path / "fp8", "--rotate", "--dit", "fp8"), 2, "--rotate", "whose DiT is fp8")
 
 

@@ -137,7 +137,7 @@ def test_a_slab_is_read_to_a_buffer_in_one_piece(artifacts):
 def test_the_manifest_says_what_was_made_from_what(artifacts):
     manifest = manifest_of(artifacts("int8"))
     assert manifest["format"] == "lowvram-artifact"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2  # no width of the tiny model has groups above 16
     assert manifest["lowvram"] == version("lowvram")
     for library in ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes"):
         assert manifest["libraries"][library] == version(library)
@@ -244,16 +244,16 @@ def test_missing_and_truncated_files(artifact, name):
             Artifact.open(artifact)
 
 
-@pytest.mark.parametrize("found", [0, 3, 99, "1", None])
+@pytest.mark.parametrize("found", [0, 4, 99, "1", None, True, 2.0])
 def test_another_format_version(artifact, found):
     replace_json(artifact / MANIFEST, lambda manifest: manifest.update(format_version=found))
-    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 and 2", "convert again"):
+    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 to 3", "convert again"):
         Artifact.open(artifact)
 
 
 @pytest.mark.parametrize(
     ("name", "group"),
-    [(WIDE, 0), (WIDE, 1), (WIDE, "16"), (WIDE, True), (WIDE, None), ("head.head.weight", 16)],
+    [(WIDE, 0), (WIDE, 1), (WIDE, "16"), (WIDE, True), (WIDE, None), (WIDE, 32), ("head.head.weight", 16)],
 )
 def test_a_rotation_that_cannot_be(artifact, name, group):
     def change(manifest):
@@ -264,17 +264,28 @@ def test_a_rotation_that_cannot_be(artifact, name, group):
         Artifact.open(artifact)
 
 
-def test_how_many_channels_were_rotated_together(artifact):
+@pytest.mark.parametrize(
+    ("version", "group", "known"),
+    [
+        *((1, 1, True), (1, 8, False), (2, 8, True), (2, 16, True), (2, 64, False)),
+        *((3, 16, True), (3, 64, True), (3, 256, True), (3, 512, False)),
+    ],
+)
+def test_how_many_channels_were_rotated_together_in_which_version(artifact, version, group, known):
     def change(manifest):
-        manifest["components"]["dit"]["tensors"][WIDE]["rotated_group"] = 8
-        manifest["format_version"] = 2
+        for facts in manifest["components"]["dit"]["tensors"].values():
+            facts.pop("rotated_group", None)
+        manifest["components"]["dit"]["tensors"][WIDE] |= {"rotated_group": group} if group > 1 else {}
+        manifest["format_version"] = version
 
-    dit = Artifact.open(artifact).component("dit")
-    assert {dit.tensor_group(name) for name in dit.tensor_names} == {1}
     replace_json(artifact / MANIFEST, change)
+    if not known:
+        with refusal(CheckpointError, MANIFEST, WIDE, f"groups of {group}", "format version" if version == 1 else "to"):
+            Artifact.open(artifact)
+        return
     dit = Artifact.open(artifact).component("dit")
-    assert [name for name in dit.tensor_names if dit.tensor_group(name) > 1] == [WIDE]
-    assert dit.tensor_group(WIDE) == 8
+    assert dit.tensor_group(WIDE) == group
+    assert {dit.tensor_group(name) for name in dit.tensor_names if name != WIDE} == {1}
 
 
 def test_another_format(artifact):

@@ -163,9 +163,10 @@ def test_a_manifest_that_lacks_what_is_told(spoiled, name):
         describe(spoiled)
 
 
-def test_rotated_groups_are_told(tiny, path, tmp_path):
-    convert(tiny.checkpoint, tmp_path / "out", components=("dit",), rotate=True)
-    facts, plain = describe(tmp_path / "out"), describe(path)
+def test_rotated_groups_are_told(tiny, tmp_path):
+    for name, rotate in (("out", None), ("plain", False)):
+        convert(tiny.checkpoint, tmp_path / name, components=("dit",), rotate=rotate)
+    facts, plain = describe(tmp_path / "out"), describe(tmp_path / "plain")
     wide = sum(name.endswith("ffn.2.weight") for name in facts["components"]["dit"]["relative_errors"])
     others = facts["components"]["dit"]["schemes"]["int8"] - wide
     # The feed-forward's inner width of the tiny model, 216, is no multiple of 16.
@@ -174,4 +175,4 @@ def test_rotated_groups_are_told(tiny, path, tmp_path):
     assert (facts["format_version"], plain["format_version"]) == (2, 1)
     assert f"inputs of {others} weights rotated in groups of 16 channels" in summary(facts)
     assert f"inputs of {wide} weights rotated in groups of 8 channels" in summary(facts)
-    assert "rotated" not in summary(plain)
+    assert "weights rotated" not in summary(plain)

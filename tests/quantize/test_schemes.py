@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.text_encoder import build_umt5
 from lowvram_models.vae import build_vae
 from lowvram_quantize.schemes import (
+    chosen_group,
     dit_scheme,
     not_finite,
     quantize_chunk,
@@ -72,10 +73,22 @@ def test_rotation_is_for_w8a8_int8_only_and_in_groups_that_divide_the_width(publ
         for name, parameter in published_dit.named_parameters():
             scheme, shape = dit_scheme(name, precision), tuple(parameter.shape)
             turned = with_rotation(scheme, shape)
-            assert turned.group == (16 if scheme.name == "int8" else 1), name
+            assert turned.group == (256 if scheme.name == "int8" else 1), name
             assert dataclasses.replace(turned, group=1) == scheme
     linear = dit_scheme("blocks.0.ffn.2.weight", "int8")
-    assert [with_rotation(linear, (4, width)).group for width in (216, 34, 81)] == [8, 2, 1]
+    assert [with_rotation(linear, (4, width)).group for width in (384, 216, 34, 81)] == [128, 8, 2, 1]
+    assert [with_rotation(linear, (4, 384), most).group for most in (1, 16, 64, 256)] == [1, 16, 64, 128]
+
+
+@pytest.mark.parametrize(("rotate", "group"), [(None, 256), (True, 256), (False, 1), (16, 16), (64, 64), (256, 256)])
+def test_how_many_channels_are_rotated_together(rotate, group):
+    assert chosen_group(rotate) == group
+
+
+@pytest.mark.parametrize("rotate", [0, 1, 8, 48, 512, -16, "none"])
+def test_groups_of_other_sizes_are_refused(rotate):
+    with pytest.raises(ConfigError, match="expected 16, 32, 64, 128, 256 channels, True for 256, False for none"):
+        chosen_group(rotate)
 
 
 def test_vae_convolutions_are_quantized_and_the_rest_stays_float32():

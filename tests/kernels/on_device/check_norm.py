@@ -89,7 +89,9 @@ def test_a_row_with_nan_shows():
     assert scale[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize(("width", "group"), [(16, 16), (80, 16), (216, 8), (1104, 16)])
+@pytest.mark.parametrize(
+    ("width", "group"), [(16, 16), (80, 16), (216, 8), (1104, 16), (192, 64), (384, 128), (768, 256)]
+)
 def test_rotated_rows(width, group):
     x, y = torch.randn(6, width, device=DEVICE), torch.randn(6, width, device=DEVICE).bfloat16()
     gate, gain, offset = vectors(3, width)

@@ -52,7 +52,11 @@ def test_zeros_nan_and_infinity(dtype):
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "group"), [((1, 2), 2), ((3, 16), 16), ((7, 216), 8), ((2, 1104), 16), ((5, 96), 32)]
+    ("shape", "group"),
+    [
+        *(((1, 2), 2), ((3, 16), 16), ((7, 216), 8), ((2, 1104), 16), ((5, 96), 32)),
+        *(((3, 192), 64), ((2, 384), 128), ((4, 768), 256), ((1, 1024), 512)),
+    ],
 )
 def test_rotated_groups_against_float64(shape, group, x_dtype):
     x = (torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(DEVICE, x_dtype)
@@ -73,3 +77,13 @@ def test_rotated_rows_that_are_strided_or_not_finite():
     assert (q[finite].int() - expected[finite].int()).abs().max() <= 1
     assert not q[2].any()
     assert not scale[[1, 4]].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("group", [16, 32, 64, 256])
+def test_large_groups_of_zeros_and_of_what_is_not_finite(group, value):
+    x = torch.randn(3, 512, device=DEVICE)
+    x[0], x[1, 300] = 0, value
+    q, scale = quantize_rows_triton(x, torch.int8, group)
+    assert not q[0].any()
+    assert scale.isfinite().flatten().tolist() == [True, False, True]

@@ -63,8 +63,8 @@ class Elsewhere:
         return self.Pending(flat, sum(received))
 
 
-def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: int = 1) -> int:
-    """Of one rank of so many, the first."""
+def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: int = 1, group: int = 1) -> int:
+    """Of one rank of so many, the first; with rows that PyTorch quantizes, in rotated groups of ``group``."""
     dtype = work.dtype
     tokens, dim = shares(work.tokens_per_frame, ranks)[0] * work.frames_per_block, config.dim
     config = dataclasses.replace(config, num_layers=1, audio_inject_layers=(0,))
@@ -74,7 +74,7 @@ def layer_peak(config, work: Workload, *, quantized: bool, audio: bool, ranks: i
         if isinstance(module, CrossAttention):
             module.attention = Fused()
         if quantized and isinstance(module, nn.Linear) and name.startswith(("blocks.", "audio_injector.")):
-            swap_linear(dit, name, torch.int8)
+            swap_linear(dit, name, torch.int8, group=group)
     fuse(dit)
     x = meta(tokens, dim, dtype=torch.float32)
     rope = Rope(*(meta(tokens, config.head_dim // 2, dtype=torch.float32) for _ in range(2)))
@@ -105,6 +105,15 @@ def test_a_layer_takes_what_is_predicted(sizes, size, quantized, audio, dtype):
         config, work.block_tokens, quantized=quantized, audio=audio, value_bytes=work.value_bytes
     )
     assert predicted.peak == pytest.approx(layer_peak(config, work, quantized=quantized, audio=audio), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("group", [16, 256])
+def test_rotated_groups_take_no_more_than_is_predicted(sizes, group, dtype):
+    config, work = sizes("int8").config, Workload.of_size("704*384", dtype=dtype)
+    predicted = workspace.layer_workspace(config, work.block_tokens, quantized=True, value_bytes=work.value_bytes)
+    found = layer_peak(config, work, quantized=True, audio=True, group=group)
+    assert 0.85 * predicted.peak < found < 1.02 * predicted.peak
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
