@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowvram.denoise.kv_cache import Rings, RingShape, Window
-from lowvram.denoise.kv_format import PlainFormat
+from lowvram.denoise.kv_format import PlainFormat, kv_format
 from lowvram.offload.copy_engine import Engine
 
 HEADS, WIDTH, STEPS, LAYERS = 2, 4, 2, 3
@@ -55,13 +55,32 @@ def test_blocks_lie_behind_each_other_and_are_replaced(on_host):
 
 
 def test_rings_move_with_what_they_hold():
+    def held() -> list[list[float]]:
+        return [rings.snapshot(*cell, torch.float32)[0][:, 0, 0].tolist() for cell in CELLS]
+
     rings, _ = make_rings()
     write(rings, 0, 0, 1)
     write(rings, 0, 1, 2)
     rings.place(CELLS[:4], 1)
-    assert write(rings, 0, 2, 3).tolist() == [1] * 6 + [2] * 6 + [3] * 3
+    write(rings, 0, 2, 3)
+    assert held() == [[1] * 6 + [2] * 6 + [3] * 3] * len(CELLS)
     rings.place(CELLS, 2)
-    assert write(rings, 1, 0, 4).tolist() == [4] * 6 + [2] * 6 + [3] * 3
+    assert held() == [[1] * 6 + [2] * 6 + [3] * 3] * len(CELLS)
+    write(rings, 1, 0, 4)
+    assert held() == [[4] * 6 + [2] * 6 + [3] * 3] * len(CELLS)
+
+
+@pytest.mark.parametrize(
+    ("kv", "heads", "width", "tokens"),
+    [("plain", 1, 2, 3), ("plain", 3, 2, 5), ("int8", 1, 2, 3), ("int8", 3, 4, 7), ("int8", 5, 6, 1)],
+)
+def test_every_slot_begins_where_kernels_load_whole_vectors(kv, heads, width, tokens):
+    kind = kv_format(kv, heads, width, torch.bfloat16)
+    assert kind.nbytes(tokens) % 16
+    rings = Rings(RingShape(slots=(tokens, tokens, 1)), kind, Engine(torch.device("cpu")), range(1), 1)
+    rings.place((), 0)
+    assert [slot.storage_offset() % 16 for slot, _ in rings.open((0, 0))] == [0, 0, 0]
+    assert all(slot.nbytes >= kind.nbytes(tokens) for slot, _ in rings.open((0, 0)))
 
 
 def test_only_what_is_seen_comes_in_and_only_what_is_new_goes_out():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from lowvram.loading.weights import build_dit, load_shared
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
+from lowvram.parallel.ulysses import Ulysses
 from lowvram.schedule import Block, blocks_of
 from lowvram_models.rope import condition_rope, reference_time
 from lowvram_quantize.format import Artifact
@@ -109,3 +113,60 @@ def test_latents_are_seen_before_each_step_and_behind_the_last(rollout, monkeypa
     found = rollout.denoise(block, noise, audio)
     assert seen == [(step, step == 0) for step in range(STEPS + 1)]
     assert torch.equal(found, given) == (wanted == STEPS)
+
+
+class Exchanges:
+    """A group of one rank: notes what it would send and receive, and fails behind so many exchanges."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[list[int], list[int]]] = []
+        self.left = sys.maxsize
+
+    def begin(self, flat: torch.Tensor, sent: list[int], received: list[int]) -> Arrived:
+        if len(self.made) == self.left:
+            raise MemoryError
+        self.made.append((sent, received))
+        return Arrived(flat)
+
+
+@dataclasses.dataclass
+class Arrived:
+    value: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3], ids=["prefill", "a block", "a wave of 2", "a wave of 3"])
+@pytest.mark.parametrize("done", [0, 1, 6, -1])
+def test_who_fails_exchanges_the_rest_with_nothing(rollout, monkeypatch, blocks, done):
+    """Of the filling of the sink, and of a pass: as often, and as much, as those who did not fail."""
+    exchanges = Exchanges()
+    monkeypatch.setattr(rollout, "sequence", Ulysses(0, 1, exchanges))
+    conditions = torch.zeros(16, 1, 8, 8), torch.zeros(16, 19, 8, 8)
+    under_way = BLOCKS[:blocks]
+    audio = torch.zeros(1, rollout.dit.config.audio_layers, rollout.dit.config.audio_dim, 12)
+    for block in under_way:
+        rollout.start(block, torch.zeros(16, block.frames, 8, 8), audio[..., : 4 * block.frames])
+
+    def work() -> None:
+        rollout.sequence.begins()
+        exchanges.made.clear()
+        if blocks:
+            rollout.advance(list(zip(under_way, reversed(range(blocks)), strict=True)))
+        else:
+            rollout.prefill(*conditions)
+
+    work()
+    expected = list(exchanges.made)
+    exchanges.left = done % len(expected)
+    with pytest.raises(MemoryError):
+        work()
+    exchanges.left = sys.maxsize
+    if blocks:
+        rollout.advance_with_nothing(under_way)
+    else:
+        rollout.prefill_with_nothing()
+    for block in under_way:
+        rollout.finish(block)
+    assert exchanges.made == expected
