@@ -83,6 +83,14 @@ def test_every_slot_begins_where_kernels_load_whole_vectors(kv, heads, width, to
     assert all(slot.nbytes >= kind.nbytes(tokens) for slot, _ in rings.open((0, 0)))
 
 
+@pytest.mark.parametrize("staging", range(1, 6))
+def test_as_many_cells_are_staged_as_were_planned(staging):
+    """One more would be memory that no plan knows of."""
+    rings, engine = make_rings(CELLS, staging)
+    rings.expect((cell, SHAPE.window(1, 0)) for cell in CELLS)
+    assert engine.bytes_in == min(staging, len(CELLS)) * rings.cell_nbytes * 2 // 3
+
+
 def test_only_what_is_seen_comes_in_and_only_what_is_new_goes_out():
     rings, engine = make_rings(CELLS)
     slot_nbytes = rings.cell_nbytes // 3
