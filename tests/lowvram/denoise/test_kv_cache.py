@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from lowvram.denoise.kv_cache import Rings, RingShape, Window
+from lowvram.denoise.kv_cache import Rings, RingShape, Sink, Window
 from lowvram.denoise.kv_format import PlainFormat, kv_format
 from lowvram.offload.copy_engine import Engine
 
@@ -119,3 +119,18 @@ def test_a_ring_that_moves_to_the_host_is_held_by_nobody(on_host):
     assert all(each() is not None for each in gone)
     rings.place(on_host, 2)
     assert all(each() is None for each in gone)
+
+
+@pytest.mark.parametrize(
+    ("kv", "heads", "tokens", "has_room"),
+    [("int8", 1, 1, True), ("int8", 2, 5, True), ("int8", 3, 16, True), ("plain", 2, 5, False), ("plain", 1, 1, False)],
+)
+def test_rotated_keys_of_8_bit_stand_at_one_place(kv, heads, tokens, has_room):
+    """Graphs read them where they were captured; keys of their own type are rotated into what attention takes."""
+    sink = Sink(kv_format(kv, heads, 4, torch.bfloat16), 2, tokens, torch.device("cpu"))
+    sink.write(1, torch.ones(tokens, heads, 4), torch.ones(tokens, heads, 4))
+    sink.keep_rotated()
+    assert (sink.rotated is not None) == has_room
+    if sink.rotated is not None:
+        assert sink.rotated.tokens == tokens
+        assert sink.rotated.k.untyped_storage().data_ptr() != sink.block(0)[0].untyped_storage().data_ptr()
