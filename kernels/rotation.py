@@ -23,7 +23,8 @@ GROUP = 256
 """Of what ``convert`` rotates. Within a warp of a pass that quantizes meet twice as many neighbours."""
 SYLVESTER = 16
 """The largest group of Sylvester's construction."""
-_CHUNK_VALUES = 1 << 18  # rotated at a time, so that what stands between two products takes little memory
+# Rotated at a time, in so many pieces at the most: what stands between two products takes little memory, few launches.
+_CHUNK_VALUES, _CHUNKS = 1 << 18, 8
 
 
 def largest_group(width: int, most: int = GROUP) -> int:
@@ -49,7 +50,7 @@ def rotated(x: Tensor, group: int) -> Tensor:
         return (x.reshape(x.numel() // group, group) @ near).view(x.shape)
     values = x.reshape(-1, len(far), len(near)) if x.numel() else x.new_empty(0, len(far), len(near))
     out = torch.empty_like(values)
-    chunk = max(1, _CHUNK_VALUES // group)
+    chunk = max(1, _CHUNK_VALUES // group, -(-len(values) // _CHUNKS))
     for part, place in zip(values.split(chunk), out.split(chunk), strict=True):
         torch.matmul(far, (part.reshape(-1, len(near)) @ near).view(part.shape), out=place)
     return out.view(x.shape)
