@@ -50,6 +50,7 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, Any]:
 
     facts = write_dit(folder / "ckpt", layers)
     write_lora(folder / "lora.safetensors", layers)
+    os.sync()  # else a run waits for its input to be written out
     rows = {
         "int8": [convert(folder, facts, "int8", lora=False) for _ in range(runs)],
         "int8 with a LoRA of rank 128": [convert(folder, facts, "int8", lora=True) for _ in range(runs)],

@@ -25,7 +25,7 @@ from training.tiny_face.shapes import SETTINGS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Steps of the three trainings, ``people`` whose latents the DiT learns, sides of their pictures in px, what the
-    VAE sees a step, seconds and number of the voices a step, and the DiT's settings."""
+    VAE sees a step, seconds and number of the voices a step, and the DiT's sequences a step and settings."""
 
     ears_steps: int = train_ears.STEPS
     vae_steps: int = train_vae.STEPS
@@ -35,6 +35,7 @@ class Sizes:
     crops: train_vae.Crops = train_vae.CROPS
     voices: int = 4
     voice_s: float = train_ears.SECONDS
+    sequences: int = train_dit.SEQUENCES
     settings: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(SETTINGS))
 
 
@@ -47,6 +48,7 @@ TEST_SIZE = Sizes(
     crops=train_vae.Crops(count=1, frames=5, sides=(32,)),
     voices=2,
     voice_s=1.0,
+    sequences=1,
     settings=SETTINGS | {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 2, "audio_inject_layers": [0]},
 )
 """A tenth of the steps that the package's weights took."""
@@ -57,7 +59,9 @@ def train(root: Path, to: Path, sizes: Sizes, *, seed: int = 0) -> None:
     train_ears.train(root, steps=sizes.ears_steps, seed=seed, batch=sizes.voices, seconds=sizes.voice_s)
     latents.make(root, sizes.people, size=sizes.picture_px)
     train_vae.train(root, steps=sizes.vae_steps, seed=seed, size=sizes.picture_px, crops=sizes.crops)
-    train_dit.train(root, steps=sizes.dit_steps, count=sizes.people, seed=seed, config=sizes.settings)
+    train_dit.train(
+        root, steps=sizes.dit_steps, count=sizes.people, seed=seed, sequences=sizes.sequences, config=sizes.settings
+    )
     export.from_folder(root, to, sizes.settings)
 
 

@@ -115,9 +115,17 @@ def _size(error: Tensor) -> float:
 
 
 def train(
-    root: Path, *, steps: int, count: int, seed: int = 0, peak: float = 3e-3, config: dict[str, Any] | None = None
+    root: Path,
+    *,
+    steps: int,
+    count: int,
+    seed: int = 0,
+    peak: float = 3e-3,
+    sequences: int = SEQUENCES,
+    config: dict[str, Any] | None = None,
 ) -> CausalDiT:
-    """Train in ``root/dit``, or go on there, on the first ``count`` examples of ``root/latents.pt``."""
+    """Train in ``root/dit``, or go on there, on the first ``count`` examples of ``root/latents.pt``, ``sequences`` a
+    step."""
     torch.manual_seed(seed)
     examples: list[dict[str, Any]] = torch.load(root / latents.FILE, weights_only=True)[:count]
     dit = new_dit(config)
@@ -131,12 +139,12 @@ def train(
             group["lr"] = rate(step, steps, peak)
         optimizer.zero_grad(set_to_none=True)
         told: dict[str, float] = {}
-        for index in range(SEQUENCES):
+        for index in range(sequences):
             draw = np.random.default_rng([seed, step, index])
             chosen = examples[int(draw.integers(len(examples)))]
             sample = Sample(chosen, texts[int(draw.integers(len(texts)))], draw)
             loss, facts = loss_of(dit, sample, draw, weight)
-            (loss / SEQUENCES).backward()
+            (loss / sequences).backward()
             told |= facts
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
         optimizer.step()
