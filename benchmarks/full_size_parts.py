@@ -22,7 +22,6 @@ from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.planning.measure import CudaRunner
-from lowvram.recorder import Recorder
 from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.constants import FPS
@@ -128,9 +127,9 @@ class Clocked(AvatarPipeline):
 
     marks: list[dict[str, Any]]
 
-    def stream(self, request: Any, *, recorder: Recorder | None = None) -> Iterator[Any]:
+    def stream(self, request: Any, **options: Any) -> Iterator[Any]:
         self.marks = []
-        for frames in super().stream(request, recorder=recorder):
+        for frames in super().stream(request, **options):
             self.marks.append(self._mark())
             yield frames
 

@@ -30,7 +30,8 @@ class Check:
 
 
 def makers() -> Iterator[tuple[str, Make]]:
-    """Operations of ``choices`` and their trials. An operation may come twice, at other settings."""
+    """Operations of ``choices`` and their trials. An operation may come twice, at other settings, which are named by
+    what its trial is given."""
     part = functools.partial
     for dtype, name in ((torch.int8, INT8), (torch.float8_e4m3fn, FP8), (torch.bfloat16, WIDE)):
         if name != WIDE:
@@ -68,7 +69,8 @@ def kernel_checks(device: torch.device) -> Iterator[Check]:
 
 def kernel_check(operation: str, backend: str, sizes: Sizes, device: torch.device, make: Make) -> Check:
     """One backend against the operation's reference."""
-    name = f"{operation}: {backend}, {sizes.name}"
+    most = getattr(make, "keywords", {}).get("most")
+    name = f"{operation}{f' by {most}' if most else ''}: {backend}, {sizes.name}"
     subject = Subject(name=name, operation=operation, backend=backend, size=sizes.name)
 
     def run() -> Result:

@@ -41,7 +41,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LOG_EVERY_S", 0.0)
         patch.setattr(train_vae, "PEOPLE", 4)
-        few = {"ears_steps": STEPS, "vae_steps": VAE_STEPS, "dit_steps": STEPS, "people": 3}
+        few = {"ears_steps": STEPS, "vae_steps": VAE_STEPS, "dit_steps": STEPS, "people": 3, "sequences": 2}
         everything.train(folder, folder / "weights", dataclasses.replace(everything.TEST_SIZE, **few))
     return folder
 

@@ -105,3 +105,8 @@ def test_the_card_has_every_check():
 def test_operands_are_the_same_each_time():
     one, two = (functools.partial(kernel_check, "norm_rope", "torch", SMALL, CPU, MAKERS["norm_rope"])() for _ in "ab")
     assert one.run().error == two.run().error
+
+
+def test_every_check_has_a_name_of_its_own():
+    names = [check.subject.name for check in kernel_checks(CPU)]
+    assert len(set(names)) == len(names)
