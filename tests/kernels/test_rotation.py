@@ -56,7 +56,7 @@ def test_against_float64(dtype, group):
     out = rotated(x, group)
     exact = rotated(x.double(), group)
     assert out.dtype is dtype
-    assert (out.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps
+    assert (out.double() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
 
 
 def test_groups_do_not_mix_and_rows_may_be_strided():
