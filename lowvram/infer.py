@@ -25,7 +25,7 @@ from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
 from lowvram_kernels import choices
-from lowvram_kernels.errors import OutOfMemoryError, OutputError
+from lowvram_kernels.errors import ConfigError, OutOfMemoryError, OutputError
 from lowvram_models.constants import FPS
 from lowvram_quantize.claims import reading
 from lowvram_quantize.format import MANIFEST, Artifact, sha256_file
@@ -37,11 +37,20 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
     """Who looks on while a video is made: ``begun`` as of ``AvatarPipeline.stream``; ``recorder`` makes the one that
-    keeps tensors, in the folder ``kept``, instead of the one that makes a dump."""
+    keeps tensors, in the folder ``kept``, instead of the one that makes a dump.
+
+    Raises:
+        ConfigError: one of ``recorder`` and ``kept`` without the other.
+    """
 
     begun: Begun | None = None
     recorder: Callable[[], Recorder] | None = None
     kept: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.recorder is None) != (self.kept is None):
+            here, missing = ("recorder", "kept") if self.kept is None else ("kept", "recorder")
+            raise ConfigError(f"Watching has {here} and no {missing}; expected both, or neither")
 
 
 def infer(
@@ -60,15 +69,22 @@ def infer(
     begun again with less to compute.
 
     Raises:
+        ConfigError: ``outputs.dump_tensors`` and ``watching.recorder``, which takes the place of the one that dumps.
         LowvramError: bad input before anything is written; a failed write leaves what was made under a partial name.
     """
+    watching = watching or Watching()
+    if watching.recorder and outputs.dump_tensors:
+        raise ConfigError(
+            f"outputs.dump_tensors is {outputs.dump_tensors}, and watching.recorder keeps tensors in {watching.kept}; "
+            "expected one of them"
+        )
     artifact = pipeline.runtime.artifact
     if not pipeline.team.role.media:
         with _kept(artifact):
             return _serve(pipeline, request)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
     with outputs.claimed(), _kept(artifact):
-        return _infer(pipeline, request, outputs, quiet, watching or Watching())
+        return _infer(pipeline, request, outputs, quiet, watching)
 
 
 @contextlib.contextmanager

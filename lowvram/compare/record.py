@@ -72,7 +72,6 @@ def record_reference(
         copies = _copied(request, partial)
         (partial / BLOCKS).mkdir()
         counts = _run(pipeline, request, partial, copies, quiet=quiet)
-        (partial / _UNFINISHED).unlink()
         _describe(pipeline, request, partial, copies, counts)
         _put(partial, place)
     return folder
@@ -96,7 +95,7 @@ def _describe(
     pipeline: AvatarPipeline, request: Request, partial: Path, copies: dict[str, str], counts: dict[str, int]
 ) -> None:
     artifact = pipeline.runtime.artifact
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path != partial / _UNFINISHED)
     facts: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -155,10 +154,12 @@ def _unfinished(place: Path) -> Iterator[Path]:
 
 
 def _put(partial: Path, place: Path) -> None:
-    """Give the folder its name; what had it goes."""
+    """Give the folder its name; what had it goes. The mark goes last: without one, and under its other name, the folder
+    would be taken for somebody else's."""
     if not (place / REFERENCE).is_file():
         with _disk(place, 0):
             partial.rename(place)
+            (place / _UNFINISHED).unlink()
         return
     old = place.with_name(f"{place.name}.replaced-{os.getpid()}")
     with replacing(place / REFERENCE), _disk(place, 0):
@@ -168,6 +169,7 @@ def _put(partial: Path, place: Path) -> None:
         except OSError:
             old.rename(place)
             raise
+        (place / _UNFINISHED).unlink()
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""A reference: recorded once, and any artifact scored against it."""
+"""A reference that was recorded once, and any artifact scored against it."""
 
 from __future__ import annotations
 
@@ -10,38 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from click.testing import CliRunner
 
-import lowvram.commands.compare as command
-from lowvram.cli import main
-from lowvram.compare import record as recording
 from lowvram.compare import scoring
-from lowvram.compare.block_files import BlockRecorder
 from lowvram.compare.reference import Reference
-from lowvram.compare.trajectories import Trajectories
 from lowvram_kernels.errors import InputError, OutOfMemoryError
-from lowvram_quantize.claims import reading, writing
+from tests.lowvram.compare.calls import PROMPT, RUNS, SETTINGS, one_line, record, run
 from tests.lowvram.compare.test_page import Reader
-
-PROMPT = "A person speaks"
-SETTINGS = ["--size", "128*128", "--infer_frames", "16", "--num_clip", "2", "--sample_steps", "2", "--base_seed", "7"]
-RUNS = ["--device", "cpu", "--no-selftest"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def one_line(done, *parts):
-    assert done.exit_code == 2, (done.output, done.exception)
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("lowvram: error: ")]
-    assert all(part in said for part in parts), said
-
-
-def record(tiny, out, *more, image=None, audio=None, prompt=PROMPT):
-    inputs = ["--image", image or tiny.portrait, "--audio", audio or tiny.voice, "--prompt", prompt]
-    return run("compare", "record", "--model", tiny.artifact("fp32"), *inputs, "--out", out, *more)
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +122,6 @@ REPEATED = {
     "image": ["--image", "{voice}"],
     "audio": ["--audio", "{portrait}"],
 }
-
-
-@pytest.fixture
-def no_run(monkeypatch):
-    def never(*_arguments, **_more):
-        raise AssertionError("the work has begun")
-
-    monkeypatch.setattr(command, "open_pipeline", never)
 
 
 @pytest.mark.parametrize("words", REPEATED.values(), ids=REPEATED)
@@ -304,97 +270,6 @@ def test_a_model_is_needed_and_one_rank(tiny, reference, no_run, monkeypatch):
     one_line(record(tiny, reference.parent / "other"), "one rank")
 
 
-def there(folder, *names):
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).write_bytes(b"mine")
-    return folder
-
-
-PLACES = {
-    "a folder of mine": (lambda d: there(d / "out", "mine"), [], "holds files and is no reference"),
-    "a folder of mine, overwritten": (lambda d: there(d / "out", "mine"), ["--overwrite"], "is no reference"),
-    "a file": (lambda d: there(d, "out") / "out", ["--overwrite"], "is no folder"),
-    "under a file": (lambda d: there(d, "out") / "out" / "ref", [], "is no folder"),
-    "in a folder that is not there": (lambda d: d / "no" / "ref", [], "does not exist"),
-    "a reference": (lambda d: there(d / "out", "reference.json"), [], "--overwrite"),
-    "where nothing can be made": (lambda _d: Path("/proc/ref"), [], "/proc"),
-    "too long a name": (lambda d: d / ("x" * 300), [], "too long"),
-    "what somebody else began": (
-        lambda d: there(d / "out.partial", "mine").with_name("out"),
-        [],
-        "out.partial is there",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", PLACES)
-def test_a_place_that_a_reference_cannot_have(tiny, tmp_path, monkeypatch, kind):
-    make, more, said = PLACES[kind]
-    monkeypatch.setattr(recording, "infer", lambda *_a, **_m: pytest.fail("the work has begun"))
-    place = make(tmp_path)
-    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    one_line(record(tiny, place, *more, *RUNS), said)
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.parametrize("option", ["image", "audio", "prompt", "model"])
-def test_it_is_none_of_what_is_read(tiny, tmp_path, no_run, option):
-    there(tmp_path / "out", "reference.json")
-    given = {"image": tiny.portrait, "audio": tiny.voice}
-    if option == "model":
-        one_line(record(tiny, tiny.artifact("fp32") / "ref", "--overwrite"), "inside --model")
-        return
-    mine = tmp_path / "out" / "mine"
-    mine.write_bytes(b"x" if option == "prompt" else given[option].read_bytes())
-    one_line(
-        record(tiny, tmp_path / "out", "--overwrite", **{option: f"@{mine}" if option == "prompt" else mine}), option
-    )
-    assert mine.is_file()
-
-
-def made(monkeypatch, then=lambda _outputs: None):
-    """The run itself takes no time."""
-
-    def infer(_pipeline, _request, outputs, **_more):
-        outputs.video.write_bytes(b"new")
-        then(outputs)
-        return {"settings": {}}
-
-    monkeypatch.setattr(recording, "infer", infer)
-
-
-def test_what_is_replaced_goes_when_the_new_one_is_whole(tiny, tmp_path, monkeypatch):
-    out = there(tmp_path / "out", "reference.json", "old")
-    seen = []
-    made(monkeypatch, lambda _outputs: seen.append((out / "old").read_bytes()))
-    there(tmp_path / "out.partial", "unfinished", "of one that was killed")
-    with reading(out / "reference.json"):
-        one_line(record(tiny, out, "--overwrite", *RUNS), "in use")
-    with writing(out, "lowvram compare record"):
-        one_line(record(tiny, out, "--overwrite", *RUNS), f"process {os.getpid()}")
-    done = record(tiny, out, "--overwrite", *RUNS)
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert seen == [b"mine"]
-    assert sorted(path.name for path in out.iterdir()) == [
-        "baseline.json", "baseline.mp4", "blocks", "portrait.png", "reference.json", "voice.wav"
-    ]  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [InputError("NaN"), OSError(28, "No space left"), KeyboardInterrupt()])
-def test_a_recording_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch, error):
-    out = there(tmp_path / "out", "reference.json", "old")
-
-    def fail(_outputs):
-        raise error
-
-    made(monkeypatch, fail)
-    assert record(tiny, out, "--overwrite", *RUNS).exit_code != 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert sorted(path.name for path in out.iterdir()) == ["old", "reference.json"]
-
-
 def test_a_reference_in_place_of_a_file(reference):
     one_line(run("compare", reference, "b.json"), "is a reference", "--model and --reference")
 
@@ -405,36 +280,9 @@ def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
     one_line(run("compare", "record", "b.json"), "--out")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_frames_of_nan_are_not_kept(tmp_path, value):
-    frames = torch.zeros(3, 2, 16, 16)
-    recorder = BlockRecorder(tmp_path)
-    recorder.decoded(frames)
-    frames[1, 1, 3, 4] = value
-    with pytest.raises(InputError, match="frames of block 1 hold NaN or infinity"):
-        recorder.decoded(frames)
-    assert [path.name for path in tmp_path.iterdir()] == ["frames-00000.safetensors"]
-
-
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
 def test_two_videos_of_different_requests_are_not_compared(tmp_path, monkeypatch, side):
     lost = {"baseline": [], "candidate": [], side: ["3 steps"]}
     monkeypatch.setattr(scoring, "infer", lambda pipeline, *_a, **_m: {"quality_lost": lost[pipeline]})
     with pytest.raises(OutOfMemoryError, match=f"the {side} was made with 3 steps"):
         scoring.score_pair("candidate", "baseline", None, (None, None), tmp_path)
-
-
-@pytest.mark.parametrize("wrong", ["velocity", "latent", "infinity", "both", "the last step only"])
-def test_a_baseline_of_nan_is_not_recorded(wrong):
-    trajectories, block = Trajectories(), SimpleNamespace(index=0)
-    rollout = SimpleNamespace(steps=range(2))
-    trajectories.watcher().begun(rollout, 1)
-    bad = torch.full((4, 1, 2, 2), float("inf") if wrong == "infinity" else float("nan"))
-    good = torch.ones(4, 1, 2, 2)
-    for step in range(2):
-        rollout.on_latent(block, step, good)
-        last = wrong != "the last step only" or step == 1
-        rollout.on_prediction(block, step, bad if wrong != "latent" and last else good)
-    with pytest.raises(InputError, match="block 0 of the baseline holds NaN or infinity"):
-        rollout.on_latent(block, 2, bad if wrong in ("latent", "both") else good)
-    assert not trajectories.kept
