@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, and where it is a file or a pipe, a line every ten seconds."""
+"""Progress on stderr: a bar on a terminal; in a file, a pipe or a dumb terminal, a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ EVERY_S = 10.0
 
 
 class LoggedProgress(Progress):
-    """A bar of columns on a terminal. Elsewhere rich draws it once, at the end, which of a run of hours is too late:
-    there the columns' words make a line every ``EVERY_S`` seconds, as updates come."""
+    """A bar of columns on a terminal that can redraw it. Elsewhere, and on a terminal with ``TERM=dumb``, rich draws it
+    once, at the end, which of a run of hours is too late: there the columns' words make a line every ``EVERY_S``
+    seconds, as updates come."""
 
     _said = 0.0
 
@@ -38,7 +39,8 @@ class LoggedProgress(Progress):
     def show(self, task: TaskID, **changes: Any) -> None:
         """``update``, and the line where one is due."""
         self.update(task, **changes)
-        if self.disable or self.console.is_terminal or time.monotonic() - self._said < EVERY_S:
+        redrawn = self.console.is_terminal and not self.console.is_dumb_terminal
+        if self.disable or redrawn or time.monotonic() - self._said < EVERY_S:
             return
         self._said = time.monotonic()
         now = self.tasks[self.task_ids.index(task)]

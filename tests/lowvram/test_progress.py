@@ -60,6 +60,7 @@ def test_a_run_says_block_frames_speed_and_memory(monkeypatch, capsys, enabled):
 
 
 def test_a_terminal_has_its_bar_alone(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
     clock, drawn = Clock(monkeypatch), io.StringIO()
     shown = LoggedProgress(TextColumn("{task.description}"), console=Console(file=drawn, force_terminal=True, width=60))
     task = shown.add_task("begin", total=2)
@@ -67,3 +68,17 @@ def test_a_terminal_has_its_bar_alone(monkeypatch):
     clock.now += 60
     shown.show(task, completed=1, description="middle")
     assert shown.tasks[0].description == "middle"
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown", "DUMB"])
+def test_a_terminal_that_cannot_redraw_has_lines(monkeypatch, term):
+    """There rich draws the bar only when it stops."""
+    monkeypatch.setenv("TERM", term)
+    clock, drawn = Clock(monkeypatch), io.StringIO()
+    shown = LoggedProgress(TextColumn("{task.description}"), console=Console(file=drawn, force_terminal=True, width=60))
+    task = shown.add_task("begin", total=2)
+    with shown:
+        for passed, words in ((60, "middle"), (1, "soon after"), (9, "end")):
+            clock.now += passed
+            shown.show(task, completed=1, description=words)
+        assert drawn.getvalue().split() == ["middle", "end"]
