@@ -177,10 +177,10 @@ def _pairs(values: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
 _PROBE = "lowvram.selftest.library_memory_probe"
 
 
-def _start(device: torch.device, probe: str = _PROBE) -> dict[str, Any]:
+def _start(device: torch.device) -> dict[str, Any]:
     index = device.index or 0
     free, _ = torch.cuda.mem_get_info(index)  # before the other process has a context
-    command = [sys.executable, "-m", probe, str(index), str(free)]
+    command = [sys.executable, "-m", _PROBE, str(index), str(free)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

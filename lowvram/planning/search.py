@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from lowvram.offload.placement import Placement, PlanOptions
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
-from lowvram.planning.memory import DeviceParts, device_parts, host_parts, stage_peaks
+from lowvram.planning.memory import DeviceParts, device_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
 from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.rank_layout import ParallelLayout, Share, share_of
@@ -69,9 +69,6 @@ class Job:
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())
-
-    def host_peak(self, placement: Placement) -> int:
-        return host_parts(self.sizes, self.work, placement, self.text_device, self.share).peak
 
     def seconds(self, placement: Placement, rates: Rates) -> Seconds:
         """Of a block, in the steady state."""

@@ -73,9 +73,7 @@ class SwitchedOff:
     backend: str
     reason: str
     instead: str
-    advice: str = (
-        "report it with the text of `lowvram selftest --report FILE`; a new driver, torch or triton may mend it"
-    )
+    advice: str = ADVICE
 
     def __str__(self) -> str:
         return f"{self.operation}: {self.backend} is switched off ({self.reason}); {self.instead} runs instead"

@@ -27,8 +27,6 @@ Tensor = torch.Tensor
 # GPUs before Hopper (two buffers of 4 MiB and eight of 16 KiB). Hopper has 32 MiB.
 CUBLAS_WORKSPACE_BYTES = 2 * (4096 << 10) + 8 * (16 << 10)
 
-_META = torch.device("meta")
-_aten = torch.ops.aten
 _MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "addmv", "mv", "dot"}
 
 

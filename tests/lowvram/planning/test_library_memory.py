@@ -124,9 +124,11 @@ def test_a_damaged_file_is_said_and_replaced(tmp_path, caplog, text):
     ],
 )
 def test_a_process_that_fails_is_said(monkeypatch, probe, said):
+    assert outside_work.__name__ == outside._PROBE
+    monkeypatch.setattr(outside, "_PROBE", probe)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1, 2))
     with pytest.raises(DeviceError, match=r"could not be measured \(" + said + ".*flat value"):
-        outside._start(GPU, probe)
+        outside._start(GPU)
 
 
 def test_the_layers_of_a_run_call_its_kernels():
