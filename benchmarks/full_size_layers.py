@@ -29,17 +29,15 @@ from lowvram.loading.weights import bind, build_dit, load_shared
 from lowvram.offload.copy_engine import Engine, engine_for
 from lowvram.offload.layers import Layers, layer_slab
 from lowvram.offload.placement import Placement
-from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning.measure import rates_of
 from lowvram.schedule import Block, blocks_of, latent_frames_per_clip
-from lowvram_models.constants import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT, LATENT_CHANNELS, MOTION_LATENTS, PIXELS_PER_LATENT
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Artifact, Component
 
 Tensor = torch.Tensor
 
 MEASURED_BLOCKS = 3
-MOTION_LATENTS = 19
 # With rings for one step only where four steps' would take more than a part of the card.
 RINGS_SHARE = 0.5
 

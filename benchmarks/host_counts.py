@@ -32,11 +32,12 @@ from lowvram.schedule import Block, blocks_of
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels import uploads
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import LATENT_CHANNELS, MOTION_LATENTS
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 META = torch.device("meta")
-FRAMES_PER_CLIP, STEPS, MOTION_LATENTS = 12, 4, 19
+FRAMES_PER_CLIP, STEPS = 12, 4
 _WITHOUT_LAUNCH = ("empty", "new_empty", "lift", "_unsafe_view", "_reshape_alias", "set_", "resize_")
 _ASKS_A_VALUE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
 
@@ -229,14 +230,16 @@ class Host:
             placement=Placement(kv=kv),
         )
         size = self.settings.latent_size
-        self.rollout.prefill(torch.zeros(16, 1, *size), torch.zeros(16, MOTION_LATENTS, *size))
+        self.rollout.prefill(
+            torch.zeros(LATENT_CHANNELS, 1, *size), torch.zeros(LATENT_CHANNELS, MOTION_LATENTS, *size)
+        )
         blocks = list(blocks_of(4, FRAMES_PER_CLIP))
         self._blocks = iter(blocks[len(blocks) // 2 :])
         for block in blocks[: len(blocks) // 2]:
             self.denoise(block)
 
     def denoise(self, block: Block) -> None:
-        noise = torch.zeros(16, block.frames, *self.settings.latent_size)
+        noise = torch.zeros(LATENT_CHANNELS, block.frames, *self.settings.latent_size)
         audio = torch.zeros(1, self.config.audio_layers, self.config.audio_dim, block.frames * 4)
         self.rollout.start(block, noise, audio)
         for step in range(STEPS):

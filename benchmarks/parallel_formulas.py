@@ -10,12 +10,12 @@ from typing import Any
 
 from lowvram.loading.weights import build_dit
 from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
-from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning import CARDS, Workload, plan_team
 from lowvram.planning.members import Machines
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, step_exchange
 from lowvram.planning.model_sizes import ModelSizes, model_sizes
 from lowvram.planning.rank_layout import ParallelLayout, share_of
+from lowvram_models.constants import LATENT_CHANNELS
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.shape_artifact import write_shape_artifact
 

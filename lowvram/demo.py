@@ -28,7 +28,7 @@ from lowvram.outputs import Outputs, check_folder
 from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.request import read_voice
 from lowvram_kernels.errors import ConfigError, InputError
-from lowvram_models.constants import FPS
+from lowvram_models.constants import FPS, SPEECH_RATE_HZ
 from lowvram_quantize.claims import writing
 from lowvram_quantize.convert import convert
 from lowvram_quantize.places import same, within
@@ -147,7 +147,7 @@ def prepare(folder: Path, *, random: bool = False, given: Subject | None = None)
     given = given or subject(folder, Own(), random=random)
     (write_checkpoint if random else write_trained)(folder / "ckpt")
     if given.voice is not None:
-        write_wav(folder / VOICE, given.voice, 16000)
+        write_wav(folder / VOICE, given.voice, SPEECH_RATE_HZ)
     given.portrait.save(folder / PORTRAIT)
     return given.request
 
@@ -159,7 +159,7 @@ def tiny_model(folder: Path, *, steps: int, clips: int) -> tuple[Path, Request]:
     portrait, voice = folder / "portrait.png", folder / "voice.wav"
     draw_portrait(128, 128).save(portrait)
     frames = 16
-    write_wav(voice, synth_voice(clips * frames / FPS + 0.1), 16000)
+    write_wav(voice, synth_voice(clips * frames / FPS + 0.1), SPEECH_RATE_HZ)
     request = Request(
         image=portrait,
         audio=voice,

@@ -15,10 +15,18 @@ from lowvram.media.audio import check_duration
 from lowvram.media.image import portrait_tensor, read_portrait
 from lowvram.media.sizes import output_size
 from lowvram.media.sound import Sound
-from lowvram.media.voice import SPEECH_RATE_HZ, Voice, load_voice
+from lowvram.media.voice import Voice, load_voice
 from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.constants import CONTEXT_S, FPS, FRAMES_PER_LATENT, PIXELS_PER_LATENT, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import (
+    CONTEXT_S,
+    FPS,
+    FRAMES_PER_LATENT,
+    PIXELS_PER_LATENT,
+    SPEECH_RATE_HZ,
+    WHOLE_FILE_S,
+    WINDOW_S,
+)
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)

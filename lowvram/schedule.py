@@ -14,7 +14,7 @@ import torch
 
 from lowvram_kernels.errors import ConfigError
 from lowvram_kernels.rounding import round_up
-from lowvram_models.constants import FRAMES_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT, MOTION_FRAMES, MOTION_LATENTS
 
 Tensor = torch.Tensor
 
@@ -52,7 +52,7 @@ def latent_frames_per_clip(infer_frames: int) -> int:
     """
     if infer_frames < 12 or infer_frames % 4:
         raise ConfigError(f"--infer_frames is {infer_frames}; expected a multiple of 4 from 12 on, 48 is usual")
-    return (infer_frames + 76) // 4 - 19
+    return (MOTION_FRAMES + infer_frames + 3) // FRAMES_PER_LATENT - MOTION_LATENTS
 
 
 def frames_to_denoise(

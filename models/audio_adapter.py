@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import MOTION_FRAMES, MOTION_LATENTS
 
 Tensor = torch.Tensor
 
 # Each block sees its own audio only, behind this many copies of its first video frame: they stand for the motion
 # frames, and the tokens that come of them are dropped.
-_LEAD_VIDEO_FRAMES = 73
-_LEAD_LATENT_FRAMES = 19
 ADAIN_EPS = 1e-5
 
 
@@ -88,11 +87,11 @@ class AudioEncoder(nn.Module):
         """[A, 25, audio_dim, 4 F] of one block -> its tokens."""
         if audio_ASCT.ndim != 4 or audio_ASCT.shape[-1] % 4:
             raise ValueError(f"audio has shape {tuple(audio_ASCT.shape)}; expected [actors, 25, audio_dim, 4 * frames]")
-        lead = audio_ASCT[..., :1].expand(*audio_ASCT.shape[:-1], _LEAD_VIDEO_FRAMES)
+        lead = audio_ASCT[..., :1].expand(*audio_ASCT.shape[:-1], MOTION_FRAMES)
         weight = F.silu(self.weights.to(audio_ASCT.dtype))
         mean = (torch.cat([lead, audio_ASCT], dim=-1) * (weight / weight.sum(dim=1, keepdim=True))).sum(dim=1)
         local, clip = self.encoder(mean)
-        return AudioTokens(local[:, _LEAD_LATENT_FRAMES:], clip[:, _LEAD_LATENT_FRAMES:])
+        return AudioTokens(local[:, MOTION_LATENTS:], clip[:, MOTION_LATENTS:])
 
 
 class AdaLayerNorm(nn.Module):

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowvram_models.constants import CONTEXT_S, FPS, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import CONTEXT_S, FPS, SPEECH_RATE_HZ, WHOLE_FILE_S, WINDOW_S
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-SAMPLE_RATE_HZ = 16_000
 FEATURE_RATE_HZ = 50
 BUCKET_RATE_HZ = 30
 
@@ -85,9 +84,9 @@ def extract_features(
     stride, kernel = stride_and_kernel(model.config)
     if len(wave) < kernel:
         raise ValueError(f"audio has {len(wave)} samples; expected at least {kernel}")
-    if len(wave) <= whole_s * SAMPLE_RATE_HZ:
+    if len(wave) <= whole_s * SPEECH_RATE_HZ:
         return hidden_states(model, wave)
-    window, context = (seconds * SAMPLE_RATE_HZ // stride for seconds in (WINDOW_S, CONTEXT_S))
+    window, context = (seconds * SPEECH_RATE_HZ // stride for seconds in (WINDOW_S, CONTEXT_S))
     return _in_windows(model, wave, window=window, context=context)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lowvram_models.constants import LATENT_CHANNELS
+
 # What the published file may state but only one value of which is implemented: anything else would compute
 # something different from what the checkpoint was trained for, so it is refused.
 _FIXED: dict[str, Any] = {
@@ -40,9 +42,9 @@ class DiTConfig:
     text_len: int
     audio_dim: int
     audio_inject_layers: tuple[int, ...]
-    in_dim: int = 16
-    out_dim: int = 16
-    cond_dim: int = 16
+    in_dim: int = LATENT_CHANNELS
+    out_dim: int = LATENT_CHANNELS
+    cond_dim: int = LATENT_CHANNELS
     text_dim: int = 4096
     eps: float = 1e-6
     audio_layers: int = 25

@@ -5,10 +5,15 @@ Source: model-spec sections 2 to 5; the lengths of voice are ours.
 
 FPS = 25
 """Frames of video a second."""
+SPEECH_RATE_HZ = 16_000
+"""Samples a second of the voice, as wav2vec2 takes it."""
+LATENT_CHANNELS = 16
 FRAMES_PER_LATENT = 4
 """Frames of video a latent frame, behind the first one of a video."""
 PIXELS_PER_LATENT = 8
 """On either side of the picture."""
+MOTION_FRAMES, MOTION_LATENTS = 73, 19
+"""Frames of video that a clip looks back on, and the latent frames that they make."""
 PRIMING_LATENTS = 7
 """The pipeline primes its decoder with ``motion_latents[:, :7]``."""
 DROPPED_FIRST_FRAMES = 3

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lowvram_models.attention import AttentionMemory, CrossAttention, SelfAttention
 from lowvram_models.audio_adapter import AudioEncoder, AudioInjector, AudioTokens
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import MOTION_FRAMES, MOTION_LATENTS
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
@@ -104,8 +105,11 @@ class FramePacker(nn.Module):
 
     def forward(self, motion_CFhw: Tensor) -> Tensor:
         """[C, 19, h, w] -> [tokens, D]."""
-        if motion_CFhw.shape[1] != 19:
-            raise ValueError(f"motion latents have {motion_CFhw.shape[1]} latent frames; expected 19 (73 video frames)")
+        if motion_CFhw.shape[1] != MOTION_LATENTS:
+            raise ValueError(
+                f"motion latents have {motion_CFhw.shape[1]} latent frames; expected {MOTION_LATENTS} "
+                f"({MOTION_FRAMES} video frames)"
+            )
         oldest, older, last = motion_CFhw.split([16, 2, 1], dim=1)
         parts = ((self.proj, last), (self.proj_2x, older), (self.proj_4x, oldest))
         return torch.cat([_tokens(conv(latent[None])) for conv, latent in parts])

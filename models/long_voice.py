@@ -16,13 +16,12 @@ from torch import Tensor
 
 from lowvram_models.audio_encoder import (
     BUCKET_RATE_HZ,
-    SAMPLE_RATE_HZ,
     count_buckets,
     cut_evenly,
     hidden_states,
     stride_and_kernel,
 )
-from lowvram_models.constants import CONTEXT_S, FPS, WHOLE_FILE_S, WINDOW_S
+from lowvram_models.constants import CONTEXT_S, FPS, SPEECH_RATE_HZ, WHOLE_FILE_S, WINDOW_S
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -40,7 +39,7 @@ class Windowing:
     context_s: float = CONTEXT_S
 
     def is_long(self, num_samples: int) -> bool:
-        return num_samples > self.whole_s * SAMPLE_RATE_HZ
+        return num_samples > self.whole_s * SPEECH_RATE_HZ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +82,9 @@ class LongVoice:
         self.num_frames = num_frames
         self.num_features = count_features(config, len(samples))
         self._lower, self._upper, self._weight = frame_positions(num_frames, self.num_features)
-        self._context = int(windowing.context_s * SAMPLE_RATE_HZ) // self._stride
+        self._context = int(windowing.context_s * SPEECH_RATE_HZ) // self._stride
         used = int(self._upper[-1]) + 1 if goes_on else self.num_features
-        self.windows = self._cut(used, int(windowing.window_s * SAMPLE_RATE_HZ) // self._stride)
+        self.windows = self._cut(used, int(windowing.window_s * SPEECH_RATE_HZ) // self._stride)
 
     def _cut(self, used: int, longest: int) -> list[Window]:
         """Whichever frame needs a feature of two windows is made with the later one."""

@@ -19,11 +19,10 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanEncoder3d
 from torch import Tensor, nn
 
-from lowvram_models.constants import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT, MOTION_FRAMES, PIXELS_PER_LATENT
 from lowvram_models.vae_layers import lighten
 from lowvram_models.vae_tiles import Slot, decode_in_strips
 
-MOTION_FRAMES = 73
 CACHED_INPUTS = 2
 """A causal convolution of temporal width 3 needs its last two inputs again."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lowvram_quantize.synthetic_encoders import LATENT_CHANNELS
+from lowvram_models.constants import LATENT_CHANNELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

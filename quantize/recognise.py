@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from lowvram_models.constants import LATENT_CHANNELS
 from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, BASE_FOLDER, TEXT_ENCODER_FILE, VAE_FILE, TensorTable
 
 WANTED = {
@@ -38,7 +39,6 @@ _T5 = {
 # The VAE's first convolutions under the published names and under diffusers', with the decoder's, which tells 16
 # latent channels (Wan 2.1) from 48 (TI2V-5B).
 _VAE = {"encoder.conv1.weight": "decoder.conv1.weight", "encoder.conv_in.weight": "decoder.conv_in.weight"}
-_LATENT_CHANNELS = 16
 # Wan's siblings that the same layers are in, by a name that is theirs alone.
 _SIBLINGS = {
     "vace_blocks.": "VACE",
@@ -130,7 +130,7 @@ def _vae(table: TensorTable, prefix: str, encoder: str, decoder: str) -> Part:
     if len(shape) != 5:
         what = "the VAE of an image model" if len(shape) == 4 else f"an encoder whose first layer is {list(shape)}"
         return Part("other", what, prefix)
-    latent = table[decoder].shape[1] if decoder in table and len(table[decoder].shape) > 1 else _LATENT_CHANNELS
-    if latent != _LATENT_CHANNELS:
+    latent = table[decoder].shape[1] if decoder in table and len(table[decoder].shape) > 1 else LATENT_CHANNELS
+    if latent != LATENT_CHANNELS:
         return Part("other", f"a video VAE of {latent} channels (of Wan 2.2 TI2V-5B where they are 48)", prefix)
     return Part("vae", WANTED["vae"], prefix)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lowvram_models.constants import LATENT_CHANNELS, SPEECH_RATE_HZ
+
 if TYPE_CHECKING:
     from transformers import Wav2Vec2ForCTC
-
-LATENT_CHANNELS = 16
 
 _VAE_WIDTHS = (1, 2, 4, 4)
 _VAE_BLOCKS = 2
@@ -176,5 +176,5 @@ def wav2vec2_preprocessor() -> dict[str, Any]:
         "padding_side": "right",
         "padding_value": 0.0,
         "return_attention_mask": True,
-        "sampling_rate": 16000,
+        "sampling_rate": SPEECH_RATE_HZ,
     }

@@ -18,11 +18,11 @@ from lowvram.encode.conditions import Conditions
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
 from lowvram.offload.layers import Layers
 from lowvram.offload.oom import Attempt, Rung
-from lowvram.parallel.team import LATENT_CHANNELS, Chain, Team
+from lowvram.parallel.team import Chain, Team
 from lowvram.request import Request
 from lowvram.runtime import Run
 from lowvram.schedule import Block, Denoised, Tick, clip_noise, latent_frames_per_clip, ticks
-from lowvram_models.constants import FRAMES_PER_LATENT
+from lowvram_models.constants import FRAMES_PER_LATENT, LATENT_CHANNELS
 
 Tensor = torch.Tensor
 

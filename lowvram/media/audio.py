@@ -1,4 +1,4 @@
-"""The voice: as 16 kHz mono samples for the model, and as a stream of frames for the video's sound track."""
+"""The voice as a stream of frames for the video's sound track, and what is too short to be one."""
 
 import os
 from pathlib import Path
@@ -10,18 +10,13 @@ from av.audio.frame import AudioFrame
 from numpy.typing import NDArray
 
 from lowvram.media.sound import Chunk, Decoding, Sound
-from lowvram.media.voice import SPEECH_RATE_HZ, load_voice
 from lowvram_kernels.errors import InputError
+from lowvram_models.constants import FPS, SPEECH_RATE_HZ
 
 TRACK_RATE_HZ = 48_000
 
 
-def load_speech(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """The voice of a file as 16 kHz mono, float32 [samples]; see ``lowvram.media.voice.load_voice``."""
-    return load_voice(Path(path)).samples
-
-
-def check_duration(samples: NDArray[np.float32], min_frames: int, fps: int = 25) -> None:
+def check_duration(samples: NDArray[np.float32], min_frames: int, fps: int = FPS) -> None:
     """Refuse a voice shorter than ``min_frames`` video frames; ``samples`` is mono at 16 kHz.
 
     Raises:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from lowvram_models.constants import SPEECH_RATE_HZ
+
 Colour = tuple[int, int, int]
 
 _SUPERSAMPLE = 2  # drawn larger and scaled down: smooth edges
@@ -165,7 +167,7 @@ def _draw_mouth(pen: _Pen, person: Person, expression: Expression, y: float) -> 
         pen.oval(0, middle - 0.6 - 0.7 * gap, 4.6 * wide, teeth, (0xF7, 0xF2, 0xEA))
 
 
-def synth_voice(seconds: float, rate: int = 16000, speech: Speech | None = None) -> NDArray[np.float32]:
+def synth_voice(seconds: float, rate: int = SPEECH_RATE_HZ, speech: Speech | None = None) -> NDArray[np.float32]:
     """Speech-like syllables: harmonics of a gliding pitch, shaped by vowel formants; deterministic.
 
     Returns:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-RATE_HZ = 16000
+from lowvram_models.constants import SPEECH_RATE_HZ
+
 STEP_HZ = 100
 
 Curve = NDArray[np.float64]
@@ -21,7 +22,7 @@ def envelope(samples: NDArray[np.float32]) -> Curve:
     of the whole voice."""
     wave = samples.astype(np.float64)
     wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
-    hop = RATE_HZ // STEP_HZ
+    hop = SPEECH_RATE_HZ // STEP_HZ
     whole = np.pad(wave, (0, -len(wave) % hop))
     power = np.square(whole).reshape(-1, hop).mean(axis=1)
     window = np.hanning(9)[1:-1]

@@ -21,6 +21,7 @@ from lowvram.media.audio import AudioTrack
 from lowvram.media.finish import finish
 from lowvram.media.sound import Sound
 from lowvram_kernels.errors import InputError, OutputError
+from lowvram_models.constants import FPS
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -67,7 +68,7 @@ class VideoWriter:
         path: str | os.PathLike[str],
         height: int,
         width: int,
-        fps: int = 25,
+        fps: int = FPS,
         audio_path: str | os.PathLike[str] | Sound | None = None,
         trim_to_audio: bool = True,
     ) -> None:

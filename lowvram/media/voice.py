@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from lowvram.media.sound import Chunk, Decoding, Sound, open_sound
 from lowvram.media.stated import stated_seconds
 from lowvram_kernels.errors import InputError
+from lowvram_models.constants import SPEECH_RATE_HZ
 
 logger = logging.getLogger(__name__)
 
-SPEECH_RATE_HZ = 16_000
 SILENCE_PEAK = 1e-4  # -80 dBFS: below what a microphone in a quiet room records
 # Channels that have nothing to do with each other mix to 1.0 of this measure, equal ones to more; -12 dB is left of
 # two where one is the other turned around and 0.7 as loud.

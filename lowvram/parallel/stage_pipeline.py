@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 import torch
 
 from lowvram.parallel.comm import Comm, Received
-from lowvram.parallel.team import LATENT_CHANNELS
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.schedule import Block
+from lowvram_models.constants import LATENT_CHANNELS
 
 Tensor = torch.Tensor
 Waiting = Callable[[str], AbstractContextManager[None]]

@@ -21,9 +21,6 @@ from lowvram.schedule import Block
 Tensor = torch.Tensor
 
 
-LATENT_CHANNELS = 16
-
-
 class Chain(Protocol):
     def take(self, block: Block) -> Tensor | None:
         """A block's latent [C, F, h, w] from the steps before; None where its first step is to run here."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 
 from lowvram.offload.placement import Placement
-from lowvram.planning import workspace
 from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, kv_bytes
 from lowvram.planning.model_sizes import AudioSizes, ModelSizes
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
 from lowvram_models import constants
 from lowvram_models.config import DiTConfig
-from lowvram_models.constants import CONTEXT_S, WHOLE_FILE_S
+from lowvram_models.constants import CONTEXT_S, FRAMES_PER_LATENT, SPEECH_RATE_HZ, WHOLE_FILE_S
 
 GRAPH_BYTES = 128 * KIB
 """One graph as the driver keeps it, about 30 launches. Not measured: a judgement."""
@@ -37,10 +36,10 @@ def graph_bytes(sizes: ModelSizes, work: Workload, placement: Placement, share: 
     if not cells or share.exchanges:
         return 0
     seen = work.ring_tokens + work.sink_tokens
-    pool = workspace.layer_workspace(
+    pool = layer_workspace(
         config, share.block_tokens, quantized=sizes.quantized, seen_tokens=seen, value_bytes=work.value_bytes
     ).peak
-    inputs = [workspace.rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
+    inputs = [rollout_inputs(config, work, blocks, share) for blocks in (len(share.steps), 0)]
     # A clip that is no multiple of a block has shorter blocks, with inputs of their own.
     lanes = (inputs[0] - inputs[1]) * (2 if work.frames_per_clip % work.frames_per_block else 1)
     return cells * work.blocks_per_clip * GRAPH_BYTES + STREAM_BYTES + pool + lanes
@@ -52,11 +51,10 @@ DECODER_CACHE_PLANES = 24.63
 DECODER_PLANES = 24.01
 ENCODER_PLANES = 36.77
 
-# The longest stretches of a voice that go through wav2vec2 at once, of a short and of a long one, and its samples and
+# The longest stretches of a voice that go through wav2vec2 at once, of a short and of a long one, and its
 # features a second.
-AUDIO_S, WINDOW_S, SAMPLES_PER_S, FEATURES_PER_S = WHOLE_FILE_S, constants.WINDOW_S + 2 * CONTEXT_S, 16_000, 50
+AUDIO_S, WINDOW_S, FEATURES_PER_S = WHOLE_FILE_S, constants.WINDOW_S + 2 * CONTEXT_S, 50
 _RGB = 3
-_FRAMES_PER_LATENT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +166,7 @@ def encode_workspace(base_dim: int, work: Workload) -> int:
 
 def _frames(work: Workload) -> int:
     """Pixels in float32 of a block's latent frames before its last."""
-    return (work.frames_per_block - 1) * _FRAMES_PER_LATENT * _RGB * work.pixels * FLOAT32_BYTES
+    return (work.frames_per_block - 1) * FRAMES_PER_LATENT * _RGB * work.pixels * FLOAT32_BYTES
 
 
 def text_workspace(sizes: ModelSizes, value_bytes: int) -> int:
@@ -184,6 +182,6 @@ def audio_workspace(audio: AudioSizes, seconds: int = AUDIO_S) -> int:
     """wav2vec2 in float32 over a stretch, the longest by default: its first convolution, or all hidden states with one
     layer's scores before and after the softmax."""
     features = seconds * FEATURES_PER_S
-    first = 2 * audio.conv_channels * seconds * SAMPLES_PER_S // audio.conv_stride
+    first = 2 * audio.conv_channels * seconds * SPEECH_RATE_HZ // audio.conv_stride
     states = (audio.layers + 7) * features * audio.width + 2 * audio.heads * features**2
     return max(first, states) * FLOAT32_BYTES

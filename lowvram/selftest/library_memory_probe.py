@@ -21,13 +21,19 @@ from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import Placement
 from lowvram.planning.library_memory import measure_parts
 from lowvram.planning.workload import Workload
-from lowvram.schedule import blocks_of
+from lowvram.schedule import FRAMES_PER_BLOCK, blocks_of
 from lowvram.simulate.device import SimulatedDevice
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.modules import Attention, swap_linear
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
-from lowvram_models.constants import PRIMING_LATENTS
+from lowvram_models.constants import (
+    FRAMES_PER_LATENT,
+    LATENT_CHANNELS,
+    MOTION_LATENTS,
+    PIXELS_PER_LATENT,
+    PRIMING_LATENTS,
+)
 from lowvram_models.dit import CausalDiT
 from lowvram_models.vae import StreamingVAE, build_vae
 
@@ -39,7 +45,7 @@ ONE_LAYER = DiTConfig(
     audio_inject_layers=(0,),
 )  # fmt: skip
 VAE_BASE_DIM = 96
-_LATENT_CHANNELS, _MOTION_LATENTS, _LATENTS_PER_CLIP = 16, 19, 6
+_LATENTS_PER_CLIP = 6
 _MATRIX = 1024
 
 
@@ -113,11 +119,11 @@ def layers(
     )
 
     def latents(frames: int) -> Tensor:
-        return torch.zeros(_LATENT_CHANNELS, frames, *latent_size, device=device)
+        return torch.zeros(LATENT_CHANNELS, frames, *latent_size, device=device)
 
-    rollout.prefill(latents(1), latents(_MOTION_LATENTS))
+    rollout.prefill(latents(1), latents(MOTION_LATENTS))
     for block in blocks_of(2, _LATENTS_PER_CLIP):
-        audio = torch.zeros(1, config.audio_layers, config.audio_dim, 4 * block.frames, device=device)
+        audio = torch.zeros(1, config.audio_layers, config.audio_dim, FRAMES_PER_LATENT * block.frames, device=device)
         rollout.denoise(block, latents(block.frames), audio)
 
 
@@ -165,13 +171,13 @@ def _fill(model: nn.Module, device: torch.device, values: torch.dtype) -> None:
 def decode(base_dim: int, device: torch.device, latent_size: tuple[int, int]) -> None:
     """A block of latents through the VAE's decoder, behind those that prime it."""
     decoder = _vae(base_dim, device).start_decoder()
-    decoder.prime(torch.zeros(_LATENT_CHANNELS, PRIMING_LATENTS, *latent_size, device=device))
-    decoder.decode(torch.zeros(_LATENT_CHANNELS, 3, *latent_size, device=device))
+    decoder.prime(torch.zeros(LATENT_CHANNELS, PRIMING_LATENTS, *latent_size, device=device))
+    decoder.decode(torch.zeros(LATENT_CHANNELS, FRAMES_PER_BLOCK, *latent_size, device=device))
 
 
 def encode(base_dim: int, device: torch.device, latent_size: tuple[int, int]) -> None:
     """A picture through the VAE's encoder, as often as it takes to see every convolution at work."""
-    height, width = (8 * side for side in latent_size)
+    height, width = (PIXELS_PER_LATENT * side for side in latent_size)
     _vae(base_dim, device).encode_repeated(torch.zeros(3, height, width, device=device), 13)
 
 

@@ -16,13 +16,14 @@ from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.copy_engine import engine_for
 from lowvram.offload.placement import MemoryOptions, Placement
-from lowvram.parallel.team import LATENT_CHANNELS, Alone, Chain, LatentSize, SingleRank
+from lowvram.parallel.team import Alone, Chain, LatentSize, SingleRank
 from lowvram.pipeline import AvatarPipeline
 from lowvram.request import Request
 from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
 from lowvram.selftest.results import Result, Subject
 from lowvram_models.config import DiTConfig
+from lowvram_models.constants import LATENT_CHANNELS, MOTION_LATENTS
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
@@ -30,7 +31,7 @@ COPY_BYTES = 64 * 2**20
 CPU_COPY_BYTES = 2**20
 STEPS = 2
 LATENT_SIZE = (16, 16)
-CONTEXT_TOKENS, MOTION_LATENTS = 12, 19
+CONTEXT_TOKENS = 12
 _WITHOUT_REPORTS = "report it with this text (lowvram selftest --report FILE); keep everything on one side meanwhile"
 
 

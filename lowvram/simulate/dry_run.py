@@ -14,7 +14,7 @@ import torch
 from lowvram.encode.conditions import Conditions
 from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import LATENT_CHANNELS, SingleRank
+from lowvram.parallel.team import SingleRank
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_layout import ParallelLayout
@@ -22,12 +22,10 @@ from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
 from lowvram_models.config import DiTConfig
-from lowvram_models.constants import FPS
+from lowvram_models.constants import FPS, LATENT_CHANNELS, MOTION_LATENTS, SPEECH_RATE_HZ
 from lowvram_quantize.format import Artifact
 
 log = logging.getLogger(__name__)
-SAMPLES_PER_S = 16000
-MOTION_LATENTS = 19
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ def dry_run(
     inputs = Inputs(
         request=request,
         portrait=torch.zeros(3, *work.size_px),
-        speech=np.ones(int(seconds * SAMPLES_PER_S), np.float32),
+        speech=np.ones(int(seconds * SPEECH_RATE_HZ), np.float32),
     )
     with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True) as gpu:
         memory, team = MemoryOptions(placement=plan.placement), _team(opened, plan, inputs, clips, layout)

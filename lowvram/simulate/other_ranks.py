@@ -14,10 +14,11 @@ import torch
 
 from lowvram.encode.conditions import Conditions
 from lowvram.offload.layers import Shared
-from lowvram.parallel.team import LATENT_CHANNELS, Chain, LatentSize
+from lowvram.parallel.team import Chain, LatentSize
 from lowvram.parallel.ulysses import Sequence, Ulysses, Whole
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.schedule import Block
+from lowvram_models.constants import LATENT_CHANNELS
 
 Tensor = torch.Tensor
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from lowvram.compare.metrics import psnr
 from lowvram.media.samples import Person, Speech, synth_voice, write_wav
-from lowvram.media.talking import RATE_HZ, Curve, at_frames, correlation, envelope, mouth_opening
+from lowvram.media.talking import Curve, at_frames, correlation, envelope, mouth_opening
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram_models.constants import FPS
+from lowvram_models.constants import FPS, SPEECH_RATE_HZ
 from training.tiny_face import faces, motion
 
 PROMPT = "A person with a hat reads a poem"
@@ -36,7 +36,7 @@ class Case:
         self.frames = math.floor(seconds * FPS)
         self.image, self.audio = folder / f"{self.name}.png", folder / f"{self.name}.wav"
         Image.fromarray(self.portrait).save(self.image)
-        write_wav(self.audio, self.voice, RATE_HZ)
+        write_wav(self.audio, self.voice, SPEECH_RATE_HZ)
         self._curves = motion.controls(self.voice)
         self._loud = at_frames(envelope(self.voice), self.frames, FPS)
 

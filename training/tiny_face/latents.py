@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Wav2Vec2Model
 
-from lowvram.media.talking import RATE_HZ
 from lowvram_models.audio_encoder import audio_embedding, extract_features
+from lowvram_models.constants import MOTION_LATENTS, SPEECH_RATE_HZ
 from training.tiny_face import faces, motion, train_ears, train_vae
 from training.tiny_face.train_ears import Ears
 from training.tiny_face.vae import TrainableVAE
 
 STILL, LEAD = 9, 4
 """Frames of the portrait in front, which the encoder's cache settles on, and of speech before those that are kept."""
-MOTION_LATENTS = 19
 FRAMES = 24
 CLIP = 48
 COUNT = 600
@@ -71,7 +70,7 @@ def example(vae: TrainableVAE, model: Wav2Vec2Model, number: int, size: int = fa
     [16, 6, h, w], two blocks of speech; ``audio`` [1, layers, width, 24], heard at those frames. Half precision."""
     draw = np.random.default_rng([number, 41])
     samples = train_ears.sound(number)
-    room = int(len(samples) / RATE_HZ * motion.FPS) - FRAMES
+    room = int(len(samples) / SPEECH_RATE_HZ * motion.FPS) - FRAMES
     first = 0 if draw.uniform() < 0.25 else int(draw.integers(room))
     curves = motion.controls(samples)
     shown = [faces.at_rest(number)] * STILL

@@ -8,7 +8,14 @@ from pathlib import Path
 import av
 import numpy as np
 
+from lowvram.media.voice import load_voice
+
 LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 6: "5.1"}
+
+
+def load_speech(path: Path) -> np.ndarray:
+    """The voice of a file as the model hears it: 16 kHz mono, float32 [samples]."""
+    return load_voice(path).samples
 
 
 def write_sound(

@@ -10,8 +10,9 @@ import pytest
 import soxr
 
 from lowvram.media import sound as sound_module
-from lowvram.media.audio import AudioTrack, check_duration, load_speech
+from lowvram.media.audio import AudioTrack, check_duration
 from lowvram_kernels.errors import InputError
+from tests.lowvram.media.sounds import load_speech
 
 GOLDEN_SPEECH = Path(__file__).resolve().parents[2] / "golden" / "pipeline_tiny" / "inputs" / "speech.wav"
 

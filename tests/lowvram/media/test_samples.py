@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowvram.media.audio import load_speech
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from tests.lowvram.media.sounds import load_speech
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 192), (192, 128), (64, 64)])

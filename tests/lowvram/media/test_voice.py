@@ -14,11 +14,11 @@ import psutil
 import pytest
 import soxr
 
-from lowvram.media.audio import AudioTrack, load_speech
+from lowvram.media.audio import AudioTrack
 from lowvram.media.sound import Sound
 from lowvram.media.voice import Voice, load_voice
 from lowvram_kernels.errors import InputError
-from tests.lowvram.media.sounds import bursts, lag, write_sound
+from tests.lowvram.media.sounds import bursts, lag, load_speech, write_sound
 from tests.lowvram.media.test_audio import write_float, write_pcm
 
 CASES = Path(__file__).parent / "cases"

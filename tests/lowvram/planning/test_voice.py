@@ -23,6 +23,7 @@ from lowvram.planning.search import Job
 from lowvram.planning.workload import Workload
 from lowvram.request import Inputs, Request
 from lowvram_models.audio_encoder import build_wav2vec2
+from lowvram_models.constants import SPEECH_RATE_HZ
 from tests.lowvram.planning.live_bytes import LiveBytes
 
 GIB = 2**30
@@ -52,7 +53,7 @@ def test_its_workspace_is_that_of_a_window():
     }  # fmt: skip
     with torch.device("meta"):
         model = build_wav2vec2(config)
-    samples = torch.empty(1, workspace.WINDOW_S * workspace.SAMPLES_PER_S, device="meta")
+    samples = torch.empty(1, workspace.WINDOW_S * SPEECH_RATE_HZ, device="meta")
     with torch.no_grad(), LiveBytes([samples, *model.parameters(), *model.buffers()]) as live:
         model(samples, output_hidden_states=True)
     audio = AudioSizes(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)

@@ -18,6 +18,7 @@ from lowvram_kernels.modules import swap_linear
 from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.audio_encoder import build_wav2vec2
+from lowvram_models.constants import SPEECH_RATE_HZ
 from lowvram_models.dit import CausalDiT, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 from lowvram_models.text_encoder import build_umt5
@@ -201,7 +202,7 @@ def test_the_audio_encoder_takes_what_is_predicted():
     }  # fmt: skip
     with torch.device("meta"):
         model = build_wav2vec2(config)
-    samples = torch.empty(1, workspace.AUDIO_S * workspace.SAMPLES_PER_S, device="meta")
+    samples = torch.empty(1, workspace.AUDIO_S * SPEECH_RATE_HZ, device="meta")
     with torch.no_grad(), LiveBytes([samples, *model.parameters(), *model.buffers()]) as live:
         model(samples, output_hidden_states=True)
     audio = AudioSizes(parameters=0, width=1024, layers=24, heads=16, conv_channels=512, conv_stride=5)
