@@ -161,7 +161,7 @@ def compare(
 
     bounds = parse_fail_under(fail_under)
     with contextlib.ExitStack() as stack:
-        result = compared(a, b, options | {"html": html}, lambda: stack.enter_context(scratch("compare")))
+        result = compared(a, b, options | {"html": html}, lambda: stack.enter_context(scratch("compare")), stack)
         missed = result.check(bounds)
         if html is not None:
             write_page(result, html, bounds)

@@ -3,6 +3,8 @@ or one against what was recorded of a baseline."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,34 +22,41 @@ from lowvram.commands.shared_options import (
     seconds_of,
 )
 from lowvram.compare.comparison import compare
-from lowvram.compare.sources import open_source
+from lowvram.compare.same_model import check_model
+from lowvram.compare.sources import REFERENCE, open_source
 from lowvram.outputs import Outputs, check_apart, check_file, check_folder
 from lowvram.parallel.rank_env import RankEnv
+from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError, InputError
-from lowvram_quantize.format import sha256_file
+from lowvram_quantize.claims import reading
+from lowvram_quantize.format import Artifact, sha256_file
 
 if TYPE_CHECKING:
     from lowvram.compare.reference import Reference
     from lowvram.compare.result import Comparison
 
-# What a reference was made with; the rest says how a candidate runs.
-_RECORDED = (
-    "image", "audio", "prompt", "size", "upscale", "audio_track", "audio_start", "audio_duration", "infer_frames",
-    "num_clip", "sample_steps", "base_seed", "cond_rope_distance",
-)  # fmt: skip
+# What a reference was made with. How a candidate runs is said anew, and when it decodes is part of that.
+_RECORDED = {field.name for field in dataclasses.fields(Request)} - {"online_decode"}
 _OF_FILES = {"a", "b", "as_json", "fail_under", "html"}
 
 
-def compared(a: Path | None, b: Path | None, options: dict[str, Any], scratch: Callable[[], Path]) -> Comparison:
+def compared(
+    a: Path | None,
+    b: Path | None,
+    options: dict[str, Any],
+    scratch: Callable[[], Path],
+    held: contextlib.ExitStack,
+) -> Comparison:
     """Compare what ``options`` of the command name, by the names of their parameters; what is run for it is made in
-    ``--out-dir`` or in a folder that ``scratch`` makes.
+    ``--out-dir`` or in a folder that ``scratch`` makes. What has to stay as it is until the comparison has been shown
+    is kept so by ``held``.
 
     Raises:
         ClickException: options that do not go together.
         LowvramError: an input that cannot be used, or a run that failed.
     """
     if options["reference"] is not None:
-        return _against_reference(a, b, options, scratch)
+        return _against_reference(a, b, options, scratch, held)
     if options["model"] is not None or options["baseline"] is not None:
         return _run_both(a, b, options, scratch)
     if a is None or b is None:
@@ -89,6 +98,8 @@ def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: 
     if a is not None or b is not None:
         raise click.UsageError("give either two files, or --model and --baseline; not both")
     _alone()
+    _refuse_quality_loss(options)
+    _refuse_idle_overwrite(options)
     blocks = _teacher_forced_blocks(options) or TEACHER_FORCED_BLOCKS
     folder, places = _places(options, scratch, "model", "baseline")
     request, inputs = make_request(options), _inputs(options)
@@ -102,7 +113,11 @@ def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: 
 
 
 def _against_reference(
-    a: Path | None, b: Path | None, options: dict[str, Any], scratch: Callable[[], Path]
+    a: Path | None,
+    b: Path | None,
+    options: dict[str, Any],
+    scratch: Callable[[], Path],
+    held: contextlib.ExitStack,
 ) -> Comparison:
     from lowvram.compare.reference import Reference
     from lowvram.compare.scoring import score
@@ -115,14 +130,19 @@ def _against_reference(
         raise click.UsageError("--model is missing: which artifact is to be scored against the reference?")
     _alone()
     _refuse_quality_loss(options)
+    _refuse_idle_overwrite(options)
     blocks = _teacher_forced_blocks(options)
     folder, (outputs,) = _places(options, scratch, "model")
-    inputs = {"--model": options["model"], "--reference": options["reference"]}
+    inputs = _inputs(options) | {"--reference": options["reference"]}
     _check_page(options, inputs, outputs)
     check_folder("--out-dir", folder, make=False)
     outputs.check(inputs)
-    reference = Reference.open(options["reference"])
+    reference = Reference.read(options["reference"])
+    held.enter_context(reading(reference.path / REFERENCE))
     _refuse_contradictions(reference, options)
+    dit, name = reference.facts["artifact"]["dit"], f"the reference {reference.path}"
+    check_model(Artifact.open(options["model"]), dit, name)
+    reference.verify()
     return score(
         open_pipeline(options),
         reference,
@@ -141,6 +161,11 @@ def _alone() -> None:
 def _refuse_quality_loss(options: dict[str, Any]) -> None:
     if options["allow_quality_loss"]:
         raise ConfigError("--allow-quality-loss would change what is compared; leave it out")
+
+
+def _refuse_idle_overwrite(options: dict[str, Any]) -> None:
+    if options["overwrite"] and options["out_dir"] is None and options["html"] is None:
+        raise click.UsageError("--overwrite has an effect with --out-dir or --html only; leave it out")
 
 
 def _teacher_forced_blocks(options: dict[str, Any]) -> int | None:
@@ -200,7 +225,7 @@ def _checksum(path: Path) -> str:
 
 def _inputs(options: dict[str, Any]) -> dict[str, Path]:
     inputs = {f"--{name}": options[name] for name in ("image", "audio", "model", "baseline") if options.get(name)}
-    if (file := prompt_file(options["prompt"])) is not None:
+    if options["prompt"] is not None and (file := prompt_file(options["prompt"])) is not None:
         inputs["--prompt"] = file
     return inputs
 
@@ -208,14 +233,9 @@ def _inputs(options: dict[str, Any]) -> dict[str, Path]:
 def _places(options: dict[str, Any], scratch: Callable[[], Path], *names: str) -> tuple[Path, list[Outputs]]:
     """The folder of the runs, and where each of them writes; without a reference a dump too."""
     folder: Path = options["out_dir"] or scratch()
-    dumps = options["reference"] is None
-    found = []
-    for name in names:
-        report, dump = folder / f"{name}.json", folder / f"{name}.safetensors" if dumps else None
-        video, overwrite = folder / f"{name}.mp4", options["overwrite"]
-        found.append(
-            Outputs(video=video, dump_tensors=dump, report=report, overwrite=overwrite, folder_option="--out-dir")
-        )
+    found = [Outputs.in_folder(folder, name, "--out-dir", overwrite=options["overwrite"]) for name in names]
+    if options["reference"] is not None:
+        found = [dataclasses.replace(outputs, dump_tensors=None) for outputs in found]
     return folder, found
 
 

@@ -17,7 +17,7 @@ from lowvram.compare.sources import REFERENCE
 from lowvram.compare.trajectories import Trajectory
 from lowvram.pipeline import Request
 from lowvram_kernels.errors import InputError, LowvramError
-from lowvram_quantize.format import Artifact, sha256_file
+from lowvram_quantize.format import sha256_file
 
 FORMAT, VERSION = "lowvram reference", 1
 BLOCKS, VIDEO, REPORT = "blocks", "baseline.mp4", "baseline.json"
@@ -34,8 +34,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """An opened one, whose files are what they were when it was recorded. Its ``request`` makes the baseline's video
-    again; the trajectories are of all its blocks."""
+    """An opened one. Its ``request`` makes the baseline's video again; the trajectories are of all its blocks."""
 
     path: Path
     facts: dict[str, Any]
@@ -46,7 +45,18 @@ class Reference:
         """Open the folder and compare the checksums of all its files.
 
         Raises:
-            InputError: no reference, one of another version, an incomplete or a damaged one.
+            InputError: as of ``read`` and ``verify``.
+        """
+        found = cls.read(path)
+        found.verify()
+        return found
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Open the folder by what its JSON says, which takes no time; ``verify`` looks at the files.
+
+        Raises:
+            InputError: no reference, one of another version, or a JSON that is damaged.
         """
         facts = _read(path)
         try:
@@ -54,7 +64,7 @@ class Reference:
             blocks, steps = facts["blocks"], facts["steps"]
             if not (type(blocks) is type(steps) is int and blocks > 0 and steps > 0):
                 raise ValueError(f"{blocks} blocks of {steps} steps")
-            _check_files(path, files)
+            _check_listed(files)
             request = _request(path, settings, files)
             wanted = [block_file(Path(BLOCKS), kind, i) for i in range(blocks) for kind in (LATENTS, STEPS, FRAMES)]
             wanted.append(Path(BLOCKS) / CONDITIONS)
@@ -65,6 +75,14 @@ class Reference:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"{path / REFERENCE} is damaged ({said}): record it again") from error
         return cls(path=path, facts=facts, request=request)
+
+    def verify(self) -> None:
+        """Make sure that the files are what they were when it was recorded; reads all of them.
+
+        Raises:
+            InputError: one is missing, or has changed.
+        """
+        _check_files(self.path, self.facts["files"])
 
     @property
     def report(self) -> Path:
@@ -87,19 +105,6 @@ class Reference:
         """What the baseline did in one block."""
         return read_trajectory(self.path / BLOCKS, block)
 
-    def check_model(self, artifact: Artifact) -> None:
-        """Raises: InputError where an artifact is of another model than the baseline."""
-        ours, theirs = artifact.component("dit").config, self.facts["artifact"]["dit"]
-        other = {
-            name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)
-        }
-        if other:
-            name, (here, there) = next(iter(other.items()))
-            raise InputError(
-                f"{artifact.path} is of another model than the reference {self.path}: its DiT's {name} is {here}, the "
-                f"baseline's {there}; compare artifacts of one checkpoint"
-            )
-
 
 def _read(path: Path) -> dict[str, Any]:
     file = path / REFERENCE
@@ -119,10 +124,16 @@ def _read(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_files(folder: Path, files: dict[str, Any]) -> None:
+def _check_listed(files: dict[str, Any]) -> None:
     for name, facts in files.items():
         if (place := PurePosixPath(name)).is_absolute() or ".." in place.parts:
             raise ValueError(f"{name} lies outside the folder")
+        if type(facts["bytes"]) is not int or type(facts["sha256"]) is not str:
+            raise ValueError(f"{name} is listed with {facts}")
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    for name, facts in files.items():
         path = folder / name
         nbytes, expected = facts["bytes"], facts["sha256"]
         if not path.is_file() or path.stat().st_size != nbytes:
@@ -136,7 +147,7 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
             raise InputError(f"{path} cannot be read ({error}): copy it, or record it again") from error
         if got != expected:
             raise InputError(
-                f"{path} has checksum {got[:16]}, {REFERENCE} says {str(expected)[:16]}: bytes have changed since it "
+                f"{path} has checksum {got[:16]}, {REFERENCE} says {expected[:16]}: bytes have changed since it "
                 "was recorded; copy the folder, or record it again"
             )
 

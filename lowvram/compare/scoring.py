@@ -10,6 +10,7 @@ from lowvram.compare.block_files import BlockRecorder, TrajectoryFiles
 from lowvram.compare.comparison import compare
 from lowvram.compare.reference import Reference
 from lowvram.compare.result import Comparison
+from lowvram.compare.same_model import check_model
 from lowvram.compare.sources import REFERENCE
 from lowvram.compare.teacher_forcing import force
 from lowvram.infer import Watching, infer, write_json
@@ -38,7 +39,7 @@ def score(
         InputError: another model than the baseline; NaN or infinity in what it makes.
         LowvramError: as of ``infer``.
     """
-    reference.check_model(candidate.runtime.artifact)
+    check_model(candidate.runtime.artifact, reference.facts["artifact"]["dit"], f"the reference {reference.path}")
     request = dataclasses.replace(reference.request, online_decode=online_decode)
     kept = scratch / "blocks"
     kept.mkdir()
@@ -64,9 +65,12 @@ def score_pair(
     take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
 
     Raises:
+        InputError: they are of different models.
         OutOfMemoryError: one of them lost quality where memory ran out.
         LowvramError: as of ``infer`` and ``force``.
     """
+    known = baseline.runtime.artifact
+    check_model(candidate.runtime.artifact, known.component("dit").config, f"the baseline {known.path}")
     mine, theirs = places
     trajectories = TrajectoryFiles(scratch, limit=blocks)
     _check_whole("baseline", infer(baseline, request, theirs, watching=Watching(begun=trajectories.watcher.begun)))

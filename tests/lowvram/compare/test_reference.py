@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowvram.compare import scoring
-from lowvram.compare.reference import Reference
+import lowvram.commands.compare as command
+from lowvram.compare import page, scoring
+from lowvram.compare.reference import _KINDS, Reference
+from lowvram.compare.same_model import check_model
+from lowvram.request import Request
 from lowvram_kernels.errors import InputError, OutOfMemoryError
-from tests.lowvram.compare.calls import PROMPT, RUNS, SETTINGS, one_line, record, run
+from lowvram_quantize.claims import replacing
+from tests.lowvram.compare.calls import PROMPT, RUNS, SETTINGS, one_line, record, run, there
 from tests.lowvram.compare.test_page import Reader
 
 
@@ -230,15 +235,58 @@ def test_no_reference_at_all(tiny, no_run, path):
 
 
 def test_another_model(tiny, reference):
-    opened = Reference.open(reference)
-    config = opened.facts["artifact"]["dit"]
+    config = Reference.open(reference).facts["artifact"]["dit"]
     for name, value in (("dim", 5120), ("num_layers", 40), ("num_heads", 1), ("ffn_dim", 3), ("more", 1)):
         component = SimpleNamespace(config=config | {name: value})
         artifact = SimpleNamespace(path=Path("other"), component=lambda _name, found=component: found)
         with pytest.raises(
             InputError, match=f"other is of another model .*: its DiT's {name} is {value}, the baseline's"
         ):
-            opened.check_model(artifact)
+            check_model(artifact, config, "the reference ref")
+
+
+@pytest.mark.parametrize("key", ["dim", "num_layers", "num_heads", "ffn_dim", "text_len"])
+@pytest.mark.parametrize("by", ["score", "score_pair"])
+def test_a_pipeline_of_another_model_is_refused_before_it_runs(reference, tmp_path, monkeypatch, key, by):
+    monkeypatch.setattr(scoring, "infer", lambda *_a, **_m: pytest.fail("the work has begun"))
+    opened = Reference.open(reference)
+    config = opened.facts["artifact"]["dit"]
+    other, baseline = fake_pipeline(config | {key: 7777}, "other"), fake_pipeline(config, "baseline")
+    against = (opened, None) if by == "score" else (baseline, None, (None, None))
+    with pytest.raises(InputError, match=f"other is of another model than the .*: its DiT's {key} is 7777"):
+        getattr(scoring, by)(other, *against, tmp_path)
+
+
+def fake_pipeline(config, path):
+    artifact = SimpleNamespace(path=Path(path), component=lambda _name: SimpleNamespace(config=config))
+    return SimpleNamespace(runtime=SimpleNamespace(artifact=artifact), path=path)
+
+
+def test_a_reference_keeps_every_setting_of_a_request():
+    names = {field.name for field in dataclasses.fields(Request)}
+    assert set(_KINDS) == names
+    assert names == command._RECORDED | {"online_decode"}
+
+
+def test_another_model_is_told_before_checksums_are_compared(tiny, reference, tmp_path, no_run, monkeypatch):
+    folder = shutil.copytree(reference, tmp_path / "ref")
+    artifact = json.loads((folder / "reference.json").read_text())["artifact"]
+    changed(artifact=artifact | {"dit": artifact["dit"] | {"dim": 7777}})(folder)
+    monkeypatch.setattr(Reference, "verify", lambda _self: pytest.fail("files are read"))
+    one_line(score(folder, tiny.artifact("int8")), "is of another model", "dim is", "7777")
+    one_line(score(folder, tiny.artifact("int8"), "--base_seed", "8"), "recorded: 7")
+
+
+def test_nobody_replaces_it_until_the_page_is_written(tiny, reference, tmp_path, monkeypatch):
+    def seen(*_arguments):
+        with pytest.raises(InputError, match="in use"), replacing(reference / "reference.json"):
+            pass
+        raise InputError("it is kept")
+
+    monkeypatch.setattr(command, "open_pipeline", lambda _options: fake_pipeline({}, "any"))
+    monkeypatch.setattr(scoring, "score", lambda *_a, **_m: SimpleNamespace(check=lambda _bounds: []))
+    monkeypatch.setattr(page, "write_page", seen)
+    one_line(score(reference, tiny.artifact("int8"), "--html", tmp_path / "page.html"), "it is kept")
 
 
 OPTIONS = {
@@ -246,6 +294,14 @@ OPTIONS = {
     "a baseline too": (["--baseline", "x"], "--baseline: the reference is the baseline"),
     "its rings": (["--baseline-kv", "int8"], "--baseline-kv: the reference is the baseline"),
     "less quality": (["--allow-quality-loss"], "--allow-quality-loss"),
+    "nothing to overwrite": (["--overwrite"], "--overwrite has an effect with --out-dir or --html only"),
+    "the page in place of the portrait": (["--image", "{mine}", "--html", "{mine}", "--overwrite"], "--image"),
+    "of the voice": (["--audio", "{mine}", "--html", "{mine}", "--overwrite"], "--audio"),
+    "of the prompt": (["--prompt", "@{mine}", "--html", "{mine}", "--overwrite"], "--prompt"),
+    "of the model": (["--html", "{model}/manifest.json", "--overwrite"], "inside --model"),
+    "a run in place of the portrait": (["--image", "{run}", "--out-dir", "{folder}", "--overwrite"], "--image"),
+    "of the voice, by a run": (["--audio", "{run}", "--out-dir", "{folder}", "--overwrite"], "--audio"),
+    "of the prompt, by a run": (["--prompt", "@{run}", "--out-dir", "{folder}", "--overwrite"], "--prompt"),
     "no blocks": (["--teacher-forced-blocks", "0"], "--teacher-forced-blocks is 0"),
     "a page inside": (["--html", "{reference}/page.html"], "inside --reference"),
     "runs inside": (["--out-dir", "{reference}"], "inside --reference"),
@@ -254,11 +310,36 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_options_that_do_not_go_together(tiny, reference, no_run, kind):
+def test_options_that_do_not_go_together(tiny, reference, tmp_path, no_run, kind):
     words, said = OPTIONS[kind]
+    there(tmp_path, "mine.png", "model.mp4")
     before = sorted(reference.rglob("*"))
-    one_line(score(reference, tiny.artifact("int8"), *(word.format(reference=reference) for word in words)), said)
+    places = {"reference": reference, "model": tiny.artifact("int8"), "folder": tmp_path}
+    places |= {"mine": tmp_path / "mine.png", "run": tmp_path / "model.mp4"}
+    one_line(score(reference, tiny.artifact("int8"), *(word.format(**places) for word in words)), said)
     assert sorted(reference.rglob("*")) == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ["mine.png", "model.mp4"], b"mine"
+    )
+
+
+PAIR = {
+    "less quality": (["--allow-quality-loss"], "--allow-quality-loss would change what is compared"),
+    "less quality, in full": (["--allow_quality_loss", "true"], "--allow-quality-loss would change what is compared"),
+    "nothing to overwrite": (["--overwrite"], "--overwrite has an effect with --out-dir or --html only"),
+    "no blocks": (["--teacher-forced-blocks", "0"], "--teacher-forced-blocks is 0"),
+    "the page in place of the portrait": (["--html", "{portrait}", "--overwrite"], "--image"),
+    "of the baseline": (["--html", "{model}/manifest.json", "--overwrite"], "inside --model"),
+}
+
+
+@pytest.mark.parametrize("kind", PAIR)
+def test_options_that_do_not_go_with_a_baseline(tiny, no_run, kind):
+    words, said = PAIR[kind]
+    model = tiny.artifact("int8")
+    inputs = ["--image", tiny.portrait, "--audio", tiny.voice, "--prompt", PROMPT, *SETTINGS, *RUNS]
+    words = [word.format(portrait=tiny.portrait, model=model) for word in words]
+    one_line(run("compare", "--model", model, "--baseline", tiny.artifact("fp32"), *inputs, *words), said)
 
 
 def test_a_model_is_needed_and_one_rank(tiny, reference, no_run, monkeypatch):
@@ -283,6 +364,7 @@ def test_a_file_called_record_is_compared_all_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
 def test_two_videos_of_different_requests_are_not_compared(tmp_path, monkeypatch, side):
     lost = {"baseline": [], "candidate": [], side: ["3 steps"]}
-    monkeypatch.setattr(scoring, "infer", lambda pipeline, *_a, **_m: {"quality_lost": lost[pipeline]})
+    monkeypatch.setattr(scoring, "infer", lambda pipeline, *_a, **_m: {"quality_lost": lost[pipeline.path]})
+    pair = fake_pipeline({}, "candidate"), fake_pipeline({}, "baseline")
     with pytest.raises(OutOfMemoryError, match=f"the {side} was made with 3 steps"):
-        scoring.score_pair("candidate", "baseline", None, (None, None), tmp_path)
+        scoring.score_pair(*pair, None, (None, None), tmp_path)
