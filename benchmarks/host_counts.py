@@ -30,6 +30,7 @@ from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
 from lowvram.schedule import Block, blocks_of
 from lowvram.simulate.device import SimulatedDevice
+from lowvram.simulate.operations import tensors_in
 from lowvram_kernels import uploads
 from lowvram_models.config import DiTConfig
 from lowvram_models.constants import LATENT_CHANNELS, MOTION_LATENTS
@@ -97,12 +98,12 @@ class Counting(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         name = func._schema.name.partition("::")[2]
-        here = [t for t in _tensors((args, kwargs)) if t.is_meta]
+        here = [t for t in tensors_in((args, kwargs)) if t.is_meta]
         if here and _asks_a_value(name, args):
             self.waited(name)
         result = func(*args, **kwargs)
         self._note_copy(name, args, kwargs, result)
-        made = here or [t for t in _tensors(result) if t.is_meta]
+        made = here or [t for t in tensors_in(result) if t.is_meta]
         if made and not func.is_view and not name.startswith(_WITHOUT_LAUNCH):
             self.launched(name)
         return result
@@ -123,18 +124,8 @@ class Counting(TorchDispatchMode):
 
 def _asks_a_value(name: str, args: tuple[Any, ...]) -> bool:
     if name in ("index", "index_put_", "index_put"):
-        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
     return name in _ASKS_A_VALUE
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
 
 
 class _Launcher:

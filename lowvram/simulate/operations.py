@@ -85,7 +85,7 @@ class Operations(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = self._compute(operation, func, args, kwargs)
-        outputs = [t for t in _tensors(result) if t.is_meta]
+        outputs = [t for t in tensors_in(result) if t.is_meta]
         if outputs:
             self._note(operation, outputs, args, kwargs)
         return result
@@ -98,7 +98,7 @@ class Operations(TorchDispatchMode):
         if known is not None:
             return known.again(args, kwargs)
         result = func(*args, **kwargs)
-        fresh = not any(self._device.knows(t) for t in _tensors(result))
+        fresh = not any(self._device.knows(t) for t in tensors_in(result))
         outcome = outcome_of(result, args, kwargs)
         if outcome is not None and (fresh or outcome.changed is not None):
             self._outcomes[key] = outcome
@@ -112,7 +112,7 @@ class Operations(TorchDispatchMode):
             device.resized(outputs[0])
         fresh = [t for t in outputs if not device.knows(t)]
         if fresh:
-            inputs = [t for t in _tensors((args, kwargs)) if t.is_meta]
+            inputs = [t for t in tensors_in((args, kwargs)) if t.is_meta]
             # What was there before the device was entered counts from when it is first used.
             device.claim(inputs, placeholder=False)
             device.claim(fresh, placeholder=_is_placeholder(device, inputs))
@@ -245,21 +245,21 @@ def _operation(func: Any) -> _Operation:
     return found
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
     """The tensors in results or arguments, which nest lists and dictionaries only."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+        yield from tensors_in(list(values.values()))
 
 
 def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     target = kwargs.get("device")
     return (target is not None and torch.device(target).type == "meta") or any(
-        t.is_meta for t in _tensors((args, kwargs))
+        t.is_meta for t in tensors_in((args, kwargs))
     )
 
 
