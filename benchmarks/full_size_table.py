@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowvram.byte_sizes import gib
+
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 RUNS = ("run-capped-int8", "run-uncapped-int8", "run-capped-bf16", "run-uncapped-bf16")
-GIB = 2**30
 # Cards that README speaks of whether or not somebody has measured them: title, name, run.
 WANTED = (
     ("RTX 4090, 24 GB", r"RTX 4090", "run-capped-int8"),
@@ -212,7 +213,7 @@ def readme_row(hardware: str, run: str, found: dict[str, Any] | None) -> list[st
 
 
 def size(nbytes: float | None) -> str:
-    return NOT_MEASURED if nbytes is None else f"{nbytes / GIB:.2f} GiB"
+    return NOT_MEASURED if nbytes is None else gib(nbytes)
 
 
 def rows(columns: tuple[str, ...], lines: list[list[str]]) -> str:

@@ -19,6 +19,7 @@ from lowvram.loading.fused_block import fuse
 from lowvram_kernels.holding import holding
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
 from lowvram_kernels.rotation import GROUP
+from lowvram_kernels.rounding import round_up
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.attention import CrossAttention, Heads
 from lowvram_models.config import DiTConfig
@@ -60,7 +61,7 @@ class FullRing:
         self.rotated = self.kind.room_for_keys(self.sink) if keep else None
 
     def _random(self, tokens: int, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Bytes:
-        block = torch.empty(-(-self.kind.nbytes(tokens) // 16) * 16, dtype=torch.uint8, device=device)
+        block = torch.empty(round_up(self.kind.nbytes(tokens), 16), dtype=torch.uint8, device=device)
         shape = (tokens, sizes.heads, sizes.dim // sizes.heads)
         self.kind.write(block, *(torch.randn(shape, dtype=dtype, device=device) for _ in range(2)))
         return block, tokens

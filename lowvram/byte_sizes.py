@@ -48,4 +48,9 @@ def parse_bytes(text: str, option: str = "") -> int:
 
 def gib(nbytes: float) -> str:
     """Bytes -> "22.15 GiB"."""
-    return f"{nbytes / 2**30:.2f} GiB"
+    return f"{gib_number(nbytes)} GiB"
+
+
+def gib_number(nbytes: float) -> str:
+    """Bytes -> "22.15", where a table's heading says GiB."""
+    return f"{nbytes / 2**30:.2f}"

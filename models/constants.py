@@ -1,6 +1,7 @@
 """Constants of the published model, here where they need none of the encoders' libraries.
 
-Source: model-spec sections 2 to 5; the lengths of voice are ours.
+Source: model-spec sections 2 to 5, which is the published source (CONTRIBUTING.md, "Of others and of our own"); the
+lengths of voice are ours.
 """
 
 FPS = 25

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lowvram.byte_sizes import gib
+from lowvram.byte_sizes import gib, gib_number
 from lowvram.planning.layout_choice import Alternative, Compared
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_plan import Plan
@@ -137,7 +137,7 @@ def _peaks(team: TeamPlan, simulated: Sequence[Simulated]) -> Table:
     found = empty_table("Peaks and the reserve beside them, GiB", "", *_STAGES, "reserve")
     for plan in team.ranks:
         rank = plan.share.role.rank
-        found.add_row(str(rank), *_in_gib(plan.stage_peaks), f"{plan.reserve_bytes / 2**30:.2f}")
+        found.add_row(str(rank), *_in_gib(plan.stage_peaks), gib_number(plan.reserve_bytes))
         if simulated:
             found.add_row(f"{rank}, simulated", *_in_gib(simulated[rank].stages))
     reserves = dict.fromkeys(plan.reserve for plan in team.ranks)
@@ -146,7 +146,7 @@ def _peaks(team: TeamPlan, simulated: Sequence[Simulated]) -> Table:
 
 
 def _in_gib(stages: dict[str, int]) -> list[str]:
-    return [f"{stages[name] / 2**30:.2f}" if name in stages else "" for name in _STAGES]
+    return [gib_number(stages[name]) if name in stages else "" for name in _STAGES]
 
 
 def _hosts(team: TeamPlan) -> list[Table]:

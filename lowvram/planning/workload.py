@@ -9,6 +9,7 @@ import torch
 from lowvram.media.sizes import parse_size
 from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
+from lowvram_kernels.rounding import round_up
 from lowvram_models.constants import PIXELS_PER_LATENT
 
 PIXELS_PER_TOKEN = 16
@@ -117,4 +118,4 @@ class Workload:
 
 
 def _latents(length_px: int) -> int:
-    return -(-length_px // PIXELS_PER_TOKEN) * (PIXELS_PER_TOKEN // PIXELS_PER_LATENT)
+    return round_up(length_px, PIXELS_PER_TOKEN) // PIXELS_PER_LATENT
