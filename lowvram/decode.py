@@ -55,9 +55,8 @@ class DecoderBackup:
     def restore(self) -> None:
         """Give the decoder its cache of the last ``save`` back; comes behind ``before_decoding``."""
         state = self._decoder.state
-        self._decoder.state = dataclasses.replace(
-            state, slots=[None] * len(self._slots)
-        )  # first let go of the half-done one
+        # First let go of the half-done one.
+        self._decoder.state = dataclasses.replace(state, slots=[None] * len(self._slots))
         slots = [self._back(slot) if isinstance(slot, Tensor) else slot for slot in self._slots]
         self._decoder.state = dataclasses.replace(self._decoder.state, slots=slots, num_latents=self._num_latents)
 

@@ -23,7 +23,6 @@ from lowvram_kernels.errors import ConfigError, HardwareError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-
 _MEMORY_ALLOCATION = 2
 """``cudaErrorMemoryAllocation``, and the driver's ``CUDA_ERROR_OUT_OF_MEMORY``."""
 

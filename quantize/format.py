@@ -326,6 +326,7 @@ class Artifact:
     @property
     def shape_values(self) -> str | None:
         """What a shape artifact has in place of trained values; None for a converted checkpoint."""
+        # The manifest's key for what has shapes and no trained weights behind them.
         facts = self.manifest.get("phantom")
         return None if facts is None else str(facts["values"])
 

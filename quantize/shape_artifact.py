@@ -1,8 +1,8 @@
 """Shape artifacts: whole ones of given shapes without a checkpoint: sparse files without values, or random ones.
 
 A plan, a dry run and a benchmark need the names, shapes, slabs and files of a full-size model, not what it was trained
-to. Without values a file is only as long as it says: it takes no room on the disk. The manifest says ``phantom``, has
-no checksums, and ``--verify`` refuses it.
+to. Without values a file is only as long as it says: it takes no room on the disk. The manifest says ``phantom`` (its
+key for what has shapes and no trained weights behind them), has no checksums, and ``--verify`` refuses it.
 """
 
 from __future__ import annotations

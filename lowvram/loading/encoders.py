@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lowvram_models.vae import StreamingVAE
 
 log = logging.getLogger(__name__)
+Tensor = torch.Tensor
+NF4_BLOCK = 64
 
 
 def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
@@ -99,11 +101,6 @@ def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Ve
             raise
         raise CheckpointError(f"{folder} is no usable wav2vec2: {error}; convert the checkpoint again") from error
     return model, bool(preprocessor.get("do_normalize", True))
-
-
-Tensor = torch.Tensor
-
-NF4_BLOCK = 64
 
 
 def swap_text_linears(model: nn.Module, component: Component, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

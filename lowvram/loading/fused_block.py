@@ -26,8 +26,6 @@ from lowvram_models.dit import CausalDiT, DiTBlock, LayerInputs, TimeEmbedding
 from lowvram_models.rope import Rope
 
 Tensor = torch.Tensor
-
-
 Rows = Sequence[Tensor | None]
 """Activations [L, D] in the dtype to compute in and None, or in 8 bit and their scale a row."""
 

@@ -66,10 +66,8 @@ def _first_fit(
 ) -> tuple[int, int] | None:
     for step in range(SCALE_STEPS):
         scale = largest - (largest - smallest) * step / SCALE_STEPS
-        height, width = (
-            round_up(int(image_height * scale), MULTIPLE_PX),
-            round_up(int(image_width * scale), MULTIPLE_PX),
-        )
+        height = round_up(int(image_height * scale), MULTIPLE_PX)
+        width = round_up(int(image_width * scale), MULTIPLE_PX)
         if 0 < height * width <= area:
             return height, width
     return None

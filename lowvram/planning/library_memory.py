@@ -28,7 +28,6 @@ from lowvram_kernels.errors import DeviceError
 
 log = logging.getLogger(__name__)
 
-
 FLAT_BYTES = 160 * MIB
 """Reserved for it where nothing was measured: cuBLAS's workspaces (32 MiB a stream on Hopper, 8 MiB before, torch's
 documentation of CUBLAS_WORKSPACE_CONFIG), modules of some twenty Triton kernels and cuDNN's plans; cuDNN takes a

@@ -14,7 +14,6 @@ from lowvram_kernels.choices import OPERATIONS, prefer, switch_off
 
 log = logging.getLogger(__name__)
 
-
 Status = Literal["passed", "failed", "skipped"]
 
 

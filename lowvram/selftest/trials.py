@@ -19,8 +19,6 @@ from lowvram_kernels.rotation import largest_group, rotated
 from lowvram_kernels.rows import reference_rows
 
 Tensor = torch.Tensor
-
-
 HALF_STEP = 0.502
 """Of rounding to integers; what is beyond a half is the rounding of scale and product."""
 

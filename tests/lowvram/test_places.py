@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import lowvram.commands.compare as compare_both
 import lowvram.demo as demo
-import lowvram.selftest.examine as selftest
 from lowvram.cli import main
+from lowvram.selftest import examine
 from lowvram_quantize.claims import writing
 
 
@@ -32,7 +32,7 @@ def command(tiny, monkeypatch):
 
     monkeypatch.setattr(demo, "write_trained", never)
     monkeypatch.setattr(compare_both, "open_pipeline", never)
-    monkeypatch.setattr(selftest, "examine", never)
+    monkeypatch.setattr(examine, "examine", never)
     model = tiny.artifact("int8")
     request = ["--image", tiny.portrait, "--audio", tiny.voice, "--prompt", "x"]
     known = {

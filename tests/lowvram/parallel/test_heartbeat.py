@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import lowvram.parallel.heartbeat as watching
 from lowvram.parallel.heartbeat import HANG_S, SILENCE_S, Heartbeat, Peer, machine_id
 
 BEAT_S = 0.01
@@ -72,9 +71,9 @@ class Left:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(watching, "time", found)
-    monkeypatch.setattr(watching, "BEAT_S", BEAT_S)
-    monkeypatch.setattr(watching, "GRACE_S", 2 * BEAT_S)
+    monkeypatch.setattr("lowvram.parallel.heartbeat.time", found)
+    monkeypatch.setattr("lowvram.parallel.heartbeat.BEAT_S", BEAT_S)
+    monkeypatch.setattr("lowvram.parallel.heartbeat.GRACE_S", 2 * BEAT_S)
     return found
 
 
@@ -149,7 +148,7 @@ def test_a_rank_that_fails_is_named_with_its_words(begin, store, left):
 
 
 def test_work_that_ends_by_itself_is_left_alone(begin, store, left, monkeypatch):
-    monkeypatch.setattr(watching, "GRACE_S", PATIENCE_S)
+    monkeypatch.setattr("lowvram.parallel.heartbeat.GRACE_S", PATIENCE_S)
     heartbeat = begin()
     store.set("end/1", json.dumps({"failed": "ended"}))
     assert heartbeat.wait_for_cause(PATIENCE_S)

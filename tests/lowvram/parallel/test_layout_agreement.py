@@ -1,4 +1,5 @@
-"""Ranks on invented GPUs: all of them come to the same layout from what all of them tell."""
+"""Ranks on invented GPUs: all of them come to the same layout from what all of them tell; and what a
+rank knows of itself, from options and the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel import layout_agreement as settling
+from lowvram.parallel import layout_agreement
 from lowvram.parallel.heartbeat import Peer
 from lowvram.parallel.layout_agreement import LayoutAgreement, RankOptions, check_for_ranks, check_gpus
 from lowvram.parallel.rank_env import RankEnv, rank_device
@@ -65,8 +66,8 @@ def settled(artifact: Artifact, ranks: Ranks, monkeypatch, *, memory=None, dtype
         ranks.said.append(("measures", None))
         return CARDS["rtx4090"]
 
-    monkeypatch.setattr(settling, "card_at_hand", card_at_hand)
-    monkeypatch.setattr(settling, "contended_rates", lambda rates, *_: dataclasses.replace(rates, h2d=5e9))
+    monkeypatch.setattr(layout_agreement, "card_at_hand", card_at_hand)
+    monkeypatch.setattr(layout_agreement, "contended_rates", lambda rates, *_: dataclasses.replace(rates, h2d=5e9))
     agreement = LayoutAgreement(
         options=RankOptions(**options),
         artifact=artifact,
@@ -139,7 +140,7 @@ def test_the_layout_is_planned_for_what_ranks_compute_in(artifact, monkeypatch, 
         asked.append(work.dtype)
         raise ConfigError("that is enough")
 
-    monkeypatch.setattr(settling, "choose_team", choose_team)
+    monkeypatch.setattr(layout_agreement, "choose_team", choose_team)
     with pytest.raises(ConfigError, match="enough"):
         settled(artifact, Ranks([facts("rtx4090", 22.15, 60)], ["here"] * 2), monkeypatch, dtype=given)
     assert asked == [dtype]
@@ -246,7 +247,7 @@ def test_device_of_a_rank(monkeypatch):
 TOLD = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
 
 
-def test_seat_from_what_the_starter_says():
+def test_rank_env_from_what_the_starter_says():
     found = RankEnv.from_environ(TOLD)
     assert found == RankEnv(rank=2, world_size=4, local_rank=0, address="node", port=29500, by_hand=True)
     assert found.hint.endswith(

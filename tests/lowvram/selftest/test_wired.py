@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from lowvram.cli import main
-from lowvram.commands import infer as ranks
+from lowvram.commands import infer
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.layout_agreement import RankOptions
 from lowvram.parallel.rank_env import RankEnv
@@ -29,7 +29,7 @@ class Asked(list):
 def asked(monkeypatch) -> Asked:
     asked = Asked()
     monkeypatch.setattr(first_run, "get_ready", asked)
-    monkeypatch.setattr(ranks, "get_ready", asked)
+    monkeypatch.setattr(infer, "get_ready", asked)
     return asked
 
 
@@ -66,19 +66,19 @@ def test_no_selftest_goes_without(tiny, tmp_path, asked):
 
 @pytest.mark.parametrize("examine", [True, False])
 def test_a_rank_examines_its_own_card_before_the_others_wait_for_it(tiny, monkeypatch, asked, examine):
-    monkeypatch.setattr(ranks, "rank_device", lambda name, env: f"cuda:{env.local_rank}")
+    monkeypatch.setattr(infer, "rank_device", lambda name, env: f"cuda:{env.local_rank}")
 
     def joined(*given: object) -> None:
         raise HardwareError("joined")
 
-    monkeypatch.setattr(ranks, "joined", joined)
+    monkeypatch.setattr(infer, "joined", joined)
     options = RankOptions(num_gpus_dit=2, ulysses_size=1)
-    rank = ranks.RankRun(
+    rank = infer.RankRun(
         model=tiny.artifact("int8"), request=tiny.request(), outputs=None, memory=MemoryOptions(), options=options,
         device="auto", dtype="auto", verify=False, quiet=True, examine=examine,
     )  # fmt: skip
     env = RankEnv(rank=3, world_size=4, local_rank=1, address="127.0.0.1", port=1)
-    layout = options.layout(dataclasses.replace(env, rank=1, world_size=2), ranks.Artifact.open(rank.model), 2)
+    layout = options.layout(dataclasses.replace(env, rank=1, world_size=2), infer.Artifact.open(rank.model), 2)
     with pytest.raises(HardwareError, match="examined" if examine else "joined"):
         rank.take_part(env, layout)
     assert asked == ([torch.device("cuda", 1)] if examine else [])

@@ -181,7 +181,6 @@ def test_blocks_never_overlap_and_everything_comes_back():
     assert figures(memory) == (0, 0)
 
 
-MIB = 1 << 20
 PAGE = 20 * MIB
 
 

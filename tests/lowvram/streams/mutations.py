@@ -23,7 +23,6 @@ FILES = (
     "lowvram/offload/prefetch.py",
     "lowvram/offload/layers.py",
     "lowvram/denoise/kv_cache.py",
-    "lowvram/offload/layers.py",
     "lowvram/decode.py",
     "lowvram/denoise/cuda_graphs.py",
 )
