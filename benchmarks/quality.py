@@ -153,7 +153,7 @@ class Run:
 def scores(candidate: AvatarPipeline, case: Case, baseline: Run, teacher: Teacher) -> dict[str, Any]:
     """Of one person and voice: freely, teacher-forced, and what is seen of the face."""
     run = Run.free(candidate, case)
-    forced = force(candidate, case.request(), teacher)
+    forced = force(candidate, case.request(), teacher, quiet=True)
     scorer = FrameScorer(FPS, moving_pixels(baseline.frames))
     frames = [scorer.score(mine, theirs) for mine, theirs in zip(run.frames, baseline.frames, strict=True)]
     total, blocks = TensorSums(), []

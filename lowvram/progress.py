@@ -90,6 +90,36 @@ class RunProgress:
         )
 
 
+class BlockProgress:
+    """Context manager around blocks that are denoised and not shown, on ``device``; ``update`` after each. Does nothing
+    when not enabled."""
+
+    def __init__(self, what: str, total: int, device: torch.device, *, enabled: bool) -> None:
+        self._device = device
+        self._progress = LoggedProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} blocks"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task(what, total=total, memory=memory(device))
+
+    def __enter__(self) -> BlockProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int) -> None:
+        self._progress.show(self._task, completed=done, memory=memory(self._device))
+
+
 def memory(device: torch.device) -> str:
     """Memory in use now, for a person to read: this process's, and on a GPU what PyTorch holds there."""
     text = f"RSS {gib(psutil.Process().memory_info().rss)}"

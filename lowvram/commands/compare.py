@@ -109,7 +109,8 @@ def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: 
         outputs.check(inputs)
     baseline = options | {"model": options["baseline"], "kv": options["baseline_kv"] or options["kv"]}
     pair = places[0], places[1]
-    return score_pair(open_pipeline(options), open_pipeline(baseline), request, pair, scratch(), blocks=blocks)
+    pipelines = open_pipeline(options), open_pipeline(baseline)
+    return score_pair(*pipelines, request, pair, scratch(), blocks=blocks, quiet=options["quiet"])
 
 
 def _against_reference(
@@ -150,6 +151,7 @@ def _against_reference(
         scratch(),
         online_decode=options["enable_online_decode"],
         blocks=blocks,
+        quiet=options["quiet"],
     )
 
 

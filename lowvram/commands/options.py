@@ -98,12 +98,16 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--prompt", help="What is to be seen, with --model."),
         click.option("--baseline-kv", type=RINGS, help="Rings of the baseline, if not --kv."),
         click.option(
-            "--out-dir", type=FILE, help="Folder that keeps both runs' videos, dumps and reports, with --model."
+            "--out-dir",
+            type=FILE,
+            help="Folder that keeps what --model and --baseline make: videos, dumps, reports; with --reference the "
+            "video and report of --model.",
         ),
         request_options,
         click.option(
             "--overwrite", is_flag=True, help="Replace what an earlier comparison left in --out-dir and --html."
         ),
+        click.option("-q", "--quiet", is_flag=True, help="No progress bars, with --model."),
         click.option("--json", "as_json", is_flag=True, help="The result as JSON."),
         click.option(
             "--fail-under", multiple=True, metavar="METRIC=VALUE", help="Exit with 1 when missed, as psnr=30."
@@ -127,7 +131,7 @@ def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--out", type=FILE, required=True, help="Folder to make."),
         request_options,
         click.option("--overwrite", is_flag=True, help="Replace a reference of that name."),
-        click.option("--quiet", is_flag=True, help="No progress bar."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
     ]
     return declared(options, command)
 

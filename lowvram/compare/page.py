@@ -90,11 +90,14 @@ def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) ->
 
 def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
     values = comparison.values
-    return [
-        (label, "identical" if math.isinf(values[name]) else format(values[name], form), unit)
-        for name, label, unit, form in _FIGURES
-        if name in values
-    ]
+    return [(label, _written(values[name], form, unit), unit) for name, label, unit, form in _FIGURES if name in values]
+
+
+def _written(value: float, form: str, unit: str) -> str:
+    """Frames without a difference have an infinite PSNR; an error is infinite where the baseline has zeros."""
+    if math.isfinite(value):
+        return format(value, form)
+    return "identical" if unit == "dB" else "infinite"
 
 
 def _charts(comparison: Comparison) -> list[Chart]:
@@ -143,7 +146,7 @@ def _teacher_forced(forced: Forced | None) -> dict[str, Any] | None:
         "columns": teacher_forced_rows.COLUMNS,
         "rows": teacher_forced_rows.rows(forced),
         "summary": teacher_forced_rows.summary(forced),
-        "uncertainty": UNCERTAINTY,
+        "uncertainty": UNCERTAINTY if teacher_forced_rows.is_uncertain(forced) else "",
         "charts": charts,
         "steps": range(len(forced.layers_by_step)),
         "layers": teacher_forced_rows.layer_rows(forced),

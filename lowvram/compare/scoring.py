@@ -31,6 +31,7 @@ def score(
     *,
     online_decode: bool = True,
     blocks: int | None = None,
+    quiet: bool = False,
 ) -> Comparison:
     """Let the candidate make the reference's video, which goes with its report where ``outputs`` says, and take its
     steps, those of the first ``blocks`` or of all. What else is made lies in ``scratch``.
@@ -45,8 +46,8 @@ def score(
     kept.mkdir()
     with reading(reference.path / REFERENCE):
         watching = Watching(recorder=lambda: BlockRecorder(kept), kept=kept)
-        report = infer(candidate, request, outputs, watching=watching)
-        forced = force(candidate, request, reference, blocks=blocks)
+        report = infer(candidate, request, outputs, quiet=quiet, watching=watching)
+        forced = force(candidate, request, reference, blocks=blocks, quiet=quiet)
         found = dataclasses.replace(compare(_report(outputs), reference.report), forced=forced)
         write_json(_report(outputs), report | {"dump_tensors": None})  # what is scratch will not be there
         return found
@@ -60,6 +61,7 @@ def score_pair(
     scratch: Path,
     *,
     blocks: int = TEACHER_FORCED_BLOCKS,
+    quiet: bool = False,
 ) -> Comparison:
     """Let both make a video, with dump and report where ``places`` say, the candidate's first; and let the candidate
     take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
@@ -73,9 +75,10 @@ def score_pair(
     check_model(candidate.runtime.artifact, known.component("dit").config, f"the baseline {known.path}")
     mine, theirs = places
     trajectories = TrajectoryFiles(scratch, limit=blocks)
-    _check_whole("baseline", infer(baseline, request, theirs, watching=Watching(begun=trajectories.watcher.begun)))
-    _check_whole("candidate", infer(candidate, request, mine))
-    forced = force(candidate, request, trajectories)
+    watching = Watching(begun=trajectories.watcher.begun)
+    _check_whole("baseline", infer(baseline, request, theirs, quiet=quiet, watching=watching))
+    _check_whole("candidate", infer(candidate, request, mine, quiet=quiet))
+    forced = force(candidate, request, trajectories, quiet=quiet)
     return dataclasses.replace(compare(_report(mine), _report(theirs)), forced=forced)
 
 

@@ -267,9 +267,17 @@ def _run_facts(report: dict[str, Any]) -> dict[str, Any]:
     for name, inner in (("precision", report.get("precision")), ("machine", report.get("machine"))):
         if inner:
             facts[name] = ", ".join(f"{key} {value}" for key, value in dict(inner).items())
-    if options := (report.get("memory") or {}).get("options"):
-        facts["kv"] = dict(options).get("kv")
+    if memory := dict(report.get("memory") or {}):
+        facts["kv"] = _rings(memory, report.get("dtype"))
     return facts
+
+
+def _rings(memory: dict[str, Any], dtype: Any) -> Any:
+    """What the KV rings were kept as: as the run was laid out, or what was asked for where it says nothing of that."""
+    if layout := memory.get("layout"):
+        kv = layout["placement"]["kv"]
+        return dtype if kv == "plain" and dtype else kv
+    return dict(memory.get("options") or {}).get("kv")
 
 
 def _stage(entry: dict[str, Any]) -> Stage:

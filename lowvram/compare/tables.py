@@ -122,7 +122,8 @@ def _summary(comparison: Comparison) -> list[str]:
             f"teacher-forced: relative error of velocities {values['velocity_error']:.3e}, worst block "
             f"{values['velocity_error_max']:.3e}; {teacher_forced_rows.summary(comparison.forced)}"
         )
-        lines.append(f"±: {UNCERTAINTY}")
+        if teacher_forced_rows.is_uncertain(comparison.forced):
+            lines.append(f"±: {UNCERTAINTY}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ def rows(forced: Forced) -> list[tuple[str, ...]]:
 
 
 def narrow_rows(forced: Forced) -> list[tuple[str, ...]]:
-    """The same without percent signs, and with the uncertainty of all steps alone, in a row of its own."""
+    """The same without percent signs, and with the uncertainty of all steps alone: in a row of its own, where one is
+    known."""
     found = [(name, *(value for value, _ in _texts(of))) for name, of in _named(forced)]
-    found.insert(1, ("±", *(uncertainty for _, uncertainty in _texts(forced.velocity))))
+    if is_uncertain(forced):
+        found.insert(1, ("±", *(uncertainty for _, uncertainty in _texts(forced.velocity))))
     return [tuple(cell.removesuffix(" %") for cell in row) for row in found]
 
 
@@ -42,7 +45,14 @@ def summary(forced: Forced) -> str:
     )
 
 
+def is_uncertain(forced: Forced) -> bool:
+    """Whether an uncertainty of anything is known, which of one block it is not."""
+    return any(uncertainty for _, of in _named(forced) for _, uncertainty in _texts(of))
+
+
 def percent(value: float) -> str:
+    if not math.isfinite(value):
+        return "infinite"
     return "0" if value == 0 else f"{value * 100:.3g} %"
 
 

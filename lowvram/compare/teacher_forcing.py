@@ -23,6 +23,7 @@ from lowvram.compare.token_errors import UNCERTAINTY, Sample, Statistics, statis
 from lowvram.compare.trajectories import Sampler, Teacher, Trajectories, Trajectory, kept
 from lowvram.denoise.rollout import Rollout
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
+from lowvram.progress import BlockProgress
 from lowvram.schedule import Block
 from lowvram_kernels.errors import InputError
 
@@ -31,12 +32,11 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepScore:
-    """One step of one block: the DiT's output, and the latent that the step made of the baseline's."""
+    """One step of one block: the DiT's output."""
 
     block: int
     step: int
     velocity: TensorScore
-    latent: TensorScore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Forced:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but single steps of blocks beyond their velocities' error."""
+        """All of it but single steps of blocks: together, by step, by block and by layer."""
         return {
             "blocks": len(self.by_block),
             "of_blocks": self.total,
@@ -108,10 +108,15 @@ def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int |
 
 
 def force(
-    candidate: AvatarPipeline, request: Request | Inputs, teacher: Teacher, *, blocks: int | None = None
+    candidate: AvatarPipeline,
+    request: Request | Inputs,
+    teacher: Teacher,
+    *,
+    blocks: int | None = None,
+    quiet: bool = False,
 ) -> Forced:
     """Let the candidate denoise the same ``request`` with the baseline's latents before every step, as far as those go
-    or the first ``blocks``, and score what it makes of them.
+    or the first ``blocks``, and score what it makes of them. How far it is is shown on stderr unless it is ``quiet``.
 
     Raises:
         InputError: the baseline denoised something else: other blocks, another size, another number of steps; or the
@@ -120,8 +125,13 @@ def force(
     """
     begin = time.perf_counter()
     student = _Student(teacher, min(teacher.blocks, blocks or teacher.blocks))
-    with contextlib.closing(candidate.denoise(request, student.begun)) as denoised:
+    device = candidate.runtime.device
+    with (
+        BlockProgress("teacher-forced", student.blocks, device, enabled=not quiet) as progress,
+        contextlib.closing(candidate.denoise(request, student.begun)) as denoised,
+    ):
         for block, _ in denoised:
+            progress.update(block.index + 1)
             if block.index + 1 == student.blocks:
                 break
     return student.scores(time.perf_counter() - begin)
@@ -134,7 +144,7 @@ class _Student:
         self._teacher, self.blocks = teacher, blocks
         self._trajectories: dict[int, Trajectory] = {}  # of blocks that are under way
         self._velocities: dict[Step, Sample] = {}
-        self._latents: dict[Step, TensorSums] = {}
+        self._latents: dict[int, TensorSums] = {}  # after the last step of each block
         self._layers, self._sampler = LayerSums(), Sampler()
 
     def begun(self, rollout: Rollout, blocks: int) -> None:
@@ -154,7 +164,10 @@ class _Student:
     def _passed(self, block: Block, step: int, count: int, x_LD: Tensor) -> None:
         if block.index < self.blocks and (layers := self._trajectory(block.index).layers) is not None:
             if count >= layers.shape[1]:
-                raise _other(f"with {count} layers and more", f"with {layers.shape[1] - 1}")
+                raise InputError(
+                    f"the candidate has {count} layers or more, the baseline had {layers.shape[1] - 1}: they are of "
+                    "different models; compare artifacts of one checkpoint"
+                )
             self._layers.add((block.index, step), count, self._sampler(x_LD), layers[step, count])
 
     def _seen(self, block: Block, step: int, latent: Tensor) -> Tensor:
@@ -165,11 +178,10 @@ class _Student:
         wanted = trajectory.end if last else trajectory.before[step]
         if latent.shape != wanted.shape:
             raise _other(f"latents {list(latent.shape)} of block {block.index}", f"{list(wanted.shape)}")
-        if step:
-            with _where(block.index, step - 1):
-                sums = self._latents[block.index, step - 1] = TensorSums()
-                sums.add(kept(latent), trajectory.after(step - 1))
         if last:
+            with _where(block.index, step - 1):
+                sums = self._latents[block.index] = TensorSums()
+                sums.add(kept(latent), wanted)
             del self._trajectories[block.index]
         return wanted.to(latent.device)
 
@@ -185,10 +197,7 @@ class _Student:
             total=self._teacher.total,
             each=tuple(
                 StepScore(
-                    block=block,
-                    step=step,
-                    velocity=velocities[block, step].sums.score(f"block {block}, step {step}"),
-                    latent=self._latents[block, step].score(f"block {block}, step {step}"),
+                    block=block, step=step, velocity=velocities[block, step].sums.score(f"block {block}, step {step}")
                 )
                 for block in blocks
                 for step in steps
@@ -198,7 +207,7 @@ class _Student:
             by_block=tuple(
                 _together(f"block {block}", (velocities[block, step].sums for step in steps)) for block in blocks
             ),
-            latents=_together("latents", (self._latents[block, steps[-1]] for block in blocks)),
+            latents=_together("latents", (self._latents[block] for block in blocks)),
             layers=self._layers.errors(layered) if layered else None,
             layers_by_step=tuple(
                 self._layers.errors([at for at in layered if at[1] == step]) for step in (steps if layered else ())

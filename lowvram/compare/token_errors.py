@@ -115,8 +115,9 @@ def _together(samples: Iterable[Sample]) -> TensorSums:
 def _figure(
     of_blocks: NDArray[np.float64], drawn: NDArray[np.int64] | None, value: Callable[[NDArray[np.float64]], float]
 ) -> Figure:
-    """Of a ``value`` of the sum over blocks [blocks, n]."""
-    again = [] if drawn is None else [value(times @ of_blocks) for times in drawn]
+    """Of a ``value`` of the sum over blocks [blocks, n]. Infinite ones are not drawn from: no times infinity is
+    nothing that can be added."""
+    again = [] if drawn is None or not np.isfinite(of_blocks).all() else [value(times @ of_blocks) for times in drawn]
     return Figure(value(of_blocks.sum(axis=0)), _deviation(again))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from lowvram import progress
-from lowvram.progress import ByteProgress, LoggedProgress, RunProgress
+from lowvram.progress import BlockProgress, ByteProgress, LoggedProgress, RunProgress
 
 GB = 10**9
 
@@ -37,6 +37,18 @@ def test_a_line_every_ten_seconds(monkeypatch, capsys, seconds, said):
         lines = capsys.readouterr().err.splitlines()
     assert len(lines) == said
     assert all("31.7 GiB" in line and "dit layer." in line for line in lines)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("done", "total"), [(1, 1), (1, 8), (7, 8), (8, 8), (120, 3000)])
+def test_blocks_that_are_not_shown_are_counted(monkeypatch, capsys, done, total, enabled):
+    clock = Clock(monkeypatch)
+    with BlockProgress("teacher-forced", total, torch.device("cpu"), enabled=enabled) as shown:
+        clock.now += 20
+        shown.update(done)
+        said = capsys.readouterr().err
+    lines = [line.split("  ")[:2] for line in said.splitlines()]
+    assert lines == ([["teacher-forced", f"{done}/{total} blocks"]] if enabled else [])
 
 
 def recorder(frames: int):

@@ -185,6 +185,23 @@ def test_what_is_not_there_is_left_out(tmp_path, make):
     assert json.loads(page.scripts["comparison"])["frames"] == []
 
 
+RINGS = {
+    "as it ran": ({"options": {"kv": "auto"}, "layout": {"placement": {"kv": "int8"}}}, "int8"),
+    "in the dtype": ({"options": {"kv": "auto"}, "layout": {"placement": {"kv": "plain"}}}, "bfloat16"),
+    "otherwise than asked": ({"options": {"kv": "bf16"}, "layout": {"placement": {"kv": "int8"}}}, "int8"),
+    "nothing ran": ({"options": {"kv": "auto"}, "layout": None}, "auto"),
+    "of an earlier version": ({"options": {"kv": "int8"}}, "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", RINGS)
+def test_the_rings_are_those_that_ran(tmp_path, kind):
+    memory, kv = RINGS[kind]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"stages": [{"name": "denoise", "seconds": 1}], "memory": memory, "dtype": "bfloat16"}))
+    assert f"<tr><td>kv</td><td>{kv}</td><td>{kv}</td></tr>" in render(compare(path, path))
+
+
 def test_a_full_disk_or_a_folder_without_rights_is_said(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OutputError, match=r"page\.html cannot be written"):

@@ -66,10 +66,12 @@ def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
 def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tmp_path):
     page = tmp_path / "page.html"
     options = ["--html", page, "--out-dir", tmp_path, "--fail-under", "velocity_error=0.001"]
-    options += ["--teacher-forced-blocks", "3"]
+    options += ["--teacher-forced-blocks", "3", "-q"]
     done = score(reference, tiny.artifact("int8"), *options)
     assert done.exit_code == 1
     assert "velocity_error is 0.0" in done.stderr
+    assert "blocks" not in done.stderr
+    assert "frames/s" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.mp4", "page.html"]
     assert json.loads((tmp_path / "model.json").read_text())["dump_tensors"] is None
     text = page.read_text()

@@ -69,6 +69,19 @@ def test_of_one_block_no_uncertainty_is_known():
     assert {figure["uncertainty"] for figure in found.to_json().values() if isinstance(figure, dict)} == {None}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_an_infinite_error_has_no_uncertainty(blocks, all_of_them):
+    """The baseline gave zeros in one block or in all, the candidate did not."""
+    nothing = Sample.of(normal(4, 3, 8, 12, seed=1), torch.zeros(4, 3, 8, 12))
+    found = statistics([[nothing if all_of_them or not block else sample(block, 0.01)] for block in range(blocks)])
+    infinite = {name: math.isinf(getattr(found, name).value) for name in ("relative_error", "mean", "maximum")}
+    assert infinite == {"relative_error": all_of_them or blocks == 1, "mean": True, "maximum": True}
+    assert found.mean.uncertainty is None
+    assert found.maximum.uncertainty is None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nothing_is_said_of_nan(value):
     wanted = normal(4, 1, 2, 2)
