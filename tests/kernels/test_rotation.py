@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram.simulate.device import SimulatedDevice
+from lowvram_kernels import rotation
 from lowvram_kernels.rotation import GROUP, SYLVESTER, check_group, largest_group, matrix, rotated
 
 GROUPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -49,12 +51,13 @@ def test_a_product_stays_what_it_was(group):
     assert group == 1 or not torch.allclose(rotated(x, group) @ w.t(), expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("group", [16, 64])
+@pytest.mark.parametrize("group", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(dtype, group):
-    x = torch.randn(3, 5, 64).to(dtype)
+    x = torch.randn(3, 5, 256).to(dtype)
     out = rotated(x, group)
-    exact = rotated(x.double(), group)
+    exact = x.double().view(-1, group) @ matrix(group)
+    exact = exact.view(x.shape)
     assert out.dtype is dtype
     assert (out.double() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
 
@@ -65,6 +68,45 @@ def test_groups_do_not_mix_and_rows_may_be_strided():
     out = rotated(x, 16)
     assert not out[:, :16].any()
     assert torch.equal(out[:, 16:].abs(), torch.ones(2, 16))
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_pass_and_matrices_of_inference_mode_serve_them(monkeypatch, group, dtype):
+    monkeypatch.setattr(rotation, "_made", {})
+    values = torch.randn(3, 256).to(dtype)
+    with torch.inference_mode():
+        expected = rotated(values, group).clone()
+    x = torch.nn.Parameter(values)
+    out = rotated(x, group)
+    assert torch.allclose(out, expected, atol=1e-5)
+    out.backward(values)
+    assert torch.allclose(x.grad, expected, atol=1e-5)  # the matrix is symmetric
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_a_second_call_copies_no_matrix(monkeypatch, group):
+    monkeypatch.setattr(rotation, "_made", {})
+    x = torch.randn(4, 512)
+    first = rotated(x, group)
+    monkeypatch.setattr(rotation, "_matrices", lambda _: pytest.fail("made again"))
+    assert torch.equal(rotated(x, group), first)
+    with pytest.raises(BaseException, match="made again"):
+        rotated(x.bfloat16(), group)
+
+
+@pytest.mark.parametrize("group", [16, 64, 128, 256])
+def test_nothing_without_values_is_kept(monkeypatch, group):
+    monkeypatch.setattr(rotation, "_made", {})
+    assert rotated(torch.empty(4, 512, device="meta"), group).is_meta
+    assert not rotation._made
+    x = torch.randn(4, 512)
+    rotated(x, group)
+    for _ in range(2):  # nor are a real run's matrices taken in a simulated one
+        with SimulatedDevice() as gpu:
+            assert rotated(torch.empty(4, 512, device="meta"), group).is_meta
+        assert gpu.h2d_bytes > 0
+    assert {key[3].type for key in rotation._made} == {"cpu"}
 
 
 def test_no_rotation_and_no_rows():
