@@ -79,7 +79,7 @@ def chosen_group(rotate: bool | int | None) -> int:
     """
     if rotate is None or isinstance(rotate, bool):
         return 1 if rotate is False else GROUP
-    if rotate not in GROUPS:
+    if type(rotate) is not int or rotate not in GROUPS:  # 16.0 and a tensor are equal to 16, too
         raise ConfigError(
             f"rotate is {rotate!r}; expected {', '.join(map(str, GROUPS))} channels, True for {GROUP}, False for none"
         )

@@ -15,6 +15,7 @@ from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.modules import QuantizedLinear
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.synthetic import write_checkpoint
 from tests.quantize.checkpoints import base_of, change_dit, clone, replace_json
 
 LAYERS = 4
@@ -100,3 +101,30 @@ def test_groups_that_a_layer_cannot_have_are_refused(made, tmp_path, group):
     replace_json(path / MANIFEST, change)
     with pytest.raises(CheckpointError, match=rf"{name} cannot be used: groups of {group} .* divides 80"):
         build_dit(Artifact.open(path).component("dit"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of one layer whose widths the groups 64 and 128 divide."""
+    sizes = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 1, "audio_inject_layers": (0,), "shards": 1}
+    return write_checkpoint(tmp_path_factory.mktemp("small"), **sizes)
+
+
+@pytest.mark.parametrize(
+    ("rotate", "version", "groups"),
+    [(False, 1, {1}), (16, 2, {16}), (32, 3, {32}), (64, 3, {64}), (None, 3, {64, 128})],
+)
+def test_groups_of_every_size_from_convert_to_latents(tiny, small, small_exact, tmp_path, rotate, version, groups):
+    artifact = convert(small, tmp_path / "rotated", vae="fp32", text_encoder="fp32", rotate=rotate)
+    assert json.loads((artifact / MANIFEST).read_text())["format_version"] == version
+    dit = build_dit(Artifact.open(artifact).component("dit"))
+    assert {m.group for m in dit.modules() if isinstance(m, QuantizedLinear)} == groups
+    found = latents(artifact, tiny.request(num_clip=1, sample_steps=1))
+    assert 1e-4 < ((found - small_exact).norm() / small_exact.norm()).item() < 0.03
+
+
+@pytest.fixture(scope="module")
+def small_exact(tiny, small, tmp_path_factory) -> torch.Tensor:
+    """Latents of the same in float32."""
+    folder = tmp_path_factory.mktemp("exact") / "fp32"
+    return latents(convert(small, folder, precision="fp32"), tiny.request(num_clip=1, sample_steps=1))

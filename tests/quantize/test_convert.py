@@ -18,7 +18,6 @@ from lowvram_kernels.errors import CheckpointError, ConfigError, InputError, Low
 from lowvram_quantize import copied
 from lowvram_quantize.convert import COMPONENTS
 from lowvram_quantize.format import MANIFEST, Artifact
-from lowvram_quantize.schemes import chosen_group
 from lowvram_quantize.source import TEXT_ENCODER_FILE, VAE_FILE
 from lowvram_quantize.writer import SlabWriter
 from tests.quantize.checkpoints import (
@@ -341,7 +340,14 @@ def test_a_rotation_with_nothing_to_rotate(tiny, out, options, said):
 
 @pytest.mark.parametrize(
     ("given", "rotate"),
-    [((), None), (("--rotate",), True), (("--rotate", "none"), False), (("--rotate=16",), 16)],
+    [
+        ((), None),
+        (("--rotate",), 256),
+        (("--rotate", "none"), False),
+        (("--rotate=16",), 16),
+        (("--rotate", "64"), 64),
+        (("--rotate", "--dit", "int8"), 256),
+    ],
 )
 def test_a_rotation_on_the_command_line(tiny, out, monkeypatch, given, rotate):
     asked: list[object] = []
@@ -349,7 +355,8 @@ def test_a_rotation_on_the_command_line(tiny, out, monkeypatch, given, rotate):
         "lowvram_quantize.convert.convert", lambda *_, **options: asked.append(options["rotate"]) or out
     )
     assert command(tiny.checkpoint, out, *given).exit_code == 0
-    assert chosen_group(asked[0]) == chosen_group(rotate)
+    (given_on,) = asked
+    assert (type(given_on), given_on) == (type(rotate), rotate)
 
 
 def test_what_cannot_be_rotated_on_the_command_line(tiny, tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import lowvram_quantize.convert as module
 from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.synthetic import write_checkpoint
 from tests.quantize.checkpoints import (
     Stop,
     base_of,
@@ -90,12 +91,16 @@ def test_other_options_do_not_reuse_what_they_change(tiny, out, written, tmp_pat
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_an_interrupted_rotation_is_not_continued_without(tiny, out, written, tmp_path):
-    interrupt_late(tiny.checkpoint, out, rotate=True)
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, 16), (16, 64), (64, 16), (64, 32)])
+def test_an_interrupted_rotation_is_not_continued_by_another(out, written, tmp_path, first, then):
+    checkpoint = write_checkpoint(
+        tmp_path / "small", dim=64, ffn_dim=128, num_heads=4, num_layers=1, audio_inject_layers=(0,)
+    )
+    interrupt_late(checkpoint, out, rotate=first)
     written.clear()
-    run(tiny.checkpoint, out, components=TWO, rotate=False)
+    run(checkpoint, out, components=TWO, rotate=then)
     assert set(written) >= tensors_of(out, "dit")
-    run(tiny.checkpoint, tmp_path / "fresh", components=TWO, rotate=False)
+    run(checkpoint, tmp_path / "fresh", components=TWO, rotate=then)
     assert contents(out) == contents(tmp_path / "fresh")
 
 

@@ -85,7 +85,9 @@ def test_how_many_channels_are_rotated_together(rotate, group):
     assert chosen_group(rotate) == group
 
 
-@pytest.mark.parametrize("rotate", [0, 1, 8, 48, 512, -16, "none"])
+@pytest.mark.parametrize(
+    "rotate", [0, 1, 8, 48, 512, -16, "none", 16.0, torch.tensor(16), torch.tensor([16, 32]), [16]]
+)
 def test_groups_of_other_sizes_are_refused(rotate):
     with pytest.raises(ConfigError, match="expected 16, 32, 64, 128, 256 channels, True for 256, False for none"):
         chosen_group(rotate)

@@ -67,6 +67,12 @@ def test_the_runtime_finds_the_model_it_expects(published):
     check_complete(build_dit(component), component)
 
 
+def test_its_linears_are_rotated_as_convert_does(published):
+    tensors = published.component("dit").facts["tensors"].values()
+    assert published.manifest["format_version"] == 3
+    assert {facts["rotated_group"] for facts in tensors if "rotated_group" in facts} == {256}
+
+
 def test_files_without_values_take_no_disk(published):
     files = [file.stat() for file in published.path.rglob("*") if file.is_file()]
     assert sum(s.st_size for s in files) > 24e9

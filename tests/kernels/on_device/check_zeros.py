@@ -1,6 +1,7 @@
-"""Rows of zeros, as those behind a padded prompt: no kernel that quantizes, or reads what was, makes NaN of them.
+"""Rows of zeros, as those behind a padded prompt: the kernels below, which quantize or read what was, make no NaN.
 
-Each kernel runs over rows of which some or all are zeros, in buffers that held something else before.
+Each runs over float32 rows of which some or all are zeros, once at each of the groups named; what an encoded ring and
+its scales stand in held NaN before. Inputs in bfloat16 are not tried here.
 """
 
 from __future__ import annotations
