@@ -38,6 +38,7 @@ test-triton: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests
 
+# benchmarks/outliers.py is not among them: it wants networks and peers of the extra `bench`, which setup leaves out.
 bench: setup
 	$(BIN)/python benchmarks/convert.py --out benchmarks/results/convert_cpu.json
 	$(BIN)/python benchmarks/convert_sources.py --out benchmarks/results/convert_sources_cpu.json

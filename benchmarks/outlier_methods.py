@@ -11,6 +11,7 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,32 +21,33 @@ from torch import nn
 from trained_networks import Layer
 
 from lowvram_kernels.linear import linear_w8a8
-from lowvram_kernels.rotation import largest_group
-from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.rotation import largest_group, matrix
+from lowvram_kernels.rows import quantize_rows, reference_rows
 
 Tensor = torch.Tensor
 Forward = Callable[[Tensor], Tensor]
-LLM_INT8_THRESHOLD = 6.0
+LLM_INT8_THRESHOLD = 6.0  # of the paper, https://arxiv.org/abs/2208.07339
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """``prepare`` makes of a layer what computes its product; ``note`` says how it came about."""
+    """``prepare`` makes of a layer what computes its product; ``note`` says how it came about; ``runs``: as a user runs
+    it, not by float32 products of rounded values."""
 
     prepare: Callable[[Layer], Forward]
     note: str = ""
+    runs: bool = False
 
 
-def rounded(x: Tensor, *, whole: bool = False) -> Tensor:
-    """int8 and back, symmetric: one scale a row, or one for all."""
-    scale = (x.abs().max() if whole else x.abs().amax(1, keepdim=True)) / 127
-    scale = torch.where(scale == 0, 1.0, scale)
-    return (x / scale).round_() * scale
+def rounded(x: Tensor) -> Tensor:
+    """int8 and back, one scale a row, as ours are rounded."""
+    q, scale = reference_rows(x, torch.int8)
+    return q.float() * scale
 
 
 def per_tensor(layer: Layer) -> Forward:
     weight = rounded(layer.weight)
-    return lambda x: rounded(x, whole=True) @ weight.t()
+    return lambda x: rounded(x.view(1, -1)).view(x.shape) @ weight.t()
 
 
 def ours(layer: Layer, group: int) -> Forward:
@@ -67,10 +69,8 @@ def by_matrix(layer: Layer, group: int, make: Callable[[int], Tensor]) -> Forwar
 
 
 def sylvester(group: int) -> Tensor:
-    one = torch.ones(1, 1, dtype=torch.float64)
-    while len(one) < group:
-        one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
-    return one / math.sqrt(group)
+    two = matrix(2)
+    return two if group == 2 else torch.kron(two, sylvester(group // 2))
 
 
 def smooth_scale(layer: Layer, alpha: float) -> Tensor:
@@ -106,20 +106,6 @@ def wide_down(layer: Layer) -> Forward:
         return ours(layer, 1)
     weight = layer.weight.bfloat16().float()
     return lambda x: x.bfloat16().float() @ weight.t()
-
-
-def llm_int8(layer: Layer) -> Forward:
-    """LLM.int8() (https://arxiv.org/abs/2208.07339): columns with a magnitude above 6 in 16 bit, times int8 weights."""
-    weight = rounded(layer.weight)
-
-    def forward(x: Tensor) -> Tensor:
-        wide = (x.abs() > LLM_INT8_THRESHOLD).any(0)
-        return (
-            rounded(x.masked_fill(wide, 0)) @ weight.t()
-            + x[:, wide].half().float() @ weight[:, wide].half().float().t()
-        )
-
-    return forward
 
 
 def plain_linear(layer: Layer) -> nn.Sequential:
@@ -159,11 +145,28 @@ def convrot(layer: Layer) -> Forward:
     return lambda x: comfy_kitchen.int8_linear(x, q, scale, **options)
 
 
+def llm_int8(layer: Layer) -> Forward:
+    """LLM.int8(): in inference a processor rounds activations, too; columns with a value above the threshold apart."""
+    import bitsandbytes
+
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+    linear = bitsandbytes.nn.Linear8bitLt(
+        layer.weight.shape[1], len(layer.weight), bias=False, has_fp16_weights=False, threshold=LLM_INT8_THRESHOLD
+    )
+    linear.weight = bitsandbytes.nn.Int8Params(layer.weight.clone(), requires_grad=False, has_fp16_weights=False)
+    return linear.to("cpu").eval()
+
+
 BEFORE, DEFAULT = "int8 a token", "rotated by 256 (default)"
-PEERS = {"optimum-quanto": "optimum-quanto", "torchao": "torchao", "comfy-kitchen ConvRot": "comfy-kitchen"}
+PEERS = {
+    "optimum-quanto": "optimum-quanto",
+    "torchao": "torchao",
+    "comfy-kitchen ConvRot": "comfy-kitchen",
+    "bitsandbytes LLM.int8": "bitsandbytes",
+}
 METHODS: dict[str, Method] = {
     "int8 a tensor": Method(per_tensor),
-    BEFORE: Method(functools.partial(ours, group=1), "convert --rotate none"),
+    BEFORE: Method(functools.partial(ours, group=1), "convert --rotate none", runs=True),
     "SmoothQuant 0.5": Method(functools.partial(smooth, alpha=0.5), "needs calibration"),
     "SmoothQuant, best": Method(smooth_best, "needs calibration; the best exponent of each Linear"),
     "SVD of rank 16": Method(functools.partial(low_rank, rank=16), "needs calibration"),
@@ -174,17 +177,14 @@ METHODS: dict[str, Method] = {
         for group in (32, 64, 128, 256)
     },
     **{
-        f"rotated by {group}": Method(functools.partial(ours, group=group), f"convert --rotate {group}")
+        f"rotated by {group}": Method(functools.partial(ours, group=group), f"convert --rotate {group}", runs=True)
         for group in (16, 32, 64, 128)
     },
-    DEFAULT: Method(functools.partial(ours, group=256), "convert"),
-    "optimum-quanto": Method(quanto, "the package; needs calibration"),
-    "torchao": Method(torchao, "the package"),
-    "comfy-kitchen ConvRot": Method(convrot, "the package"),
-    "bitsandbytes LLM.int8": Method(
-        llm_int8,
-        "computed as documented: on a processor the package rounds weights alone; large columns are in 16 bit",
-    ),
+    DEFAULT: Method(functools.partial(ours, group=256), "convert", runs=True),
+    "optimum-quanto": Method(quanto, "the package; needs calibration", runs=True),
+    "torchao": Method(torchao, "the package", runs=True),
+    "comfy-kitchen ConvRot": Method(convrot, "the package", runs=True),
+    "bitsandbytes LLM.int8": Method(llm_int8, "the package; large columns in 16 bit", runs=True),
 }
 
 
@@ -220,4 +220,5 @@ def milliseconds(layer: Layer, method: Method, repeats: int = 5) -> float:
 
 
 def facts(name: str, method: Method) -> dict[str, Any]:
-    return {"how": method.note or "computed as documented", "version": installed(name) or None}
+    how = ("" if method.runs else "float32 products of rounded values; ") + (method.note or "computed as documented")
+    return {"how": how, "version": installed(name) or None}

@@ -5,7 +5,7 @@ python benchmarks/outliers.py [--out benchmarks/results/outliers_cpu.json]
 Signal to noise of the product of every Linear of two small networks that wheels carry (the extra ``bench``: a BERT for
 sentences and Whisper tiny.en with its cross-attention; ``trained_networks.py``), and of Linears with planted outliers:
 1 % of the inputs 16, 64 or 256 times as large. At 8 bits a weight and an activation, but where it is said otherwise.
-Peers that are not installed (pip install torchao comfy-kitchen) are left out. Seconds on a GPU are predicted, not
+Peers that are not installed are left out and named. Seconds on a GPU are predicted, not
 measured: a pass adds what its operations take at data-sheet rates, as if nothing else hid them.
 """
 
@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from outlier_methods import BEFORE, DEFAULT, METHODS, Method, facts, installed, milliseconds, signal_to_noise
-from trained_networks import Layer, minilm, whisper
+from outlier_methods import BEFORE, DEFAULT, METHODS, PEERS, Method, facts, installed, milliseconds, signal_to_noise
+from trained_networks import PACKAGES, Layer, minilm, whisper
 
 from lowvram.infer import machine
 from lowvram.planning import CARDS, Workload
@@ -47,13 +49,17 @@ def main() -> None:
     torch.set_num_threads(1)
     networks: dict[str, Callable[[], list[Layer]]] = {"MiniLM": minilm, "Whisper": whisper}
     chosen = {name: method for name, method in METHODS.items() if installed(name) is not None}
+    missing = [name for name in METHODS if name not in chosen]
+    if missing:
+        print(left_out(missing), file=sys.stderr)
     result: dict[str, Any] = {
         "question": "which method against outliers wins at under 3 % of the time?",
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(torch.device("cpu")) | {"threads": 1},
+        "machine": machine(torch.device("cpu")) | processor(),
+        "networks": {name: f"{package} {version(package)}" for name, package in PACKAGES.items()},
         "methods": {name: facts(name, method) for name, method in chosen.items()},
-        "left out, not installed": [name for name in METHODS if name not in chosen],
+        "left out, not installed": missing,
         "trained": {name: network(make(), chosen) for name, make in networks.items()},
         "planted": {str(strength): planted(strength, chosen) for strength in STRENGTHS},
         "layer": {name: cost(name, method) for name, method in chosen.items()},
@@ -89,8 +95,7 @@ def planted(strength: float, methods: Mapping[str, Method]) -> dict[str, dict[st
     x, seen = (torch.randn(rows, depth, generator=draw) * factors for _ in range(2))
     weight = torch.randn(columns, depth, generator=draw)
     layers = {
-        kind: Layer(kind, "planted", seen, x, w, torch.zeros(columns))
-        for kind, w in (("large", weight), ("balanced", weight / factors))
+        kind: Layer(kind, "planted", seen, x, w) for kind, w in (("large", weight), ("balanced", weight / factors))
     }
     return {
         kind: {name: signal_to_noise(layer, method) for name, method in methods.items() if name != "FFN-down in bf16"}
@@ -99,13 +104,15 @@ def planted(strength: float, methods: Mapping[str, Method]) -> dict[str, dict[st
 
 
 def cost(name: str, method: Method) -> dict[str, Any]:
-    """Time of one FFN-down of the 14B's depth on this processor; bytes of the 14B's 8-bit Linears; share of a block."""
+    """Of one FFN-down of the 14B's depth the time on this processor, None where it is only simulated; computed: the
+    bytes of the 14B's 8-bit Linears, and the share of a block."""
     rows, depth, columns = TIMED
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, depth, generator=draw), torch.randn(columns, depth, generator=draw)
-    layer = Layer("timed", "ffn-down", x[:64], x, weight, torch.zeros(columns))
+    print(f"time of {name}", file=sys.stderr)
+    layer = Layer("timed", "ffn-down", x, x, weight)
     return {
-        "cpu_ms": milliseconds(layer, method),
+        "cpu_ms": milliseconds(layer, method) if method.runs else None,
         "linears_gb": linear_bytes(name) / 1e9,
         "predicted_share_of_block": predicted(name),
     }
@@ -174,7 +181,7 @@ def shown(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     heads = ["method", "MiniLM worst", "median", "FFN-down", "Whisper worst", "median", "FFN-down"]
-    heads += [f"planted {strength}" for strength in STRENGTHS] + ["CPU", "bytes", "of a block on a GPU"]
+    heads += [f"planted {strength}" for strength in STRENGTHS] + ["CPU", "bytes, computed", "of a block on a GPU"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" + " ---: |" * (len(heads) - 1)]
     for name in result["methods"]:
         cells = []
@@ -187,9 +194,24 @@ def markdown(result: Mapping[str, Any]) -> str:
             texts.append(" / ".join("" if dB is None else f"{dB:.1f}" for dB in both) if both[0] is not None else "")
         layer = result["layer"][name]
         share = layer["predicted_share_of_block"]
-        texts += [f"{layer['cpu_ms']:.0f} ms", f"{layer['linears_gb']:.2f} GB", "" if share is None else f"{share:.1%}"]
+        time_taken = "" if layer["cpu_ms"] is None else f"{layer['cpu_ms']:.0f} ms"
+        texts += [time_taken, f"{layer['linears_gb']:.2f} GB", "" if share is None else f"{share:.1%}"]
         lines.append(f"| {name} | {' | '.join(texts)} |")
+    if missing := result["left out, not installed"]:
+        lines += ["", left_out(missing)]
     return "\n".join(lines)
+
+
+def left_out(missing: Sequence[str]) -> str:
+    packages = " ".join(PEERS[name] for name in missing)
+    return f"Left out, since they are not installed: {', '.join(missing)} (pip install {packages})."
+
+
+def processor() -> dict[str, Any]:
+    """What times on it need beside them."""
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"processor": found[1] if found else "unknown", "instructions": instructions, "threads": 1}
 
 
 if __name__ == "__main__":

