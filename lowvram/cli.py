@@ -161,7 +161,8 @@ def compare(
 
     bounds = parse_fail_under(fail_under)
     with contextlib.ExitStack() as stack:
-        result = compared(a, b, options | {"html": html}, lambda: stack.enter_context(scratch("compare")), stack)
+        asked, place = options | {"html": html}, options["out_dir"]
+        result = compared(a, b, asked, lambda: stack.enter_context(scratch("compare", place)), stack)
         missed = result.check(bounds)
         if html is not None:
             write_page(result, html, bounds)
@@ -316,15 +317,15 @@ def sizes_of(model: Path | None) -> Any:
 
 
 @contextlib.contextmanager
-def scratch(what: str) -> Iterator[Path]:
-    """A folder for as long as a command needs it.
+def scratch(what: str, place: Path | None = None) -> Iterator[Path]:
+    """A folder for as long as a command needs it; in ``place``, or among temporary files.
 
     Raises:
         OutputError: there is none, or nothing can be written in it.
     """
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"lowvram-{what}-"))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"lowvram-{what}-", dir=place))
         except OSError as error:
             said = f"no temporary file can be made ({error.strerror or error})"
             raise OutputError(f"{said}; set TMPDIR to a folder with room") from error

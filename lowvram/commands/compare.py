@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from lowvram.compare.sources import REFERENCE, open_source
 from lowvram.outputs import Outputs, check_apart, check_file, check_folder
 from lowvram.parallel.rank_env import RankEnv
 from lowvram.request import Request
-from lowvram_kernels.errors import ConfigError, InputError
+from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_quantize.claims import reading
 from lowvram_quantize.format import Artifact, sha256_file
 
@@ -110,7 +110,8 @@ def _run_both(a: Path | None, b: Path | None, options: dict[str, Any], scratch: 
     baseline = options | {"model": options["baseline"], "kv": options["baseline_kv"] or options["kv"]}
     pair = places[0], places[1]
     pipelines = open_pipeline(options), open_pipeline(baseline)
-    return score_pair(*pipelines, request, pair, scratch(), blocks=blocks, quiet=options["quiet"])
+    with _room(options):
+        return score_pair(*pipelines, request, pair, scratch(), blocks=blocks, quiet=options["quiet"])
 
 
 def _against_reference(
@@ -144,15 +145,20 @@ def _against_reference(
     dit, name = reference.facts["artifact"]["dit"], f"the reference {reference.path}"
     check_model(Artifact.open(options["model"]), dit, name)
     reference.verify()
-    return score(
-        open_pipeline(options),
-        reference,
-        outputs,
-        scratch(),
-        online_decode=options["enable_online_decode"],
-        blocks=blocks,
-        quiet=options["quiet"],
-    )
+    candidate, how = open_pipeline(options), {"online_decode": options["enable_online_decode"]}
+    with _room(options):
+        return score(candidate, reference, outputs, scratch(), blocks=blocks, quiet=options["quiet"], **how)
+
+
+@contextlib.contextmanager
+def _room(options: dict[str, Any]) -> Iterator[None]:
+    """Says, where something cannot be written, which option has to name another place: blocks lie in a folder that
+    nobody has named."""
+    try:
+        yield
+    except OutputError as error:
+        here = "--out-dir" if options["out_dir"] else "TMPDIR, as no --out-dir was given"
+        raise OutputError(f"{error}; all that is run lies in the folder of {here}") from error
 
 
 def _alone() -> None:

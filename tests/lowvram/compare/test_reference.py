@@ -17,7 +17,7 @@ from lowvram.compare import page, scoring
 from lowvram.compare.reference import _KINDS, Reference
 from lowvram.compare.same_model import check_model
 from lowvram.request import Request
-from lowvram_kernels.errors import InputError, OutOfMemoryError
+from lowvram_kernels.errors import InputError, OutOfMemoryError, OutputError
 from lowvram_quantize.claims import replacing
 from tests.lowvram.compare.calls import PROMPT, RUNS, SETTINGS, one_line, record, run, there
 from tests.lowvram.compare.test_page import Reader
@@ -268,6 +268,32 @@ def test_a_reference_keeps_every_setting_of_a_request():
     names = {field.name for field in dataclasses.fields(Request)}
     assert set(_KINDS) == names
     assert names == command._RECORDED | {"online_decode"}
+
+
+@pytest.mark.parametrize("by", ["score", "score_pair"])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_kept_meanwhile_lies_where_the_runs_do(tiny, reference, tmp_path, monkeypatch, by, named, full):
+    seen, out, temporary = [], tmp_path / "out", tmp_path / "tmp"
+    out.mkdir(), temporary.mkdir()
+
+    def runs(*arguments, **_more):
+        seen.append(arguments[-1])
+        assert seen[0].is_dir()
+        raise OutputError("the disk is full") if full else InputError("something else")
+
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(command, "open_pipeline", lambda _options: fake_pipeline({}, "any"))
+    monkeypatch.setattr(scoring, by, runs)
+    against = ["--reference", reference]
+    if by == "score_pair":
+        against = ["--baseline", tiny.artifact("fp32"), "--image", tiny.portrait, "--audio", tiny.voice]
+        against += ["--prompt", PROMPT]
+    done = run("compare", "--model", tiny.artifact("int8"), *against, *RUNS, *["--out-dir", out] * named)
+    assert seen[0].parent == (out if named else temporary)
+    assert not seen[0].exists()
+    told = "the folder of " + ("--out-dir" if named else "TMPDIR, as no --out-dir was given")
+    assert (told in done.stderr) == full
 
 
 def test_another_model_is_told_before_checksums_are_compared(tiny, reference, tmp_path, no_run, monkeypatch):
