@@ -31,3 +31,7 @@ def there(folder, *names):
     for name in names:
         (folder / name).write_bytes(b"mine")
     return folder
+
+
+def score(reference, model, *more):
+    return run("compare", "--reference", reference, "--model", model, *RUNS, *more)

@@ -19,22 +19,8 @@ from lowvram.compare.same_model import check_model
 from lowvram.request import Request
 from lowvram_kernels.errors import InputError, OutOfMemoryError, OutputError
 from lowvram_quantize.claims import replacing
-from tests.lowvram.compare.calls import PROMPT, RUNS, SETTINGS, one_line, record, run, there
+from tests.lowvram.compare.calls import PROMPT, RUNS, one_line, run, score
 from tests.lowvram.compare.test_page import Reader
-
-
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("reference") / "ref"
-    done = record(tiny, out, *SETTINGS, *RUNS, "--quiet")
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert done.stdout == f"{out}\n"
-    assert [path.name for path in out.parent.iterdir()] == ["ref"]
-    return out
-
-
-def score(reference, model, *more):
-    return run("compare", "--reference", reference, "--model", model, *RUNS, *more)
 
 
 def test_a_run_against_its_own_reference(tiny, reference, tmp_path):
@@ -111,45 +97,6 @@ def test_another_artifact_has_errors_and_the_page_shows_them(tiny, reference, tm
 def cells(page: str, table: str) -> list[list[str]]:
     rows = page.split(f'<table id="{table}">')[1].split("</table>")[0].split("<tr>")[1:]
     return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
-
-
-REPEATED = {
-    "seed": ["--base_seed", "8"],
-    "drawn seed": ["--base_seed", "-1"],
-    "size": ["--size", "704*384"],
-    "length of a clip": ["--infer_frames", "12"],
-    "clips": ["--num_clip", "1"],
-    "steps": ["--sample_steps", "4"],
-    "distance": ["--cond-rope-distance", "random"],
-    "prompt": ["--prompt", "Somebody else"],
-    "start": ["--audio-start", "0.1"],
-    "duration": ["--audio-duration", "1"],
-    "track": ["--audio-track", "1"],
-    "upscale": ["--upscale"],
-    "image": ["--image", "{voice}"],
-    "audio": ["--audio", "{portrait}"],
-}
-
-
-@pytest.mark.parametrize("words", REPEATED.values(), ids=REPEATED)
-def test_what_the_reference_says_otherwise_is_refused_by_name(tiny, reference, no_run, words):
-    words = [word.format(voice=tiny.voice, portrait=tiny.portrait) for word in words]
-    name = words[0].replace("_", "-")
-    one_line(score(reference, tiny.artifact("int8"), *words), name, "recorded: ")
-
-
-@pytest.mark.parametrize("option", ["--image", "--audio"])
-@pytest.mark.parametrize("path", ["no.png", "."])
-def test_files_that_cannot_be_read(tiny, reference, no_run, option, path):
-    one_line(
-        score(reference, tiny.artifact("int8"), option, path), f"{path} cannot be read", "the reference has a copy"
-    )
-
-
-def test_what_it_says_too_is_taken(tiny, reference, no_run):
-    same = [*SETTINGS, "--image", tiny.portrait, "--audio", tiny.voice, "--prompt", PROMPT, "--audio-start", "0"]
-    done = score(reference, tiny.artifact("int8"), *same, "--cond-rope-distance", "30", "--kv", "int8")
-    assert str(done.exception) == "the work has begun"
 
 
 def changed(**facts):
@@ -315,68 +262,6 @@ def test_nobody_replaces_it_until_the_page_is_written(tiny, reference, tmp_path,
     monkeypatch.setattr(scoring, "score", lambda *_a, **_m: SimpleNamespace(check=lambda _bounds: []))
     monkeypatch.setattr(page, "write_page", seen)
     one_line(score(reference, tiny.artifact("int8"), "--html", tmp_path / "page.html"), "it is kept")
-
-
-OPTIONS = {
-    "two files too": (["a.json", "b.json"], "not both"),
-    "a baseline too": (["--baseline", "x"], "--baseline: the reference is the baseline"),
-    "its rings": (["--baseline-kv", "int8"], "--baseline-kv: the reference is the baseline"),
-    "less quality": (["--allow-quality-loss"], "--allow-quality-loss"),
-    "nothing to overwrite": (["--overwrite"], "--overwrite has an effect with --out-dir or --html only"),
-    "the page in place of the portrait": (["--image", "{mine}", "--html", "{mine}", "--overwrite"], "--image"),
-    "of the voice": (["--audio", "{mine}", "--html", "{mine}", "--overwrite"], "--audio"),
-    "of the prompt": (["--prompt", "@{mine}", "--html", "{mine}", "--overwrite"], "--prompt"),
-    "of the model": (["--html", "{model}/manifest.json", "--overwrite"], "inside --model"),
-    "a run in place of the portrait": (["--image", "{run}", "--out-dir", "{folder}", "--overwrite"], "--image"),
-    "of the voice, by a run": (["--audio", "{run}", "--out-dir", "{folder}", "--overwrite"], "--audio"),
-    "of the prompt, by a run": (["--prompt", "@{run}", "--out-dir", "{folder}", "--overwrite"], "--prompt"),
-    "no blocks": (["--teacher-forced-blocks", "0"], "--teacher-forced-blocks is 0"),
-    "a page inside": (["--html", "{reference}/page.html"], "inside --reference"),
-    "runs inside": (["--out-dir", "{reference}"], "inside --reference"),
-    "no folder": (["--out-dir", "{reference}/no"], "--out-dir"),
-}
-
-
-@pytest.mark.parametrize("kind", OPTIONS)
-def test_options_that_do_not_go_together(tiny, reference, tmp_path, no_run, kind):
-    words, said = OPTIONS[kind]
-    there(tmp_path, "mine.png", "model.mp4")
-    before = sorted(reference.rglob("*"))
-    places = {"reference": reference, "model": tiny.artifact("int8"), "folder": tmp_path}
-    places |= {"mine": tmp_path / "mine.png", "run": tmp_path / "model.mp4"}
-    one_line(score(reference, tiny.artifact("int8"), *(word.format(**places) for word in words)), said)
-    assert sorted(reference.rglob("*")) == before
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(
-        ["mine.png", "model.mp4"], b"mine"
-    )
-
-
-PAIR = {
-    "less quality": (["--allow-quality-loss"], "--allow-quality-loss would change what is compared"),
-    "less quality, in full": (["--allow_quality_loss", "true"], "--allow-quality-loss would change what is compared"),
-    "nothing to overwrite": (["--overwrite"], "--overwrite has an effect with --out-dir or --html only"),
-    "no blocks": (["--teacher-forced-blocks", "0"], "--teacher-forced-blocks is 0"),
-    "the page in place of the portrait": (["--html", "{portrait}", "--overwrite"], "--image"),
-    "of the baseline": (["--html", "{model}/manifest.json", "--overwrite"], "inside --model"),
-}
-
-
-@pytest.mark.parametrize("kind", PAIR)
-def test_options_that_do_not_go_with_a_baseline(tiny, no_run, kind):
-    words, said = PAIR[kind]
-    model = tiny.artifact("int8")
-    inputs = ["--image", tiny.portrait, "--audio", tiny.voice, "--prompt", PROMPT, *SETTINGS, *RUNS]
-    words = [word.format(portrait=tiny.portrait, model=model) for word in words]
-    one_line(run("compare", "--model", model, "--baseline", tiny.artifact("fp32"), *inputs, *words), said)
-
-
-def test_a_model_is_needed_and_one_rank(tiny, reference, no_run, monkeypatch):
-    one_line(run("compare", "--reference", reference), "--model is missing")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    one_line(score(reference, tiny.artifact("int8")), "one rank")
-    one_line(record(tiny, reference.parent / "other"), "one rank")
 
 
 def test_a_reference_in_place_of_a_file(reference):
