@@ -77,7 +77,7 @@ ROOMS = {
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
-    "compare": {"denoise", "infer", "media", "outputs", "pipeline", "recorder", "schedule"},
+    "compare": {"denoise", "infer", "media", "outputs", "pipeline", "progress", "recorder", "schedule"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule",
