@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class ComponentPlan:
-    """A component to convert; ``config`` is what the runtime needs to build its model."""
+    """A component to convert; ``config`` is what the runtime needs to build its model. ``precision`` is "mixed" where
+    layers that could all be in 8 bit are stored in several ways."""
 
     name: str
     precision: str
@@ -93,11 +95,18 @@ def dit_shapes(config: DiTConfig) -> Shapes:
         return _shapes(CausalDiT(config))
 
 
-def dit_items(config: DiTConfig, sources: TensorTable, precision: str, group: int = GROUP) -> list[Item]:
-    """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer."""
+def dit_items(
+    config: DiTConfig,
+    sources: TensorTable,
+    precision: str,
+    group: int = GROUP,
+    apart: Mapping[str, str] = MappingProxyType({}),
+) -> list[Item]:
+    """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer; those that are set
+    ``apart`` in a precision of their own."""
     items = []
     for name, shape in dit_shapes(config).items():
-        scheme = with_rotation(dit_scheme(name, precision), shape, group)
+        scheme = with_rotation(dit_scheme(name, apart.get(name, precision)), shape, group)
         items.append(Item(name, sources[name], scheme, dit_slab(name, config.audio_inject_layers)))
     order = {START: -2, SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
     return sorted(items, key=lambda item: order[item.slab])

@@ -27,6 +27,9 @@ NF4_BLOCK = 64
 GROUPS = (16, 32, 64, 128, 256)
 """Of channels that ``convert`` can rotate together, at the most."""
 
+MIXED = "mixed"
+"""The precision of a DiT whose Linears are stored in several: which, each tensor's scheme says."""
+
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

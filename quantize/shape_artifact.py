@@ -13,9 +13,10 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from lowvram_quantize.format import FORMAT, Slab, TensorSpec, header_bytes
 from lowvram_quantize.presets import PRESETS, Preset
 from lowvram_quantize.provenance import component_facts, origin
 from lowvram_quantize.publish import check_target, publish
-from lowvram_quantize.schemes import Scheme
+from lowvram_quantize.schemes import MIXED, Scheme
 from lowvram_quantize.source import TensorRef
 from lowvram_quantize.store import stored_specs
 from lowvram_quantize.synthetic import distribution, write_tokenizer, write_wav2vec2_config
@@ -67,6 +68,7 @@ def write_shape_artifact(
     precision: str = "int8",
     preset: str = "14b",
     text_encoder: str | None = None,
+    apart: Mapping[str, str] = MappingProxyType({}),
     fill: Fill | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -76,6 +78,7 @@ def write_shape_artifact(
         out: folder to make; its parent has to exist.
         precision: int8, fp8, bf16 or fp32, for every component; of the text encoder where ``text_encoder`` (which
             may also be nf4) does not say otherwise.
+        apart: tensors of the DiT -> int8, fp8 or bf16, for a mixed one.
         preset: "14b" for the published shapes, "tiny" for the smallest that go through every step.
         fill: gives the values, at most ``PIECE_BYTES`` at a time and from several threads, as ``RandomFill`` does;
             without it files have no values and take no disk.
@@ -95,20 +98,23 @@ def write_shape_artifact(
         for folder in (AUDIO_ENCODER, TOKENIZER):
             (partial / folder).mkdir(parents=True)
         write_tokenizer(partial / TOKENIZER)
-    plans = shape_plans(shapes, precision, text_encoder)
+    plans = shape_plans(shapes, precision, text_encoder, apart)
     facts = {plan.name: _write_component(plan, partial, fill) for plan in plans}
     _write_audio_encoder(shapes, partial / AUDIO_ENCODER, fill)
     publish(partial, out, _manifest(preset, plans, facts, partial, "random values" if fill else "no values"))
     return out
 
 
-def shape_plans(shapes: Preset, precision: str, text_encoder: str | None = None) -> list[ComponentPlan]:
+def shape_plans(
+    shapes: Preset, precision: str, text_encoder: str | None = None, apart: Mapping[str, str] = MappingProxyType({})
+) -> list[ComponentPlan]:
     """What ``convert`` would plan for a checkpoint of these shapes; its items have no source to read."""
     config = DiTConfig.from_dict(shapes.dit)
     vae, text = {"base_dim": shapes.vae_base_dim}, dict(shapes.text_encoder)
     second = text_encoder or precision
+    items = dit_items(config, _refs(dit_shapes(config)), precision, apart=apart)
     return [
-        ComponentPlan("dit", precision, dict(shapes.dit), dit_items(config, _refs(dit_shapes(config)), precision)),
+        ComponentPlan("dit", MIXED if apart else precision, dict(shapes.dit), items),
         ComponentPlan("vae", precision, vae, vae_items(vae, _refs(vae_shapes(**vae)), precision)),
         ComponentPlan(
             "text_encoder", second, text, text_encoder_items(text, _refs(text_encoder_shapes(**text)), second)

@@ -19,7 +19,7 @@ from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.rope import Projection, norm_both
-from lowvram_kernels.rows import quantize_rows
+from lowvram_kernels.rows import NAMES, quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
 from lowvram_models.audio_adapter import ADAIN_EPS, AudioInjector, AudioTokens
 from lowvram_models.dit import CausalDiT, DiTBlock, LayerInputs, TimeEmbedding
@@ -193,13 +193,23 @@ class ProjectedHeads:
 
 
 def _check_shared_input(*layers: nn.Module) -> None:
-    """Rows are quantized once for all of them, so that their weights have to be rotated alike."""
+    """Rows are made once for all of them, so that their weights have to be stored and rotated alike."""
+    kinds = [layer.weight.dtype if isinstance(layer, QuantizedLinear) else "plain" for layer in layers]
+    if len(set(kinds)) > 1:
+        raise CheckpointError(
+            f"q, k and v of one block, which share their input, are stored in {_said(kinds)}; expected the same for "
+            "all three: convert the checkpoint again"
+        )
     groups = [layer.group if isinstance(layer, QuantizedLinear) else 1 for layer in layers]
     if len(set(groups)) > 1:
         raise CheckpointError(
             f"q, k and v of one block have their inputs rotated in groups of {groups}; expected the same for all "
             "three: convert the checkpoint again"
         )
+
+
+def _said(kinds: Sequence[torch.dtype | str]) -> str:
+    return ", ".join(kind if isinstance(kind, str) else NAMES[kind] for kind in kinds)
 
 
 def _joined(x_LNH: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ class Rates:
     def efficiency(self) -> dict[str, float]:
         return MEASURED_EFFICIENCY if self.measured else DATA_SHEET_EFFICIENCY
 
-    def of(self, precision: str, dtype: torch.dtype) -> float:
-        """Peak operations a second of Linears of an artifact's precision, where the others compute in ``dtype``."""
-        by_precision = {"int8": self.int8, "fp8": self.fp8 or self.values(dtype)}
-        return by_precision.get(precision, self.values(dtype))
+    def of(self, scheme: str, dtype: torch.dtype) -> float:
+        """Peak operations a second of Linears that are stored as ``scheme``, where the others compute in ``dtype``."""
+        by_scheme = {"int8": self.int8, "fp8": self.fp8 or self.values(dtype)}
+        return by_scheme.get(scheme, self.values(dtype))
 
     def values(self, dtype: torch.dtype) -> float:
         """Peak operations a second of what is not 8-bit."""

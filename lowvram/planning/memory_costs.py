@@ -108,18 +108,26 @@ def step_operations(config: DiTConfig, work: Workload, share: Share) -> Operatio
     """
     if not share.denoises:
         return Operations(linear=0, attention=0)
-    tokens, dim, text = share.block_tokens, config.dim, config.text_len
-    audio, injections = _AUDIO_TOKENS * work.frames_per_block, len(config.audio_inject_layers)
+    rows, dim = rows_of(config, work, share), config.dim
+    tokens, text, injections = rows["block"], rows["text"], len(config.audio_inject_layers)
     per_matrix = 2 * dim * dim
     # q, k, v, o of self-attention, q and o of cross-attention over the block; k and v over the text.
     block = per_matrix * (6 * tokens + 2 * text) + 2 * 2 * tokens * dim * config.ffn_dim
-    injection = per_matrix * (2 * tokens + 2 * audio + 2 * work.frames_per_block)
+    injection = per_matrix * (2 * tokens + 2 * rows["audio"] + 2 * rows["frames"])
     width, keys = share.heads * config.head_dim, work.ring_tokens + work.sink_tokens
     beside = 4 * dim * tokens * (config.num_layers * text + injections * _AUDIO_TOKENS)
     return Operations(
         linear=config.num_layers * block + injections * injection,
         attention=4 * width * work.block_tokens * config.num_layers * keys + beside,
     )
+
+
+def rows_of(config: DiTConfig, work: Workload, share: Share) -> dict[str, int]:
+    """How many rows the DiT's Linears run over in one step of a block, by the kinds of ``LinearSizes``."""
+    if not share.denoises:
+        return dict.fromkeys(("block", "text", "audio", "frames"), 0)
+    frames = work.frames_per_block
+    return {"block": share.block_tokens, "text": config.text_len, "audio": _AUDIO_TOKENS * frames, "frames": frames}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +17,15 @@ from lowvram_models.config import DiTConfig
 from lowvram_quantize.format import Artifact, Component, read_header
 
 EIGHT_BIT = ("int8", "fp8")
+# What the DiT's Linears run over: a block's tokens, the text's, a block's tokens of audio, its latent frames.
+_RUNS_OVER = {
+    "text": re.compile(r"blocks\.\d+\.cross_attn\.[kv]\.weight"),
+    "audio": re.compile(r"audio_injector\.injector\.\d+\.[kv]\.weight"),
+    "frames": re.compile(r"audio_injector\.injector_adain_layers\.\d+\.linear\.weight"),
+    "block": re.compile(
+        r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.[02])\.weight|audio_injector\.injector\.\d+\.[qo]\.weight"
+    ),
+}
 _NOT_A_PARAMETER = ("_scale", "._scale", ".absmax")
 # What is used as it is stored, whatever is computed in: weights in 8 and 4 bit, and scales that their kernels take.
 _AS_STORED = (torch.int8, torch.float8_e4m3fn, torch.uint8)
@@ -43,6 +54,16 @@ class SlabSizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSizes:
+    """How many weights the DiT's Linears have that are stored as ``scheme`` and run over rows of a kind: "block",
+    "text", "audio" or "frames"."""
+
+    scheme: str
+    rows: str
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioSizes:
     """wav2vec2's shapes: all that its workspace depends on."""
 
@@ -58,11 +79,13 @@ class AudioSizes:
 class ModelSizes:
     """Sizes of the artifact's slabs; ``parameters`` are counts.
 
-    ``layers`` has each layer's slab; ``start`` goes before the first block. ``precision`` is the DiT's.
+    ``layers`` has each layer's slab; ``start`` goes before the first block. ``precision`` is the DiT's, which may be
+    "mixed"; ``linears`` say of what.
     """
 
     config: DiTConfig
     precision: str
+    linears: tuple[LinearSizes, ...]
     layers: tuple[SlabSizes, ...]
     shared: SlabSizes
     start: SlabSizes
@@ -97,9 +120,15 @@ class ModelSizes:
         """Of the VAE, as it is stored."""
         return sum(slab.nbytes for slab in self.vae)
 
+    @functools.cached_property
+    def schemes(self) -> frozenset[str]:
+        """Of the DiT's Linears."""
+        return frozenset(linears.scheme for linears in self.linears)
+
     @property
     def quantized(self) -> bool:
-        return self.precision in EIGHT_BIT
+        """Whether any of the DiT's Linears takes 8-bit activations."""
+        return not self.schemes.isdisjoint(EIGHT_BIT)
 
 
 def model_sizes(artifact: Artifact) -> ModelSizes:
@@ -116,6 +145,7 @@ def model_sizes(artifact: Artifact) -> ModelSizes:
     return ModelSizes(
         config=config,
         precision=dit.precision,
+        linears=_linears(dit),
         layers=_slabs(dit, (f"layer.{index}" for index in range(config.num_layers))),
         shared=_slab(dit, "shared"),
         start=_slab(dit, "start"),
@@ -130,6 +160,16 @@ def model_sizes(artifact: Artifact) -> ModelSizes:
         vae_parameters=_parameters(vae),
         audio=_audio_sizes(artifact),
     )
+
+
+def _linears(component: Component) -> tuple[LinearSizes, ...]:
+    weights: Counter[tuple[str, str]] = Counter()
+    for slab in component.slab_names:
+        for spec in component.slab_specs(slab):
+            for rows, pattern in _RUNS_OVER.items():
+                if pattern.fullmatch(spec.name):
+                    weights[component.tensor_scheme(spec.name), rows] += math.prod(spec.shape)
+    return tuple(LinearSizes(scheme=s, rows=rows, weights=count) for (s, rows), count in sorted(weights.items()))
 
 
 def _slabs(component: Component, names: Iterable[str]) -> tuple[SlabSizes, ...]:

@@ -234,7 +234,7 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
     if job.text_device == "cpu":
         reason = "is to run on the host" if job.options.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")
-    if job.sizes.precision == "fp8" and not card.has_fp8:
+    if "fp8" in job.sizes.schemes and not card.has_fp8:
         widened = "bf16" if job.work.dtype is torch.bfloat16 else "float32"
         notes.append(f"{card.name} has no FP8 units: fp8 weights are widened to {widened} at use; int8 is faster there")
     if job.sizes.precision == "fp32":

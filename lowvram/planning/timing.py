@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lowvram.offload.placement import Placement
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
-from lowvram.planning.memory_costs import decode_operations, ring_costs, step_exchange, step_operations
+from lowvram.planning.memory_costs import decode_operations, ring_costs, rows_of, step_exchange, step_operations
 from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.rank_layout import Share, whole
 from lowvram.planning.workload import Workload
@@ -93,7 +93,9 @@ def seconds_of(
     """Attention over 8-bit rings computes in bf16 whatever is computed in around it. A step takes as long as the card
     computes, or as it reads weights and rings of its own memory, where that is longer."""
     step, reached = step_operations(sizes.config, work, share), rates.efficiency
-    linear = step.linear / (rates.of(sizes.precision, work.dtype) * reached["linear"])
+    rows = rows_of(sizes.config, work, share)
+    linear = sum(2 * of.weights * rows[of.rows] / rates.of(of.scheme, work.dtype) for of in sizes.linears)
+    linear /= reached["linear"]
     attended = rates.bf16 if placement.kv == "int8" else rates.values(work.dtype)
     attention = step.attention / (attended * reached["attention"])
     decoding = decode_operations(sizes.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])

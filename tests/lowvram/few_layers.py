@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -20,11 +22,14 @@ FEW = dataclasses.replace(
 )
 
 
-def few_layers(folder: Path, precision: str) -> Artifact:
-    """The one in ``folder``, written the first time."""
-    path = folder / precision
+def few_layers(
+    folder: Path, precision: str, *, name: str = "", apart: Mapping[str, str] = MappingProxyType({})
+) -> Artifact:
+    """The one in ``folder``, written the first time; ``apart`` as ``write_shape_artifact`` takes it, ``name`` says of
+    what mix."""
+    path = folder / (name or precision)
     if not path.exists():
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(shape_artifact.PRESETS, "14b", FEW)
-            shape_artifact.write_shape_artifact(path, precision=precision)
+            shape_artifact.write_shape_artifact(path, precision=precision, apart=apart)
     return Artifact.open(path)
