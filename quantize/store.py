@@ -63,7 +63,7 @@ def write_item(item: Item, delta: Update | None, write: Write) -> float | None:
 def _write_kept(item: Item, delta: Update | None, write: Write) -> None:
     itemsize = item.scheme.dtype.itemsize
     done = 0
-    for chunk in _chunks(item, delta):
+    for chunk in merged_chunks(item, delta):
         if not all_finite(chunk):
             raise not_finite(item.name)
         write(item.name, done * itemsize, chunk.to(item.scheme.dtype))
@@ -74,7 +74,7 @@ def _write_rows(item: Item, delta: Update | None, write: Write, data: str, scale
     scales = torch.empty(item.ref.rows)
     row = done = 0
     off = size = 0.0
-    for chunk in _chunks(item, delta, float32=True):
+    for chunk in merged_chunks(item, delta, float32=True):
         # The error of a rotated weight is that of the weight turned back: a rotation keeps norms.
         chunk = rotated(chunk, item.scheme.group)
         q, scales[row : row + len(chunk)], chunk_off, chunk_size = quantize_chunk(chunk, item.scheme.dtype, item.name)
@@ -99,7 +99,7 @@ def _write_nf4(item: Item, write: Write) -> float:
     return float(error.nan_to_num())
 
 
-def _chunks(item: Item, delta: Update | None, *, float32: bool = False) -> Iterator[Tensor]:
+def merged_chunks(item: Item, delta: Update | None, *, float32: bool = False) -> Iterator[Tensor]:
     """Rows of the merged weight, about CHUNK_VALUES values at a time: [rows, width], float32 if merged or asked for."""
     ref = item.ref
     width = math.prod(ref.shape[1:])
