@@ -104,6 +104,7 @@ def convert(
         rotate: the most input channels of the DiT's int8 Linears (16, 32, 64, 128 or 256; True: 256) that are turned
             together by a Hadamard matrix before quantizing, which outliers then disturb less; the runtime turns
             activations alike, see ``lowvram_kernels.rotation``. False: none; by default 256 where the DiT is int8.
+            Linears of fewer inputs than 256 have groups of 16 at most.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.

@@ -30,6 +30,10 @@ GROUPS = (16, 32, 64, 128, 256)
 MIXED = "mixed"
 """The precision of a DiT whose Linears are stored in several: which, each tensor's scheme says."""
 
+IN_NARROW = 16
+"""Of channels that are rotated together where there are fewer than ``GROUP``: models so small run on processors, where
+turning 128 of 128 channels takes as long as the product that it is for."""
+
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -91,9 +95,11 @@ def chosen_group(rotate: bool | int | None) -> int:
 
 def with_rotation(scheme: Scheme, shape: tuple[int, ...], most: int = GROUP) -> Scheme:
     """The same with rotated groups where it is W8A8 INT8: of ``most`` input channels, or of the largest smaller power
-    of two that divides them (none where they are odd, or ``most`` is 1)."""
+    of two that divides them (none where they are odd, or ``most`` is 1). Layers narrower than ``GROUP`` channels have
+    groups of ``IN_NARROW`` at most."""
     if scheme != Scheme("int8", "rows", torch.int8):
         return scheme
+    most = most if shape[-1] >= GROUP else min(most, IN_NARROW)
     return dataclasses.replace(scheme, group=largest_group(shape[-1], most))
 
 

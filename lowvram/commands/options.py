@@ -57,7 +57,8 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=Rotation(["none", "16", "32", "64", "128", "256"]),
             is_flag=False,
             flag_value="256",
-            help="The most inputs of the DiT's int8 Linears to rotate together against outliers; default: 256.",
+            help="The most inputs of the DiT's int8 Linears to rotate together against outliers; default: 256, and 16 "
+            "in Linears of fewer.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
     ]

@@ -106,7 +106,7 @@ def test_groups_that_a_layer_cannot_have_are_refused(made, tmp_path, group):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A checkpoint of one layer whose widths the groups 64 and 128 divide."""
-    sizes = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 1, "audio_inject_layers": (0,), "shards": 1}
+    sizes = {"dim": 320, "ffn_dim": 384, "num_heads": 5, "num_layers": 1, "audio_inject_layers": (0,), "shards": 1}
     return write_checkpoint(tmp_path_factory.mktemp("small"), **sizes)
 
 

@@ -77,6 +77,8 @@ def test_rotation_is_for_w8a8_int8_only_and_in_groups_that_divide_the_width(publ
             assert dataclasses.replace(turned, group=1) == scheme
     linear = dit_scheme("blocks.0.ffn.2.weight", "int8")
     assert [with_rotation(linear, (4, width)).group for width in (384, 216, 34, 81)] == [128, 8, 2, 1]
+    assert [with_rotation(linear, (4, width)).group for width in (320, 256, 255, 240, 64)] == [64, 256, 1, 16, 16]
+    assert [with_rotation(linear, (4, 128), most).group for most in (1, 16, 64, 256)] == [1, 16, 16, 16]
     assert [with_rotation(linear, (4, 384), most).group for most in (1, 16, 64, 256)] == [1, 16, 64, 128]
 
 
