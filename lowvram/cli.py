@@ -230,7 +230,8 @@ def demo(out_dir: Path, device: str, overwrite: bool, random: bool, **own: Any) 
     for name in ("audio_start", "audio_duration"):
         own[name] = None if own[name] is None else seconds_of(own[name], f"--{name.replace('_', '-')}")
     found = run_demo(out_dir, own=Own(**own), device=device, overwrite=overwrite, random=random)
-    result = dataclasses.replace(compare_runs(out_dir / "int8.json", out_dir / "bf16.json"), forced=found.forced)
+    result = compare_runs(out_dir / "int8.json", out_dir / "bf16.json")
+    result = dataclasses.replace(result, forced=found.forced, vae=found.vae)
     write_page(result, out_dir / PAGE)
     print_comparison(result, Console())
     if found.sheet is None:

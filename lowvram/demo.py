@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lowvram.compare.sources import open_source
 from lowvram.compare.teacher_forcing import Forced, force
 from lowvram.compare.trajectories import Trajectories
+from lowvram.compare.vae_errors import VaeErrors, portrait_there_and_back, vae_errors
 from lowvram.infer import Watching, infer
 from lowvram.media.contact_sheet import contact_sheet, follows
 from lowvram.media.image import fitted, load_portrait
@@ -182,11 +184,12 @@ def make_artifact(folder: Path, precision: str, *, random: bool = False) -> Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Each run's report, and the int8 model's teacher-forced steps; of trained weights the ``sheet``,
+    """Each run's report, the int8 model's teacher-forced steps and its VAE alone; of trained weights the ``sheet``,
     and by precision how the mouth correlates with the voice."""
 
     reports: dict[str, dict[str, Any]]
     forced: Forced
+    vae: VaeErrors | None
     sheet: Path | None = None
     follows: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -226,7 +229,9 @@ def _made(folder: Path, request: Request, places: dict[str, Outputs], *, device:
         "bf16": infer(bf16, request, places["bf16"], watching=watching),
         "int8": infer(int8, request, places["int8"]),
     }
-    return Demo(reports=reports, forced=force(int8, request, trajectories))
+    portrait = portrait_there_and_back(bf16, request)
+    vae = vae_errors(int8, open_source(folder / "bf16.json"), request, portrait)
+    return Demo(reports=reports, forced=force(int8, request, trajectories), vae=vae)
 
 
 def _shown(folder: Path, made: Demo, request: Request, places: dict[str, Outputs]) -> Demo:

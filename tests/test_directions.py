@@ -77,7 +77,10 @@ ROOMS = {
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
-    "compare": {"denoise", "infer", "media", "outputs", "pipeline", "progress", "recorder", "schedule"},
+    "compare": {
+        "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
+        "recorder", "schedule",
+    },
     "calibrate": {"denoise", "devices", "offload", "pipeline", "progress"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",

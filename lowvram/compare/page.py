@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from lowvram.compare import teacher_forced_rows
+from lowvram.compare import part_rows, teacher_forced_rows
 from lowvram.compare.charts import Chart, over_count, over_time
 from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
@@ -37,13 +37,16 @@ _FIGURES = (
     ("velocity_error", "teacher-forced: velocity, relative error", "", ".3e"),
     ("token_error_median", "teacher-forced: median of the tokens", "", ".3e"),
     ("token_error_p999", "teacher-forced: 99.9 % of the tokens", "", ".3e"),
+    ("vae_psnr", "VAE alone: PSNR", "dB", ".2f"),
+    ("vae_portrait_psnr", "VAE alone: portrait, PSNR", "dB", ".2f"),
+    ("ring_velocity_error", "KV rings alone: velocity, relative error", "", ".3e"),
 )
 
 
 def write_page(comparison: Comparison, path: Path, bounds: Mapping[str, float] | None = None) -> None:
     """Write the page to ``path``, which may be replaced: key figures with what ``bounds`` ask of them, clips and stills
-    of both runs and their difference, curves, blocks, teacher-forced steps and layers, stages, settings and
-    checksums. The JSON of ``to_json`` is in it.
+    of both runs and their difference, curves, blocks, teacher-forced steps and layers, the VAE and the KV rings alone,
+    stages, settings and checksums. The JSON of ``to_json`` is in it.
 
     Raises:
         ConfigError: as of ``Comparison.check``.
@@ -75,6 +78,7 @@ def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) ->
         figures=_figures(comparison),
         charts=_charts(comparison),
         teacher_forced=_teacher_forced(comparison.forced),
+        parts=_parts(comparison),
         runs=_runs(comparison),
         whole=_whole(comparison),
         clip=make_clip(comparison),
@@ -151,6 +155,29 @@ def _teacher_forced(forced: Forced | None) -> dict[str, Any] | None:
         "steps": range(len(forced.layers_by_step)),
         "layers": teacher_forced_rows.layer_rows(forced),
     }
+
+
+def _parts(comparison: Comparison) -> list[dict[str, Any]]:
+    """Sections of what was measured apart from all else: title, what it is, table and charts."""
+    found: list[dict[str, Any]] = []
+    if vae := comparison.vae:
+        found.append({
+            "name": "vae", "title": "VAE alone",
+            "text": "The candidate's decoder on the baseline's latents against the baseline's frames, and the portrait "
+            f"there and back against itself: nothing of the candidate's DiT is in it. {part_rows.vae_summary(vae)}.",
+            "columns": part_rows.VAE_COLUMNS, "rows": part_rows.vae_rows(vae), "charts": [],
+        })  # fmt: skip
+    if rings := comparison.rings:
+        note = "of sampled tokens, with what the layers before it did"
+        found.append({
+            "name": "rings", "title": "KV rings alone",
+            "text": f"The same artifact twice, teacher-forced: {part_rows.ring_summary(rings)}. Keys and values are as "
+            "they are read against as they were written.",
+            "columns": part_rows.RING_COLUMNS, "rows": part_rows.ring_rows(rings),
+            "charts": [over_count("What attention gives, relative error", "", [x.attention for x in rings.layers],
+                                  "layer", note)],
+        })  # fmt: skip
+    return found
 
 
 def _runs(comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from lowvram.compare.block_files import BlockRecorder, TrajectoryFiles, full
 from lowvram.compare.reference import BLOCKS, FILES, FORMAT, REPORT, VERSION, VIDEO
 from lowvram.compare.sources import REFERENCE
+from lowvram.compare.vae_errors import portrait_there_and_back
 from lowvram.infer import Watching, infer, write_json
 from lowvram.outputs import Outputs, check_apart, check_folder
 from lowvram.pipeline import AvatarPipeline, Request
@@ -102,6 +104,7 @@ def _describe(
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "settings": dataclasses.asdict(request) | copies,
         **counts,
+        "portrait": _likeness(pipeline, request),
         "artifact": {
             "path": str(artifact.path),
             "sha256": sha256_file(artifact.path / MANIFEST),
@@ -114,6 +117,13 @@ def _describe(
         },
     }
     write_json(partial / REFERENCE, facts)
+
+
+def _likeness(pipeline: AvatarPipeline, request: Request) -> dict[str, float] | None:
+    """How the portrait comes back from the baseline's VAE; None where it comes back as it was, which strict JSON has no
+    number for."""
+    found = dataclasses.asdict(portrait_there_and_back(pipeline, request))
+    return found if all(math.isfinite(figure) for figure in found.values()) else None
 
 
 def _copied(request: Request, partial: Path) -> dict[str, str]:

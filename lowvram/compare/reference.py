@@ -15,6 +15,7 @@ from typing import Any
 from lowvram.compare.block_files import CONDITIONS, FRAMES, LATENTS, STEPS, block_file, read_trajectory
 from lowvram.compare.sources import REFERENCE
 from lowvram.compare.trajectories import Trajectory
+from lowvram.compare.vae_errors import Likeness
 from lowvram.pipeline import Request
 from lowvram_kernels.errors import InputError, LowvramError
 from lowvram_quantize.format import sha256_file
@@ -71,6 +72,7 @@ class Reference:
             if missing := [str(name) for name in (*wanted, REPORT, VIDEO) if str(name) not in files]:
                 raise ValueError(f"{missing[0]} is not listed")
             dict(facts["artifact"]["dit"])
+            _portrait(facts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"{path / REFERENCE} is damaged ({said}): record it again") from error
@@ -101,6 +103,11 @@ class Reference:
     def steps(self) -> int:
         return int(self.facts["steps"])
 
+    @property
+    def portrait(self) -> Likeness | None:
+        """How the portrait came back from the baseline's VAE; None of a reference that was recorded without it."""
+        return _portrait(self.facts)
+
     def trajectory(self, block: int) -> Trajectory:
         """What the baseline did in one block."""
         return read_trajectory(self.path / BLOCKS, block)
@@ -122,6 +129,16 @@ def _read(path: Path) -> dict[str, Any]:
             f"{file} is of version {facts.get('version')!r}, this lowvram reads version {VERSION}; record it again"
         )
     return facts
+
+
+def _portrait(facts: dict[str, Any]) -> Likeness | None:
+    found = facts.get("portrait")
+    if found is None:
+        return None
+    figures = {name: found[name] for name in ("psnr", "ssim")}
+    if any(type(figure) not in _NUMBER for figure in figures.values()):
+        raise ValueError(f"portrait is {found}")
+    return Likeness(**figures)
 
 
 def _check_listed(files: dict[str, Any]) -> None:

@@ -15,13 +15,19 @@ from lowvram_kernels.errors import ConfigError
 from lowvram_quantize.format import sha256_file
 
 if TYPE_CHECKING:
+    from lowvram.compare.ring_errors import RingErrors
     from lowvram.compare.teacher_forcing import Forced
+    from lowvram.compare.vae_errors import VaeErrors
 
-LOWER_BOUNDS = ("psnr", "psnr_min", "moving_psnr", "ssim", "ssim_min", "cosine", "velocity_cosine")
+LOWER_BOUNDS = (
+    "psnr", "psnr_min", "moving_psnr", "ssim", "ssim_min", "cosine", "velocity_cosine", "vae_psnr", "vae_psnr_min",
+    "vae_ssim", "vae_ssim_min", "vae_portrait_psnr", "vae_portrait_ssim",
+)  # fmt: skip
 UPPER_BOUNDS = (
     "flicker", "latent_error", "latent_error_max", "velocity_error", "velocity_error_first", "velocity_error_max",
     "token_error_mean", "token_error_median", "token_error_p99", "token_error_p999", "token_error_maximum",
-    "teacher_forced_latent_error",
+    "teacher_forced_latent_error", "ring_velocity_error", "ring_attention_error", "ring_attention_error_max",
+    "ring_key_error", "ring_value_error",
 )  # fmt: skip
 """What ``--fail-under`` can hold a run to; see ``Comparison.values``. Of errors the bound is an upper one."""
 
@@ -54,7 +60,8 @@ class Comparison:
     """Candidate ``left`` against baseline ``right``.
 
     ``latents`` are all blocks taken together, ``blocks`` each one; ``tensors`` what else both dumps have; ``frames``
-    every frame of ``pictures``, candidate and baseline; ``forced`` the candidate's teacher-forced steps.
+    every frame of ``pictures``, candidate and baseline; ``forced`` the candidate's teacher-forced steps, ``vae`` its
+    VAE alone and ``rings`` its 8-bit KV rings alone, of which finished runs say nothing.
     What the two do not have in common is empty.
     """
 
@@ -68,6 +75,8 @@ class Comparison:
     frames: tuple[FrameScore, ...]
     stages: tuple[StagePair, ...]
     forced: Forced | None = None
+    vae: VaeErrors | None = None
+    rings: RingErrors | None = None
 
     @property
     def a(self) -> Path:
@@ -98,7 +107,8 @@ class Comparison:
         ``moving_psnr`` the mean where the baseline moves most; ``ssim`` and ``ssim_min`` mean and worst over all
         frames; ``flicker`` the mean in levels of 255; ``cosine`` the lowest of any block; ``latent_error`` the relative
         error of all latents together, ``latent_error_max`` that of the worst block. Of a teacher-forced candidate
-        ``Forced.values`` too, whose latents' error is ``teacher_forced_latent_error``.
+        ``Forced.values`` too, whose latents' error is ``teacher_forced_latent_error``; ``VaeErrors.values`` and
+        ``RingErrors.values``.
         """
         found: dict[str, float] = {}
         if self.frames:
@@ -115,6 +125,8 @@ class Comparison:
         if self.forced:
             forced = self.forced.values
             found |= {"teacher_forced_latent_error": forced.pop("latent_error"), **forced}
+        for part in (self.vae, self.rings):
+            found |= part.values if part else {}
         return found
 
     def check(self, bounds: Mapping[str, float]) -> list[str]:
@@ -138,7 +150,8 @@ class Comparison:
         if absent := [name for name in bounds if name not in values]:
             raise ConfigError(
                 f"--fail-under names {', '.join(absent)}, but {self.a} and {self.b} give "
-                f"{', '.join(values) or 'no figures'}; compare files that hold both"
+                f"{', '.join(values) or 'no figures'}; compare files that hold both, or run what is compared (--model) "
+                "for figures of single steps, the VAE and 8-bit KV rings"
             )
         return [
             Threshold(metric=name, value=values[name], bound=bound, upper=name in UPPER_BOUNDS)
@@ -169,6 +182,8 @@ class Comparison:
             "stages": [_stage_json(pair) for pair in self.stages],
             "runs": {"a": self.left.run, "b": self.right.run},
             "teacher_forced": self.forced.to_json() if self.forced else None,
+            "vae": self.vae.to_json() if self.vae else None,
+            "rings": self.rings.to_json() if self.rings else None,
         }
         return dict(_strict(value))
 
@@ -214,6 +229,6 @@ def _stage_json(pair: StagePair) -> dict[str, Any]:
 def _strict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

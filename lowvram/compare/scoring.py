@@ -1,4 +1,5 @@
-"""A candidate run and scored: freely, by what is seen, and teacher-forced, step by step."""
+"""A candidate run and scored: freely, by what is seen, and teacher-forced, step by step; its VAE and its KV rings, each
+alone."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from lowvram.compare.block_files import BlockRecorder, TrajectoryFiles
 from lowvram.compare.comparison import compare
 from lowvram.compare.reference import Reference
 from lowvram.compare.result import Comparison
+from lowvram.compare.ring_errors import ring_errors
 from lowvram.compare.same_model import check_model
 from lowvram.compare.sources import REFERENCE
-from lowvram.compare.teacher_forcing import force
+from lowvram.compare.teacher_forcing import Forced, force
+from lowvram.compare.vae_errors import Likeness, portrait_there_and_back, vae_errors
 from lowvram.infer import Watching, infer, write_json
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline, Request
@@ -34,7 +37,8 @@ def score(
     quiet: bool = False,
 ) -> Comparison:
     """Let the candidate make the reference's video, which goes with its report where ``outputs`` says, and take its
-    steps, those of the first ``blocks`` or of all. What else is made lies in ``scratch``.
+    steps, those of the first ``blocks`` or of all; then look at its VAE and its rings, each alone. What else is made
+    lies in ``scratch``.
 
     Raises:
         InputError: another model than the baseline; NaN or infinity in what it makes.
@@ -48,7 +52,9 @@ def score(
         watching = Watching(recorder=lambda: BlockRecorder(kept), kept=kept)
         report = infer(candidate, request, outputs, quiet=quiet, watching=watching)
         forced = force(candidate, request, reference, blocks=blocks, quiet=quiet)
-        found = dataclasses.replace(compare(_report(outputs), reference.report), forced=forced)
+        found = _each_alone(
+            compare(_report(outputs), reference.report), candidate, request, forced, reference.portrait, quiet=quiet
+        )
         write_json(_report(outputs), report | {"dump_tensors": None})  # what is scratch will not be there
         return found
 
@@ -64,7 +70,8 @@ def score_pair(
     quiet: bool = False,
 ) -> Comparison:
     """Let both make a video, with dump and report where ``places`` say, the candidate's first; and let the candidate
-    take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile.
+    take the first ``blocks`` again as the baseline took them, which are kept in ``scratch`` meanwhile; then look at its
+    VAE and its rings, each alone.
 
     Raises:
         InputError: they are of different models.
@@ -78,8 +85,30 @@ def score_pair(
     watching = Watching(begun=trajectories.watcher.begun)
     _check_whole("baseline", infer(baseline, request, theirs, quiet=quiet, watching=watching))
     _check_whole("candidate", infer(candidate, request, mine, quiet=quiet))
+    portrait = portrait_there_and_back(baseline, request)
     forced = force(candidate, request, trajectories, quiet=quiet)
-    return dataclasses.replace(compare(_report(mine), _report(theirs)), forced=forced)
+    found = compare(_report(mine), _report(theirs))
+    return _each_alone(found, candidate, request, forced, portrait, quiet=quiet)
+
+
+def _each_alone(
+    found: Comparison,
+    candidate: AvatarPipeline,
+    request: Request,
+    forced: Forced,
+    baseline_portrait: Likeness | None,
+    *,
+    quiet: bool,
+) -> Comparison:
+    """The comparison with single steps, and with what the candidate's VAE and its rings do by themselves. Where rings
+    that lose nothing have no room, nothing is known of what its own lose, which is said."""
+    vae = vae_errors(candidate, found.right, request, baseline_portrait, quiet=quiet)
+    rings, warnings = None, found.warnings
+    try:
+        rings = ring_errors(candidate, request, quiet=quiet)
+    except OutOfMemoryError as error:
+        warnings += (f"what 8-bit KV rings lose was not measured, since those that lose nothing do not fit: {error}",)
+    return dataclasses.replace(found, forced=forced, vae=vae, rings=rings, warnings=warnings)
 
 
 def _check_whole(which: str, report: dict[str, Any]) -> None:

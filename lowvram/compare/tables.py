@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.compare import teacher_forced_rows
+from lowvram.compare import part_rows, teacher_forced_rows
 from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
+from lowvram.compare.part_rows import decibels
 from lowvram.compare.token_errors import UNCERTAINTY
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ _FRAMES_A_ROW = 25
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print latents, tensors, frames, teacher-forced steps and stages, each where there are any, then the summary and
-    the warnings."""
+    """Print latents, tensors, frames, teacher-forced steps, the VAE and the KV rings alone and stages, each where there
+    are any, then the summary and the warnings."""
     console.print(Text(f"{comparison.a} against the baseline {comparison.b}"), soft_wrap=True)
     for title, scores in (("Latents", comparison.blocks), ("Other tensors", comparison.tensors)):
         if scores:
@@ -37,6 +37,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.forced:
         for table in _teacher_forced_tables(comparison.forced):
             console.print(table)
+    for table in _tables_of_parts(comparison):
+        console.print(table)
     if comparison.stages:
         console.print(_stage_table(comparison.stages))
     for line in _summary(comparison):
@@ -56,7 +58,7 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
     if len(frames) <= _ROWS:
         table = _table("Frames", "frame", "time", "PSNR dB", "SSIM")
         for frame in frames:
-            table.add_row(str(frame.index), f"{frame.time_s:.2f} s", _decibels(frame.psnr), f"{frame.ssim:.5f}")
+            table.add_row(str(frame.index), f"{frame.time_s:.2f} s", decibels(frame.psnr), f"{frame.ssim:.5f}")
         return table
     table = _table("Frames", "frames", "time", "PSNR dB", "lowest", "SSIM", "lowest")
     for start in range(0, len(frames), _FRAMES_A_ROW):
@@ -65,8 +67,8 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
         table.add_row(
             f"{run[0].index} to {run[-1].index}",
             f"{run[0].time_s:.2f} s",
-            _decibels(mean_psnr(frame.psnr for frame in run)),
-            _decibels(min(frame.psnr for frame in run)),
+            decibels(mean_psnr(frame.psnr for frame in run)),
+            decibels(min(frame.psnr for frame in run)),
             f"{sum(ssims) / len(ssims):.5f}",
             f"{min(ssims):.5f}",
         )
@@ -75,16 +77,28 @@ def _frame_table(frames: tuple[FrameScore, ...]) -> Table:
 
 def _teacher_forced_tables(forced: Forced) -> list[Table]:
     title = "Velocities of single steps from the baseline's latents: relative error in %, of all and of single tokens"
-    velocities = _table(title, *teacher_forced_rows.COLUMNS)
-    for row in teacher_forced_rows.narrow_rows(forced):
-        velocities.add_row(*row)
+    velocities = _filled(title, teacher_forced_rows.COLUMNS, teacher_forced_rows.narrow_rows(forced))
     if forced.layers is None:
         return [velocities]
     names = [f"step {step}" for step in range(len(forced.layers_by_step))]
-    layers = _table("Error behind each layer", "", "all steps", "added", *names)
-    for row in teacher_forced_rows.layer_rows(forced):
-        layers.add_row(*row)
-    return [velocities, layers]
+    columns = ("", "all steps", "added", *names)
+    return [velocities, _filled("Error behind each layer", columns, teacher_forced_rows.layer_rows(forced))]
+
+
+def _tables_of_parts(comparison: Comparison) -> list[Table]:
+    vae, rings, found = comparison.vae, comparison.rings, []
+    if vae:
+        found.append(_filled("VAE alone", part_rows.VAE_COLUMNS, part_rows.vae_rows(vae)))
+    if rings:
+        found.append(_filled("KV rings alone: relative error", part_rows.RING_COLUMNS, part_rows.ring_rows(rings)))
+    return found
+
+
+def _filled(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = _table(title, *columns)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _stage_table(stages: tuple[StagePair, ...]) -> Table:
@@ -106,14 +120,14 @@ def _summary(comparison: Comparison) -> list[str]:
         )
     if comparison.frames:
         lines.append(
-            f"frames: {len(comparison.frames)} compared, PSNR {_decibels(values['psnr'])} dB, "
-            f"lowest {_decibels(values['psnr_min'])} dB, SSIM {values['ssim']:.5f}, lowest {values['ssim_min']:.5f}; "
-            f"PSNR {_decibels(values['moving_psnr'])} dB where the baseline moves most, flicker "
+            f"frames: {len(comparison.frames)} compared, PSNR {decibels(values['psnr'])} dB, "
+            f"lowest {decibels(values['psnr_min'])} dB, SSIM {values['ssim']:.5f}, lowest {values['ssim_min']:.5f}; "
+            f"PSNR {decibels(values['moving_psnr'])} dB where the baseline moves most, flicker "
             f"{values['flicker']:.3f} of 255"
         )
         worst = comparison.worst_frame
         if worst:
-            quality = f"PSNR {_decibels(worst.psnr)} dB, SSIM {worst.ssim:.5f}"
+            quality = f"PSNR {decibels(worst.psnr)} dB, SSIM {worst.ssim:.5f}"
             lines.append(f"worst frame: {worst.index} at {worst.time_s:.2f} s, {quality}")
         else:
             lines.append("all frames are identical")
@@ -124,6 +138,10 @@ def _summary(comparison: Comparison) -> list[str]:
         )
         if teacher_forced_rows.is_uncertain(comparison.forced):
             lines.append(f"±: {UNCERTAINTY}")
+    if comparison.vae:
+        lines.append(f"VAE alone: {part_rows.vae_summary(comparison.vae)}")
+    if comparison.rings:
+        lines.append(f"KV rings alone: {part_rows.ring_summary(comparison.rings)}")
     return lines
 
 
@@ -132,7 +150,3 @@ def _table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
-
-
-def _decibels(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "identical"

@@ -22,7 +22,7 @@ from lowvram.compare.metrics import TensorScore, TensorSums
 from lowvram.compare.token_errors import UNCERTAINTY, Sample, Statistics, statistics
 from lowvram.compare.trajectories import Sampler, Teacher, Trajectories, Trajectory, kept
 from lowvram.denoise.rollout import Rollout
-from lowvram.pipeline import AvatarPipeline, Inputs, Request
+from lowvram.pipeline import AvatarPipeline, Begun, Inputs, Request
 from lowvram.progress import BlockProgress
 from lowvram.schedule import Block
 from lowvram_kernels.errors import InputError
@@ -92,15 +92,19 @@ class Forced:
         }
 
 
-def record(baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int | None = None) -> Trajectories:
+def record(
+    baseline: AvatarPipeline, request: Request | Inputs, *, blocks: int | None = None, begun: Begun | None = None
+) -> Trajectories:
     """Let the baseline denoise ``request`` freely, all of it or its first ``blocks``, and keep every step in memory.
+    ``begun`` is shown the rollout, too.
 
     Raises:
         InputError: it gave NaN or infinity.
         LowvramError: as of ``AvatarPipeline.stream``.
     """
     trajectories = Trajectories()
-    with contextlib.closing(baseline.denoise(request, trajectories.watcher(limit=blocks).begun)) as denoised:
+    watcher = trajectories.watcher(limit=blocks)
+    with contextlib.closing(baseline.denoise(request, _both(watcher.begun, begun))) as denoised:
         for block, _ in denoised:
             if block.index + 1 == blocks:
                 break
@@ -114,9 +118,12 @@ def force(
     *,
     blocks: int | None = None,
     quiet: bool = False,
+    what: str = "teacher-forced",
+    begun: Begun | None = None,
 ) -> Forced:
     """Let the candidate denoise the same ``request`` with the baseline's latents before every step, as far as those go
-    or the first ``blocks``, and score what it makes of them. How far it is is shown on stderr unless it is ``quiet``.
+    or the first ``blocks``, and score what it makes of them. How far it is with ``what`` is shown on stderr unless it
+    is ``quiet``. ``begun`` is shown the rollout, too.
 
     Raises:
         InputError: the baseline denoised something else: other blocks, another size, another number of steps; or the
@@ -127,14 +134,23 @@ def force(
     student = _Student(teacher, min(teacher.blocks, blocks or teacher.blocks))
     device = candidate.runtime.device
     with (
-        BlockProgress("teacher-forced", student.blocks, device, enabled=not quiet) as progress,
-        contextlib.closing(candidate.denoise(request, student.begun)) as denoised,
+        BlockProgress(what, student.blocks, device, enabled=not quiet) as progress,
+        contextlib.closing(candidate.denoise(request, _both(student.begun, begun))) as denoised,
     ):
         for block, _ in denoised:
             progress.update(block.index + 1)
             if block.index + 1 == student.blocks:
                 break
     return student.scores(time.perf_counter() - begin)
+
+
+def _both(first: Begun, second: Begun | None) -> Begun:
+    def begun(rollout: Rollout, blocks: int) -> None:
+        first(rollout, blocks)
+        if second is not None:
+            second(rollout, blocks)
+
+    return begun
 
 
 class _Student:

@@ -23,6 +23,7 @@ from lowvram.offload.placement import Placement
 from lowvram.parallel.ulysses import Sequence, Whole, own_rope
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
 from lowvram_kernels.uploads import upload
+from lowvram_models.attention import AttentionMemory
 from lowvram_models.audio_adapter import AudioTokens
 from lowvram_models.dit import CausalDiT, LayerInputs
 from lowvram_models.rope import Rope, block_rope, condition_rope, reference_time
@@ -96,7 +97,8 @@ class Rollout:
     ``graphs`` replay layers that stay on the device, from the third clip on.
     ``on_prediction(block, step, velocity)`` sees every output of the DiT, ``on_latent(block, step, latent)`` what each
     step begins with and, with the step behind the last one, what a block ends with: what it returns takes its place.
-    ``on_layer(block, step, count, x_LD)`` sees this rank's tokens when they have gone through ``count`` layers, from 0.
+    ``on_layer(block, step, count, x_LD)`` sees this rank's tokens when they have gone through ``count`` layers, from 0;
+    what ``on_attention(block, step, layer, memory)`` returns is attended to in the place of a layer's ``memory``.
     """
 
     def __init__(
@@ -115,10 +117,12 @@ class Rollout:
         on_prediction: Callable[[Block, int, Tensor], None] | None = None,
         on_latent: Callable[[Block, int, Tensor], Tensor] | None = None,
         on_layer: Callable[[Block, int, int, Tensor], None] | None = None,
+        on_attention: Callable[[Block, int, int, AttentionMemory], AttentionMemory] | None = None,
     ):
         self.dit, self.layers, self.settings, self.dtype = dit, layers, settings, dtype
         self.engine, self.device = engine, engine.device
         self.on_prediction, self.on_latent, self.on_layer = on_prediction, on_latent, on_layer
+        self.on_attention = on_attention
         self.graphs = graphs
         self.sequence: Sequence = sequence or Whole()
         self.steps = range(settings.sample_steps) if steps is None else steps
@@ -304,7 +308,9 @@ class Rollout:
 
     def _through(self, layer: int, call: _Call) -> Tensor:
         cell = (call.step, layer)
-        memory = RingMemory(self.rings, self.sink, cell, call.window, call.sink_rope)
+        memory: AttentionMemory = RingMemory(self.rings, self.sink, cell, call.window, call.sink_rope)
+        if self.on_attention is not None:
+            memory = self.on_attention(call.block, call.step, layer, memory)
         shared = self.sequence.around(memory, call.rope, call.block.frames)
 
         def run(x_LD: Tensor) -> Tensor:
