@@ -104,15 +104,25 @@ def main(verbose: bool) -> None:
 @convert_options
 def convert(**options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
+    from lowvram.commands.calibrate import take_calibration
     from lowvram.progress import ByteProgress
+    from lowvram_quantize.amend import amending, finished
     from lowvram_quantize.convert import convert as run
+    from lowvram_quantize.format import CALIBRATION
 
+    calibration = take_calibration(options)
+    there = calibration is not None and finished(options, calibration.files)
     if not options["lora"]:
         logging.getLogger(__name__).warning(
             "no --lora: the artifact will hold the base model, which is not the one trained to stream in 4 steps"
         )
-    with ByteProgress() as progress:
-        path = run(options.pop("ckpt_dir"), options.pop("out"), progress=progress.update, **options)
+    path = options["out"]
+    if not there:
+        with ByteProgress() as progress:
+            path = run(progress=progress.update, **options)
+    if calibration is not None:
+        with amending(path, options, check=there) as (finished_artifact, original):
+            finished_artifact.amend(CALIBRATION, calibration.run(finished_artifact.artifact, original))
     click.echo(path)
 
 

@@ -91,21 +91,21 @@ class RunProgress:
 
 
 class BlockProgress:
-    """Context manager around blocks that are denoised and not shown, on ``device``; ``update`` after each. Does nothing
-    when not enabled."""
+    """Context manager around blocks that are denoised and not shown, or other ``units``, on ``device``; ``update``
+    after each. Does nothing when not enabled."""
 
-    def __init__(self, what: str, total: int, device: torch.device, *, enabled: bool) -> None:
+    def __init__(self, what: str, total: int, device: torch.device, *, enabled: bool, units: str = "blocks") -> None:
         self._device = device
         self._progress = LoggedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} blocks"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[units]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[memory]}"),
             console=Console(stderr=True),
             disable=not enabled,
         )
-        self._task = self._progress.add_task(what, total=total, memory=memory(device))
+        self._task = self._progress.add_task(what, total=total, units=units, memory=memory(device))
 
     def __enter__(self) -> BlockProgress:
         self._progress.start()

@@ -37,6 +37,8 @@ LARGE_GROUPS_VERSION = 3
 # The largest group of rotated channels that a version has; see ``lowvram_kernels.rotation``.
 LARGEST_GROUPS = {FORMAT_VERSION: 1, ROTATED_VERSION: SYLVESTER, LARGE_GROUPS_VERSION: GROUP}
 MANIFEST = "manifest.json"
+CALIBRATION = "calibration"
+"""A key of the manifest that only calibrated artifacts have; see ``lowvram.calibrate``."""
 SLAB_ALIGNMENT = 4096
 TENSOR_ALIGNMENT = 16
 PAD = "__pad__."
@@ -290,6 +292,11 @@ def _spec(path: Path, name: str, facts: dict[str, Any], offset: int) -> TensorSp
     return TensorSpec(name=name, dtype=DTYPES[facts["dtype"]], shape=tuple(facts["shape"]), offset=offset)
 
 
+def of_weights(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the artifact itself: nothing of what was measured on it."""
+    return {key: value for key, value in manifest.items() if key != CALIBRATION}
+
+
 class Artifact:
     """A finished artifact; see ``open``."""
 
@@ -320,7 +327,7 @@ class Artifact:
 
     def check_unchanged(self) -> None:
         """Raises: CheckpointError where another artifact has taken the folder since this one was opened."""
-        if _read_manifest(self.path) != self.manifest:
+        if of_weights(_read_manifest(self.path)) != of_weights(self.manifest):
             raise CheckpointError(f"{self.path} was replaced by another artifact while it was opened; run again")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lowvram_kernels.errors import CheckpointError
@@ -19,6 +20,18 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "loras": {"file": str, "sha256": str, "weight": (int, float), "alphas": list, "ranks": list},
     "from": {"file": str, "tensor": str, "kind": str},
     "phantom": {"preset": str, "values": str},
+    # Of an artifact that was calibrated; what reads weights looks past it.
+    "calibration": {
+        "prompt": str,
+        "size": list,
+        "frames": int,
+        "steps": int,
+        "device": str,
+        "dtype": str,
+        "linears": dict,
+    },
+    "statistics": dict.fromkeys(("amax", "rms", "channel_ratio", "kurtosis", "dead"), (int, float, NoneType)),
+    "linears": {"scheme": str, "rows": int, "output_error": (int, float, NoneType), "activations": dict},
 }
 
 
@@ -38,9 +51,11 @@ def check_manifest(file: Path, manifest: Any, largest_group: int) -> None:
         _check_part(file, "loras", lora)
         if any(type(number) not in (int, float) for number in (*lora["alphas"], *lora["ranks"])):
             raise CheckpointError(f"{file} is damaged: a LoRA whose alphas or ranks are no numbers; convert again")
-    for part in ("lora", "phantom"):
+    for part in ("lora", "phantom", "calibration"):
         if manifest.get(part) is not None:
             _check_part(file, part, manifest[part])
+    for linear in (manifest.get("calibration") or {}).get("linears", {}).values():
+        _check_part(file, "statistics", linear["activations"])
 
 
 def _check_rotation(file: Path, tensors: dict[str, dict[str, Any]], largest: int) -> None:

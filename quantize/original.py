@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.components import ComponentPlan
-from lowvram_quantize.schemes import all_finite, not_finite
+from lowvram_kernels.errors import CheckpointError, ConfigError
+from lowvram_kernels.rotation import GROUP
+from lowvram_quantize.checkpoint import Checkpoint, Named
+from lowvram_quantize.components import ComponentPlan, plan_dit
+from lowvram_quantize.convert import PRECISIONS, lora_sources
+from lowvram_quantize.format import Artifact, sha256_file
+from lowvram_quantize.lora import LoraSource
+from lowvram_quantize.schemes import EIGHT_BIT, Scheme, all_finite, chosen_group, not_finite, with_rotation
 from lowvram_quantize.store import merged_chunks
 
 Tensor = torch.Tensor
+INT8 = Scheme("int8", "rows", EIGHT_BIT["int8"])
+_REPLACE = "give what it was made from, or convert it anew with --overwrite"
 
 
 class Original:
-    """Tensors of the DiT that ``plan`` converts, in full precision and with its LoRAs merged. Nothing is kept."""
+    """Tensors of the DiT that ``plan`` converts, in full precision and with its LoRAs merged. Nothing is kept.
 
-    def __init__(self, plan: ComponentPlan):
-        self.plan = plan
+    ``group``: the most input channels that would be rotated together in int8.
+    """
+
+    def __init__(self, plan: ComponentPlan, *, group: int = GROUP):
+        self.plan, self._group = plan, group
         self._items = {item.name: item for item in plan.items}
+
+    def group(self, name: str) -> int:
+        """How many input channels ``convert`` rotates together where it stores this weight in int8."""
+        return with_rotation(INT8, self._items[name].ref.shape, self._group).group
 
     def merged(self, name: str) -> Tensor:
         """The tensor called ``name`` in the artifact: float32, in its own shape.
@@ -36,3 +55,80 @@ class Original:
         if not all_finite(out):
             raise not_finite(name)
         return out
+
+    def check(self, artifact: Artifact) -> None:
+        """Read the DiT's files and the LoRAs, and compare them with what the artifact says that it was made from.
+
+        Raises:
+            CheckpointError: it was made from something else, or has no DiT.
+        """
+        if artifact.component("dit").config != self.plan.config:
+            raise CheckpointError(f"{artifact.path} holds a DiT of another configuration than the source; {_REPLACE}")
+        mine = [lora.summary() for lora in self.plan.loras]
+        keys = ("file", "weight", "alphas", "ranks", "merged", "replaced")
+        merged = artifact.manifest.get("loras", [artifact.manifest["lora"]] if artifact.manifest["lora"] else [])
+        theirs = [{key: lora.get(key) for key in keys} for lora in merged]
+        if [{key: lora[key] for key in keys} for lora in mine] != theirs:
+            names = ", ".join(f"{lora['file']} (weight {lora['weight'] or 1:g})" for lora in theirs) or "none"
+            raise CheckpointError(f"{artifact.path} was made with other LoRAs than were given: {names}; {_REPLACE}")
+        known = {(Path(each["file"]).name, each["bytes"], each["sha256"]) for each in artifact.manifest["sources"]}
+        sizes = {(name, nbytes) for name, nbytes, _ in known}
+        for file in self.plan.source_files:
+            nbytes = file.stat().st_size
+            if (file.name, nbytes) not in sizes or (file.name, nbytes, sha256_file(file)) not in known:
+                raise CheckpointError(f"{artifact.path} was not made from {file} as it is now; {_REPLACE}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Options of ``convert`` that say what an artifact holds, as they were given."""
+
+    precision: str = "int8"
+    dit: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    rotate: bool | int | None = None
+
+    def check(self, artifact: Artifact) -> None:
+        """Raises: ConfigError where a finished artifact is of another precision, or rotated otherwise, than asked."""
+        for name, precision in artifact.precisions().items():
+            wanted = getattr(self, name) or self.precision
+            if wanted in (*PRECISIONS, "nf4") and wanted != precision:
+                raise ConfigError(
+                    f"{artifact.path} holds a {name} in {precision}, and {wanted} was asked for; give the options that "
+                    "it was made with to calibrate it, or convert it anew with --overwrite"
+                )
+        if self.rotate is None or "dit" not in artifact.precisions():
+            return
+        component, most = artifact.component("dit"), chosen_group(self.rotate)
+        for name, shape in ((s.name, s.shape) for slab in component.slab_names for s in component.slab_specs(slab)):
+            group = component.tensor_group(name)
+            if component.tensor_scheme(name) == "int8" and with_rotation(INT8, shape, most).group != group:
+                raise ConfigError(
+                    f"{artifact.path} has inputs of {name} rotated in groups of {group}, which is not what --rotate "
+                    "says; leave it out to calibrate, or convert anew with --overwrite"
+                )
+
+
+def original_of(
+    ckpt_dir: str | Path | None,
+    *,
+    named: Named | None = None,
+    lora: str | Path | Sequence[str | Path | LoraSource] | None = None,
+    lora_alpha: float | None = None,
+) -> Original:
+    """What ``convert`` reads the DiT from; ``named`` are files that go before ``ckpt_dir``'s.
+
+    Raises:
+        CheckpointError, ConfigError: as of ``convert``.
+    """
+    checkpoint = Checkpoint(None if ckpt_dir is None else Path(ckpt_dir), named or Named())
+    file = checkpoint.file("dit")
+    return Original(plan_dit(file, checkpoint.config(file), "fp32", lora_sources(lora, lora_alpha)))
+
+
+def original_as(options: Mapping[str, Any]) -> Original:
+    """The same of ``convert``'s options by their names."""
+    parts = ("dit_file", "vae_file", "text_encoder_file", "audio_encoder_dir", "tokenizer_dir")
+    named = Named.of(*(options[part] for part in parts))
+    return original_of(options["ckpt_dir"], named=named, lora=options["lora"], lora_alpha=options["lora_alpha"])

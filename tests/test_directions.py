@@ -67,8 +67,8 @@ def test_models_import_no_files_or_ranks():
 ROOMS = {
     "cli": {"commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest"},
     "commands": {
-        "byte_sizes", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline", "planning",
-        "request", "selftest", "simulate",
+        "byte_sizes", "calibrate", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline",
+        "planning", "request", "selftest", "simulate",
     },
     "selftest": {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
@@ -81,7 +81,7 @@ ROOMS = {
         "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
         "recorder", "schedule",
     },
-    "calibrate": {"denoise", "devices", "offload", "pipeline", "progress"},
+    "calibrate": {"denoise", "devices", "media", "offload", "pipeline", "progress", "request"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule",

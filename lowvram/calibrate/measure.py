@@ -7,7 +7,7 @@ is there at a time, and never a second model.
 
 For whoever chooses a precision for each layer:
 
->>> source = Original(plan)    # lowvram_quantize.original; whatever has ``merged`` will do
+>>> source = Original(plan)    # lowvram_quantize.original; whatever has ``merged`` and ``group`` will do
 >>> found = measure(Artifact.open(path), source, inputs, schemes=("int8", "fp8", "bf16"))
 >>> one = found["blocks.0.ffn.2.weight"]
 >>> one.error_energy["int8"], one.error_energy["fp8"], one.output_energy, math.prod(one.shape)
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -32,9 +32,9 @@ from lowvram.calibrate.observe import observe, watchable
 from lowvram.devices import choose_device, computing_on
 from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
+from lowvram.progress import BlockProgress
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_kernels.linear import linear_w8a8
-from lowvram_kernels.rotation import GROUP, largest_group
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.names import dit_slab
 from lowvram_quantize.format import Artifact, Component
@@ -43,15 +43,16 @@ Tensor = torch.Tensor
 STORED = "stored"
 SCHEMES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
-Progress = Callable[[int, int, str], None]
-"""Linears done, Linears in all, and what is done now."""
-
 
 class Source(Protocol):
     """What an artifact was made from."""
 
     def merged(self, name: str) -> Tensor:
         """The tensor of the DiT called ``name`` in full precision, LoRAs merged: float32, in its own shape."""
+        ...
+
+    def group(self, name: str) -> int:
+        """How many input channels of that weight are rotated together where it is stored in int8."""
         ...
 
 
@@ -80,10 +81,9 @@ def measure(
     inputs: Request | Inputs,
     *,
     schemes: Sequence[str] = ("int8", "fp8"),
-    group: int = GROUP,
     device: str = "auto",
     memory: MemoryOptions | None = None,
-    progress: Progress | None = None,
+    quiet: bool = False,
 ) -> dict[str, LinearError]:
     """Run the artifact on ``inputs``, as a whole, and measure every Linear of the DiT's layers and of its audio
     injection: by its weight's name, in the model's order.
@@ -91,10 +91,9 @@ def measure(
     Args:
         source: the full-precision weights; those that the artifact was made from.
         inputs: what to make; a block or two are enough.
-        schemes: beside the stored form: "int8" (channels rotated in groups up to ``group``), "fp8", "bf16".
-        group: of a stored weight's own rotation nothing else than the artifact decides.
+        schemes: beside the stored form: "int8" (channels rotated as ``source`` says), "fp8", "bf16".
         device: auto, cpu, cuda or cuda:N; what fits is planned as for ``infer``, within the budgets of ``memory``.
-        progress: told of each Linear before it is measured.
+        quiet: show no progress on stderr.
 
     Raises:
         ConfigError: a scheme that is not known.
@@ -111,13 +110,16 @@ def measure(
             "a checkpoint"
         )
     where = choose_device(device)
-    watched = observe(AvatarPipeline(artifact, where, memory=memory), inputs)
-    component, found = artifact.component("dit"), {}
-    with computing_on(where), torch.inference_mode():
-        for index, name in enumerate(watchable(component)):
-            if progress is not None:
-                progress(index, len(watched), name)
-            found[name] = _measured(name, watched.pop(name), _Stored(component, name), source, schemes, group, where)
+    watched = observe(AvatarPipeline(artifact, where, memory=memory), inputs, quiet=quiet)
+    component, found = artifact.component("dit"), dict[str, LinearError]()
+    with (
+        BlockProgress("measuring", len(watched), where, enabled=not quiet, units="Linears") as bar,
+        computing_on(where),
+        torch.inference_mode(),
+    ):
+        for name in watchable(component):
+            found[name] = _measured(name, watched.pop(name), _Stored(component, name), source, schemes, where)
+            bar.update(len(found))
     return found
 
 
@@ -144,7 +146,6 @@ def _measured(
     stored: _Stored,
     source: Source,
     schemes: Sequence[str],
-    group: int,
     where: torch.device,
 ) -> LinearError:
     activations = watched.statistics(name)
@@ -157,7 +158,7 @@ def _measured(
     x, weight, bias = watched.rows().to(where, torch.float32), weight.to(where), bias.to(where)
     exact = F.linear(x, weight, bias)
     wrong = {STORED: _energy(stored.product(x) - exact)}
-    wrong |= {scheme: _energy(_product(x, weight, bias, scheme, group) - exact) for scheme in schemes}
+    wrong |= {scheme: _energy(_product(x, weight, bias, scheme, source.group(name)) - exact) for scheme in schemes}
     return LinearError(
         shape=(weight.shape[0], weight.shape[1]),
         scheme=stored.scheme,
@@ -173,7 +174,7 @@ def _product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, scheme: str, group
     dtype = SCHEMES[scheme]
     if dtype is torch.bfloat16:
         return F.linear(x_MK, weight_NK.to(dtype).float(), bias_N)
-    own = largest_group(weight_NK.shape[1], group) if dtype is torch.int8 else 1
+    own = group if dtype is torch.int8 else 1
     q, scale = quantize_rows(weight_NK, dtype, group=own)
     return linear_w8a8(x_MK, q, scale[:, 0], bias_N, group=own)
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from lowvram.compare import part_rows, teacher_forced_rows
 from lowvram.compare.charts import Chart, over_count, over_time
+from lowvram.compare.document import for_script, rendered, write_text
 from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
 from lowvram.compare.token_errors import UNCERTAINTY
 from lowvram.media.contact_sheet import AMPLIFIED
-from lowvram_kernels.errors import OutputError
 from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
@@ -52,29 +49,15 @@ def write_page(comparison: Comparison, path: Path, bounds: Mapping[str, float] |
         ConfigError: as of ``Comparison.check``.
         OutputError: a full disk, or no right to write there.
     """
-    text = render(comparison, bounds)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}), {len(text)} bytes: free some space, or choose "
-            "another place"
-        ) from error
+    write_text(render(comparison, bounds), path)
 
 
 def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"seconds": _seconds, "mib": _mib}
     facts = comparison.to_json(bounds)
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    values = dict(
         facts=facts,
-        json=_for_script(facts),
+        json=for_script(facts),
         figures=_figures(comparison),
         charts=_charts(comparison),
         teacher_forced=_teacher_forced(comparison.forced),
@@ -90,6 +73,7 @@ def render(comparison: Comparison, bounds: Mapping[str, float] | None = None) ->
         baseline=comparison.b.name,
         thresholds=comparison.thresholds(bounds or {}),
     )
+    return rendered(_TEMPLATE, values, {"seconds": _seconds, "mib": _mib})
 
 
 def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -200,11 +184,6 @@ def _settings(comparison: Comparison) -> list[tuple[str, str, str]]:
 
 def _side_by_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(name, str(ours.get(name, "")), str(theirs.get(name, ""))) for name in dict.fromkeys([*ours, *theirs])]
-
-
-def _for_script(facts: dict[str, Any]) -> str:
-    """JSON that can stand in a <script>: no path or prompt in it can end the element."""
-    return json.dumps(facts, indent=1, allow_nan=False).replace("<", "\\u003c")
 
 
 def _seconds(value: float | None) -> str:

@@ -22,7 +22,7 @@ from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request
 from lowvram.runtime import Runtime
-from lowvram_quantize.format import Artifact
+from lowvram_quantize.format import Artifact, of_weights
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def facts_to_agree_on(
     artifact: Artifact, request: Request, memory: MemoryOptions, layout: ParallelLayout, device: str, dtype: str
 ) -> dict[str, Any]:
     """What has to be the same on all ranks. Budgets may differ, as cards do; one rank reads portrait and voice."""
-    manifest = json.dumps(artifact.manifest, sort_keys=True).encode()
+    manifest = json.dumps(of_weights(artifact.manifest), sort_keys=True).encode()
     settings = dataclasses.asdict(request)
     for name in ("image", "audio"):
         del settings[name]

@@ -14,7 +14,7 @@ from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_kernels.linear import reference_w8a8
-from lowvram_kernels.rotation import GROUP, largest_group, rotated
+from lowvram_kernels.rotation import rotated
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.shape_artifact import write_shape_artifact
 from tests.quantize.checkpoints import quantized_rows
@@ -82,7 +82,7 @@ def test_every_linear_of_the_layers_is_measured(tiny, errors):
 def test_an_error_is_that_of_the_product(tiny, original, watched, errors, name, dtype):
     x, weight, bias = watched[name].rows(), original.merged(name), original.merged(name[: -len("weight")] + "bias")
     exact = x.double() @ weight.double().t() + bias.double()
-    group = largest_group(weight.shape[1], GROUP) if dtype is torch.int8 else 1
+    group = original.group(name) if dtype is torch.int8 else 1
     q, scale = quantized_rows(rotated(weight, group), dtype)
     wrong = reference_w8a8(x, q, scale, bias, group=group) - exact
     one, scheme = errors[name], "int8" if dtype is torch.int8 else "fp8"
@@ -128,6 +128,9 @@ class Other:
 
     def merged(self, name: str) -> torch.Tensor:
         return self._original.merged(name)[:-1]
+
+    def group(self, name: str) -> int:
+        return self._original.group(name)
 
 
 def test_another_models_weights(tiny, original, one_clip):

@@ -1,0 +1,81 @@
+"""A finished artifact's manifest, written anew with something more in it; the weights stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowvram_quantize.claims import replacing, writing
+from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.original import Asked, Original, original_as
+from lowvram_quantize.places import real, takes_files
+from lowvram_quantize.publish import check_inputs
+from lowvram_quantize.writer import disk_errors
+
+
+class Amendable:
+    """An artifact that nobody else reads or writes meanwhile. See ``amending``."""
+
+    def __init__(self, artifact: Artifact):
+        self.artifact = artifact
+
+    def amend(self, key: str, value: dict[str, Any]) -> None:
+        """Say ``value`` under ``key`` of the manifest from now on: all of it, or, where that fails, nothing.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+        """
+        file = self.artifact.path / MANIFEST
+        text = json.dumps(self.artifact.manifest | {key: value}, indent=1, allow_nan=False) + "\n"
+        partial = file.with_name(f"{MANIFEST}.partial")
+        with disk_errors(file, len(text)):
+            try:
+                with partial.open("w", encoding="utf-8") as opened:
+                    opened.write(text)
+                    opened.flush()
+                    os.fsync(opened.fileno())
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def finished(options: Mapping[str, Any], files: Mapping[str, Path | None]) -> bool:
+    """Whether ``--out`` of ``convert``'s ``options`` is an artifact that is to stay as it is, and is what they say.
+    ``files``, by option, are read too.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigError: it is of other precisions, or rotated otherwise, than the options say.
+        InputError: ``--out`` is, lies in, or holds one of ``files``.
+    """
+    check_inputs(options["out"], files.items())
+    place = real(options["out"])
+    if options["overwrite"] or not (place / MANIFEST).is_file():
+        return False
+    Asked(**{field.name: options[field.name] for field in dataclasses.fields(Asked)}).check(Artifact.open(place))
+    return True
+
+
+@contextlib.contextmanager
+def amending(path: Path, options: Mapping[str, Any], *, check: bool) -> Iterator[tuple[Amendable, Original]]:
+    """Keep everybody else from reading, writing or amending the artifact in ``path``, and open what it was made from,
+    as ``options`` of ``convert`` name it; whether that is true is looked at where ``check`` is set.
+
+    Raises:
+        CheckpointError: no artifact, or a damaged one; a source that cannot be used, or another one.
+        InputError: another process reads or writes it.
+        OutputError: nothing can be written there.
+    """
+    place = real(path)
+    Artifact.open(place)
+    takes_files(place, f"the manifest of {path}")
+    with writing(place, "lowvram convert --calibrate"), replacing(place / MANIFEST):
+        artifact, original = Artifact.open(place), original_as(options)
+        if check:
+            original.check(artifact)
+        yield Amendable(artifact), original
