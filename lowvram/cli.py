@@ -130,12 +130,25 @@ def convert(**options: Any) -> None:
 @click.argument("artifact", type=FILE)
 @click.option("--verify", is_flag=True, help="Read every byte and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
+@click.option("--html", type=FILE, help="Write a page with charts of its parts, and of what a calibration found.")
+@click.option("--overwrite", is_flag=True, help="Replace a page of that name.")
+def inspect(artifact: Path, verify: bool, as_json: bool, html: Path | None, overwrite: bool) -> None:
     """Print what an artifact holds."""
-    from lowvram_quantize.inspect import describe, summary
+    from lowvram.calibrate.page import write_page
+    from lowvram.outputs import check_apart, check_file
+    from lowvram_quantize.inspect import describe, in_words, summary
 
+    if html is not None:
+        check_apart({"--html": html}, {"the artifact": artifact})
+        check_file("--html", html, overwrite=overwrite)
+    elif overwrite:
+        raise click.UsageError("--overwrite has an effect with --html only; leave it out")
     facts = describe(artifact, verify=verify)
+    if html is not None:
+        write_page(facts | {"words": in_words(facts)}, html)
     click.echo(json.dumps(facts, indent=1) if as_json else summary(facts))
+    if html is not None and not as_json:
+        click.echo(html)
 
 
 @main.command(context_settings=SETTINGS)

@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.format import Artifact, Component
+from lowvram_quantize.format import CALIBRATION, Artifact, Component
+
+NOT_CALIBRATED = (
+    "not calibrated: lowvram convert --calibrate, with the same source and --out, measures what the outputs of layers "
+    "lose"
+)
+_SHOWN = 5
+"""Of the worst Linears."""
 
 
 def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
     slabs, rotated groups (channels in a group -> weights) and relative weight errors (norm; the worst and the mean of a
-    slab's quantized tensors).
+    slab's quantized tensors). Where it was calibrated, the manifest's ``calibration``, and its ``output_error``: mean
+    and worst of the relative errors at the outputs of the DiT's Linears.
 
     Args:
         path: the artifact's folder.
@@ -35,10 +43,18 @@ def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "lora": manifest["lora"],
             "loras": manifest.get("loras", [manifest["lora"]] if manifest["lora"] else []),
             "phantom": manifest.get("phantom"),
+            "calibration": manifest.get(CALIBRATION),
+            "output_error": _worst(output_errors(manifest.get(CALIBRATION))),
             "sources": manifest["sources"],
         }
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{artifact.path}: the manifest lacks {error}; convert the checkpoint again") from error
+
+
+def output_errors(calibration: dict[str, Any] | None) -> dict[str, float]:
+    """By weight, of those whose output is not zero alone."""
+    linears = (calibration or {}).get("linears", {})
+    return {name: each["output_error"] for name, each in linears.items() if each["output_error"] is not None}
 
 
 def _component(component: Component) -> dict[str, Any]:
@@ -67,7 +83,13 @@ def _groups(component: Component) -> Counter[int]:
 def _slab(component: Component, slab: str, errors: dict[str, float]) -> dict[str, Any]:
     stored = {spec.name.removesuffix("._data") for spec in component.slab_specs(slab)}
     own = {name: error for name, error in errors.items() if name in stored}
-    return {"name": slab, "bytes": component.slab_nbytes(slab), "relative_error": _worst(own)}
+    schemes = Counter(component.tensor_scheme(name) for name in component.facts["tensors"] if name in stored)
+    return {
+        "name": slab,
+        "bytes": component.slab_nbytes(slab),
+        "schemes": dict(schemes),
+        "relative_error": _worst(own),
+    }
 
 
 def _worst(errors: dict[str, float]) -> dict[str, Any] | None:
@@ -92,6 +114,7 @@ def summary(facts: dict[str, Any]) -> str:
         lines.append(f"shape artifact of preset {shapes['preset']}: {shapes['values']}, no checksums")
     for name, component in facts["components"].items():
         lines += ["", *_component_lines(name, component)]
+    lines += ["", *([] if facts["phantom"] else _calibration_lines(facts))]
     lines += ["", "copied"] + [f"  {name:<44}{_size(size):>12}" for name, size in facts["files"].items()]
     lines += ["", "made from"]
     lines += [f"  {s['file']:<60}{_size(s['bytes']):>12}  sha256 {s['sha256'][:16]}" for s in facts["sources"]]
@@ -120,6 +143,33 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
         f"  {slab['name']:<44}{_size(slab['bytes']):>12}{_error_text(slab['relative_error'])}"
         for slab in component["slabs"]
     ]
+
+
+def _calibration_lines(facts: dict[str, Any]) -> list[str]:
+    """What it was calibrated on, and where outputs lose most; or how to have that."""
+    calibration, error = facts["calibration"], facts["output_error"]
+    errors, lines = output_errors(calibration), [in_words(facts)]
+    if error is not None:
+        lines.append(f"  output error of {len(errors)} Linears {error['mean']:.2%} mean; the worst:")
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:_SHOWN]:
+        ratio = calibration["linears"][name]["activations"]["channel_ratio"]
+        apart = "" if ratio is None else f"  largest input channel {ratio:.1f} times the median"
+        lines.append(f"  {name:<52}{errors[name]:>8.2%}{apart}")
+    return lines
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """What an artifact was calibrated on: portrait, voice, size, length and machine; or how to calibrate it."""
+    calibration = facts["calibration"]
+    if calibration is None:
+        return "shapes alone cannot be calibrated" if facts["phantom"] else NOT_CALIBRATED
+    own = {"image": "a drawn portrait", "audio": "a synthesized voice"}
+    names = [file["file"] if (file := calibration.get(part)) else drawn for part, drawn in own.items()]
+    size = "x".join(map(str, calibration["size"]))
+    return (
+        f"calibrated on {names[0]} and {names[1]}: {calibration['frames']} frames of {size} px in "
+        f"{calibration['steps']} steps, on {calibration['device']} in {calibration['dtype']}"
+    )
 
 
 def _error_text(error: dict[str, Any] | None) -> str:

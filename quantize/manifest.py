@@ -22,6 +22,8 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "phantom": {"preset": str, "values": str},
     # Of an artifact that was calibrated; what reads weights looks past it.
     "calibration": {
+        "image": (dict, NoneType),
+        "audio": (dict, NoneType),
         "prompt": str,
         "size": list,
         "frames": int,
@@ -30,6 +32,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "dtype": str,
         "linears": dict,
     },
+    "calibrated on": {"file": str, "sha256": str},
     "statistics": dict.fromkeys(("amax", "rms", "channel_ratio", "kurtosis", "dead"), (int, float, NoneType)),
     "linears": {"scheme": str, "rows": int, "output_error": (int, float, NoneType), "activations": dict},
 }
@@ -54,7 +57,11 @@ def check_manifest(file: Path, manifest: Any, largest_group: int) -> None:
     for part in ("lora", "phantom", "calibration"):
         if manifest.get(part) is not None:
             _check_part(file, part, manifest[part])
-    for linear in (manifest.get("calibration") or {}).get("linears", {}).values():
+    calibration = manifest.get("calibration") or {}
+    for part in ("image", "audio"):
+        if calibration.get(part) is not None:
+            _check_part(file, "calibrated on", calibration[part])
+    for linear in calibration.get("linears", {}).values():
         _check_part(file, "statistics", linear["activations"])
 
 

@@ -65,7 +65,9 @@ def test_models_import_no_files_or_ranks():
 
 # Inside lowvram: what each room, and each file of the root, imports of the others. Who is asked stands further down.
 ROOMS = {
-    "cli": {"commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest"},
+    "cli": {
+        "calibrate", "commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest",
+    },
     "commands": {
         "byte_sizes", "calibrate", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline",
         "planning", "request", "selftest", "simulate",
@@ -81,7 +83,7 @@ ROOMS = {
         "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
         "recorder", "schedule",
     },
-    "calibrate": {"denoise", "devices", "media", "offload", "pipeline", "progress", "request"},
+    "calibrate": {"compare", "denoise", "devices", "media", "offload", "pipeline", "progress", "request"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule",

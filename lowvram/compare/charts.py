@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 WIDTH, HEIGHT = 720, 120
 """Of the drawing, in its own units."""
 _MOST_POINTS = 1500
+_ROW = 18.0
+"""Of a heat map, in the same units."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,60 @@ def over_count(title: str, unit: str, values: Sequence[float], what: str, note: 
     return Chart(
         title=title, unit=unit, low="0", high=_short(high), first=f"{what} 0", last=f"{what} {len(values) - 1}",
         span=len(values), bars=tuple(bars), note=note,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A rectangle of a heat map; ``strength`` 0 (the lowest value) to 1, ``said`` is its text for a pointer."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    strength: float
+    said: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """Values of ``rows`` over ``columns`` numbered columns, in a box of ``WIDTH`` by ``height``."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: int
+    height: float
+    low: str
+    high: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+
+
+def heat_map(
+    title: str, columns: int, values: Mapping[tuple[str, int], float], written: Callable[[float], str], note: str = ""
+) -> HeatMap:
+    """A cell for each of ``values``, by row and column, stronger with the value's logarithm; rows in the order in which
+    they come first. Values that are not above 0 are weakest, infinite ones strongest."""
+    rows = tuple(dict.fromkeys(row for row, _ in values))
+    drawn = [value for value in values.values() if 0 < value < math.inf]
+    low, high = min(drawn, default=1.0), max(drawn, default=1.0)
+    wide = WIDTH / max(columns, 1)
+    cells = []
+    for (row, column), value in values.items():
+        strength = math.log(max(value, low) / low) / math.log(high / low) if high > low else float(value >= high)
+        cells.append(
+            Cell(
+                x=round(column * wide, 2),
+                y=rows.index(row) * _ROW,
+                width=round(wide - min(1.0, wide / 8), 2),
+                height=_ROW - 1,
+                strength=round(min(strength, 1.0), 3),
+                said=f"{row}, {column}: {written(value)}",
+            )
+        )
+    return HeatMap(
+        title=title, rows=rows, columns=columns, height=len(rows) * _ROW, low=written(low), high=written(high),
+        cells=tuple(cells), note=note,
     )  # fmt: skip
 
 
