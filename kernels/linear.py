@@ -23,7 +23,7 @@ from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM, int_product, scaled_product
 from lowvram_kernels.rotation import check_group
-from lowvram_kernels.rows import NAMES, quantize_rows, reference_rows
+from lowvram_kernels.rows import NAMES, check_smooth, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
 from lowvram_kernels.wide_product import wide_product
 
@@ -47,25 +47,34 @@ _REPORTED = {
 
 
 def linear_w8a8(
-    x: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, *, gelu: bool = False, group: int = 1
+    x: Tensor,
+    weight_NK: Tensor,
+    weight_scale_N: Tensor,
+    bias_N: Tensor | None,
+    *,
+    gelu: bool = False,
+    group: int = 1,
+    smooth_K: Tensor | None = None,
 ) -> Tensor:
     """``x @ (weight * scale).T + bias`` in 8-bit arithmetic, GELU (tanh) behind it if asked: [..., K] -> [..., N].
 
     The result has the dtype of ``x``. ``group``: the weight's groups of so many input channels were rotated before it
-    was quantized (see ``rotation``; 1: they were not), so that those of ``x`` are, too.
+    was quantized (see ``rotation``; 1: they were not), so that those of ``x`` are, too. ``smooth``: before that, its
+    input channels were divided by these factors, by which those of ``x`` are multiplied.
     Tolerance against float64 on normal random data (relative error, norm): int8 about 1 %, fp8 about 4 %.
 
     Raises:
         TypeError: the weight is neither int8 nor float8_e4m3fn, or x is not floating point.
-        ValueError: shapes do not fit, or K cannot be rotated in such groups.
+        ValueError: shapes do not fit, or K cannot be rotated in such groups or smoothed in this dtype.
     """
     _check(x, weight_NK, weight_scale_N, bias_N)
     check_group(group, x.shape[-1], weight_NK.dtype)
+    check_smooth(smooth_K, x.shape[-1], weight_NK.dtype)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weight_NK.dtype is torch.float8_e4m3fn and not has_fp8_units(x.device):
         out = _weight_only(rows, weight_NK, weight_scale_N, bias_N, gelu)
     else:
-        q, scale = quantize_rows(rows, weight_NK.dtype, group=group)
+        q, scale = quantize_rows(rows, weight_NK.dtype, group=group, smooth_K=smooth_K)
         out = _product(q, scale, weight_NK, weight_scale_N, bias_N, gelu, x.dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight_NK))
 
@@ -156,9 +165,10 @@ def reference_w8a8(
     *,
     gelu: bool = False,
     group: int = 1,
+    smooth_K: Tensor | None = None,
 ) -> Tensor:
     """The same in float64 on the quantized operands: what every kernel has to meet."""
-    q, scale = reference_rows(x_MK, weight_NK.dtype, group)
+    q, scale = reference_rows(x_MK, weight_NK.dtype, group, smooth_K)
     out = (q.double() @ weight_NK.double().t()) * scale.double() * weight_scale_N.double()
     out = out if bias_N is None else out + bias_N.double()
     return F.gelu(out, approximate="tanh") if gelu else out

@@ -12,7 +12,7 @@ from lowvram_kernels.attention import attention
 from lowvram_kernels.linear import Operands, linear_q8, linear_w8a8
 from lowvram_kernels.rope import norm_rope
 from lowvram_kernels.rotation import check_group
-from lowvram_kernels.rows import NAMES
+from lowvram_kernels.rows import NAMES, check_smooth
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -29,28 +29,49 @@ class QuantizedLinear(nn.Module):
     """W8A8 in place of ``nn.Linear``: ``weight`` int8 or fp8 [N, K], ``weight_scale`` float32 [N], ``bias`` [N].
 
     With ``gelu`` set, GELU (tanh) follows in the same kernel where there is one; see ``fold_gelu``. ``group`` above 1
-    says that the weight's groups of so many input channels were rotated; see ``rotation``.
+    says that the weight's groups of so many input channels were rotated; see ``rotation``. ``smooth`` says that the
+    weight was divided by a factor an input channel before, ``smooth_scale`` [K], by which inputs are multiplied.
 
     Raises:
-        ValueError: inputs of this width and dtype cannot be rotated in such groups.
+        ValueError: inputs of this width and dtype cannot be rotated in such groups, or not be smoothed.
     """
 
     gelu = False
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, group: int = 1):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        group: int = 1,
+        smooth: bool = False,
+    ):
         super().__init__()
         check_group(group, in_features, dtype)
         self.in_features, self.out_features, self.group = in_features, out_features, group
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        factors = nn.Parameter(torch.empty(in_features), requires_grad=False) if smooth else None
+        self.smooth_scale = factors
+        check_smooth(factors, in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_w8a8(x, self.weight, self.weight_scale, self.bias, gelu=self.gelu, group=self.group)
+        return linear_w8a8(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            gelu=self.gelu,
+            group=self.group,
+            smooth_K=self.smooth_scale,
+        )
 
     def forward_quantized(self, q_MK: Tensor, scale_M1: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same for rows that an earlier pass quantized (``norm_rows`` with this layer's ``group``), with the
-        result in ``dtype``."""
+        """The same for rows that an earlier pass smoothed and quantized (``norm_rows`` with this layer's ``group``),
+        with the result in ``dtype``."""
         return linear_q8(q_MK, scale_M1, self.weight, self.weight_scale, self.bias, gelu=self.gelu, dtype=dtype)
 
     def operands(self, q_MK: Tensor, scale_M1: Tensor) -> Operands:
@@ -59,7 +80,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         turned = f", inputs rotated by {self.group}" if self.group > 1 else ""
-        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}{turned}"
+        smoothed = ", inputs smoothed" if self.smooth_scale is not None else ""
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}{smoothed}{turned}"
 
 
 class NormRope(nn.Module):
@@ -78,13 +100,15 @@ class NormRope(nn.Module):
         return out.view(*x.shape[:-1], *out.shape[1:])
 
 
-def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype, *, group: int = 1) -> None:
+def swap_linear(parent: nn.Module, name: str, dtype: torch.dtype, *, group: int = 1, smooth: bool = False) -> None:
     """Replace ``parent.name``, an ``nn.Linear``, by an empty QuantizedLinear on the same device."""
     old = parent.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise TypeError(f"{name} is a {type(old).__name__}; only nn.Linear can become a QuantizedLinear")
     with torch.device(old.weight.device):
-        new = QuantizedLinear(old.in_features, old.out_features, bias=old.bias is not None, dtype=dtype, group=group)
+        new = QuantizedLinear(
+            old.in_features, old.out_features, bias=old.bias is not None, dtype=dtype, group=group, smooth=smooth
+        )
     parent.set_submodule(name, new)
 
 

@@ -21,10 +21,13 @@ NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 FLOOR = 2.0**-100
 
 
-def quantize_rows(x_MK: Tensor, dtype: torch.dtype, *, group: int = 1) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x_MK: Tensor, dtype: torch.dtype, *, group: int = 1, smooth_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize [M, K] to ``dtype`` (int8 or float8_e4m3fn) with a float32 scale [M, 1] a row.
 
-    With ``group`` above 1 (int8 only) each group of so many neighbouring channels is rotated first, see ``rotation``:
+    With ``smooth`` (int8 only) each channel is multiplied by its factor first, for a weight that was divided by it.
+    With ``group`` above 1 (int8 only) each group of so many neighbouring channels is rotated then, see ``rotation``:
     for a weight that was rotated alike.
 
     ``x`` is about ``q * scale``, within scale / 2 (int8) or 2^-4 relative (fp8 e4m3, normal range). A row of zeros
@@ -32,21 +35,22 @@ def quantize_rows(x_MK: Tensor, dtype: torch.dtype, *, group: int = 1) -> tuple[
 
     Raises:
         TypeError: ``dtype`` is none of the two.
-        ValueError: x is no matrix, or K cannot be rotated in such groups.
+        ValueError: x is no matrix, K cannot be rotated in such groups, or there are not as many factors.
     """
     if dtype not in QMAX:
         raise TypeError(f"rows were to be quantized to {dtype}; known are {sorted(map(str, QMAX))}")
     if x_MK.ndim != 2:
         raise ValueError(f"x is {tuple(x_MK.shape)}; expected rows [M, K]: flatten the leading dimensions first")
     check_group(group, x_MK.shape[1], dtype)
+    check_smooth(smooth_K, x_MK.shape[1], dtype)
     kind = kind_name(dtype, group)
     if x_MK.numel() and choose(rows_operation("quantize_rows", dtype, group), x_MK.device) == TRITON:
         from lowvram_kernels.triton_rows import quantize_rows_triton
 
         record("quantize_rows", f"{kind}: triton")
-        return quantize_rows_triton(x_MK, dtype, group)
+        return quantize_rows_triton(x_MK, dtype, group, smooth_K)
     record("quantize_rows", f"{kind}: torch")
-    return reference_rows(x_MK, dtype, group)
+    return reference_rows(x_MK, dtype, group, smooth_K)
 
 
 def kind_name(dtype: torch.dtype, group: int) -> str:
@@ -54,8 +58,23 @@ def kind_name(dtype: torch.dtype, group: int) -> str:
     return NAMES[dtype] + (f" rotated by {group}" if group > 1 else "")
 
 
-def reference_rows(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
-    x32 = rotated(x_MK.float(), group)
+def check_smooth(smooth_K: Tensor | None, width: int, dtype: torch.dtype) -> None:
+    """Raises: ValueError where channels of rows of this width, in this dtype, cannot be multiplied by such factors."""
+    if smooth_K is None:
+        return
+    if smooth_K.shape != (width,):
+        raise ValueError(
+            f"factors to smooth with are {tuple(smooth_K.shape)}; expected [{width}], one for each channel"
+        )
+    if dtype is not torch.int8:
+        raise ValueError(f"rows were to be smoothed in {dtype}; smoothing goes with int8 rows only")
+
+
+def reference_rows(
+    x_MK: Tensor, dtype: torch.dtype, group: int = 1, smooth_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    x32 = x_MK.float() if smooth_K is None else x_MK.float() * smooth_K.float()
+    x32 = rotated(x32, group)
     if not x32.shape[1]:
         return x32.to(dtype), x32.new_full((len(x32), 1), FLOOR)
     if group == 1:

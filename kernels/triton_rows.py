@@ -69,12 +69,14 @@ def rotate_groups(value, GROUP: tl.constexpr):
 @triton.jit
 def _quantize_rows_kernel(
     x,
+    smooth,
     q,
     scale,
     K,
     stride_xm,
     QMAX: tl.constexpr,
     INT8: tl.constexpr,
+    SMOOTH: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -82,6 +84,8 @@ def _quantize_rows_kernel(
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
     value = tl.load(x + row * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
+    if SMOOTH:
+        value *= tl.load(smooth + columns, mask=inside, other=0.0).to(tl.float32)
     if GROUP > 1:
         value = rotate_groups(value, GROUP)
     row_scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 0), QMAX)
@@ -104,7 +108,9 @@ def row_warps(width: int) -> int:
     return min(16, max(1, power_of_2(width) // 1024))
 
 
-def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tuple[Tensor, Tensor]:
+def quantize_rows_triton(
+    x_MK: Tensor, dtype: torch.dtype, group: int = 1, smooth_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As ``rows.quantize_rows``, for at least one row and column."""
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     rows, width = x_MK.shape
@@ -112,12 +118,14 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tu
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x_MK.device)
     _quantize_rows_kernel[(rows,)](
         x_MK,
+        x_MK if smooth_K is None else packed(smooth_K),
         q,
         scale,
         width,
         x_MK.stride(0),
         QMAX=QMAX[dtype],
         INT8=dtype is torch.int8,
+        SMOOTH=smooth_K is not None,
         GROUP=group,
         BLOCK_K=power_of_2(width),
         num_warps=row_warps(width),
@@ -128,7 +136,7 @@ def quantize_rows_triton(x_MK: Tensor, dtype: torch.dtype, group: int = 1) -> tu
 
 def more_aot_cases(generation: int) -> list[Case]:
     """Groups of other sizes, as other widths and earlier artifacts have them."""
-    rows = [case for case in aot_cases(generation) if "rotated" in case.name]
+    rows = [case for case in aot_cases(generation) if "rotated" in case.name and "smoothed" not in case.name]
     return [
         dataclasses.replace(case, name=f"{case.name} by {group}", constants={**case.constants, "GROUP": group})
         for case in rows
@@ -139,12 +147,15 @@ def more_aot_cases(generation: int) -> list[Case]:
 def aot_cases(generation: int) -> list[Case]:
     cases = []
     for width in (5120, 13824):
-        kinds = {"int8": (True, 1), "int8 rotated": (True, rotation.GROUP)} | (
-            {"fp8": (False, 1)} if generation >= 89 else {}
-        )
-        for kind, (int8, group) in kinds.items():
-            types = {"x": "*bf16", "q": "*i8" if int8 else "*fp8e4nv", "scale": "*fp32", "K": "i32:16"}
-            constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "GROUP": group}
+        kinds = {
+            "int8": (True, False, 1),
+            "int8 rotated": (True, False, rotation.GROUP),
+            "int8 smoothed rotated": (True, True, rotation.GROUP),
+        } | ({"fp8": (False, False, 1)} if generation >= 89 else {})
+        for kind, (int8, smooth, group) in kinds.items():
+            types = {"x": "*bf16", "smooth": "*bf16", "q": "*i8" if int8 else "*fp8e4nv", "scale": "*fp32"}
+            types |= {"K": "i32:16"}
+            constants = {"QMAX": 127.0 if int8 else 448.0, "INT8": int8, "SMOOTH": smooth, "GROUP": group}
             cases.append(
                 Case(
                     name=f"quantize_rows {kind} {width}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,11 +19,19 @@ from lowvram_models.text_encoder import build_umt5
 from lowvram_quantize.lora import Lora, LoraSource, merge_loras, open_lora
 from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.presets import PUBLISHED
-from lowvram_quantize.schemes import Scheme, dit_scheme, text_encoder_scheme, vae_scheme, with_rotation
+from lowvram_quantize.schemes import (
+    Scheme,
+    dit_scheme,
+    text_encoder_scheme,
+    vae_scheme,
+    with_rotation,
+    with_smoothing,
+)
 from lowvram_quantize.source import TensorRef, TensorTable, check_shapes, fitted, read_json
 from lowvram_quantize.spellings import umt5_table, vae_table
 from lowvram_quantize.tables import open_component
 
+Tensor = torch.Tensor
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,6 +56,13 @@ class ComponentPlan:
     items: list[Item]
     loras: tuple[Lora, ...] = ()
     deltas: dict[str, Update] = dataclasses.field(default_factory=dict)
+    activations: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The root mean square of each input channel [K] of the weights for which it was measured."""
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether any tensor is."""
+        return any(item.scheme.smooth for item in self.items)
 
     @property
     def largest_group(self) -> int:
@@ -60,13 +75,22 @@ class ComponentPlan:
 
 
 def plan_dit(
-    dit: Path, config_file: Path | None, precision: str, loras: Sequence[LoraSource] = (), *, group: int = GROUP
+    dit: Path,
+    config_file: Path | None,
+    precision: str,
+    loras: Sequence[LoraSource] = (),
+    *,
+    group: int = GROUP,
+    smooth: bool = True,
+    activations: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> ComponentPlan:
     """The DiT of a file, or an index of shards, with LoRAs merged into it.
 
     Args:
         config_file: its config.json; without one only the published model's shapes are known.
         group: the most input channels of int8 Linears to rotate together; 1: none.
+        smooth: whether to smooth inputs of int8 Linears, by what their weights say and ``activations``, the root mean
+            square of each input channel [K] of those that were measured.
     """
     table = open_component(dit, "dit")
     values = PUBLISHED.dit if config_file is None else read_json(config_file)
@@ -85,8 +109,8 @@ def plan_dit(
     check_shapes(table, shapes, f"the DiT in {dit.parent}")
     opened = tuple(open_lora(source, table) for source in loras)
     deltas, replaced = merge_loras(opened)
-    items = dit_items(config, table | replaced, precision, group)
-    return ComponentPlan("dit", precision, values, items, opened, deltas)
+    items = dit_items(config, table | replaced, precision, group, smooth=smooth, measured=frozenset(activations))
+    return ComponentPlan("dit", precision, values, items, opened, deltas, activations)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:
@@ -101,12 +125,17 @@ def dit_items(
     precision: str,
     group: int = GROUP,
     apart: Mapping[str, str] = MappingProxyType({}),
+    *,
+    smooth: bool = True,
+    measured: Collection[str] = (),
 ) -> list[Item]:
     """The DiT's tensors slab by slab: those of the start, shared ones, then layer after layer; those that are set
-    ``apart`` in a precision of their own."""
+    ``apart`` in a precision of their own. ``smooth``: with smoothed inputs, also of those whose activations were
+    ``measured``."""
     items = []
     for name, shape in dit_shapes(config).items():
         scheme = with_rotation(dit_scheme(name, apart.get(name, precision)), shape, group)
+        scheme = with_smoothing(scheme, name, measured=name in measured) if smooth else scheme
         items.append(Item(name, sources[name], scheme, dit_slab(name, config.audio_inject_layers)))
     order = {START: -2, SHARED: -1} | {f"layer.{i}": i for i in range(config.num_layers)}
     return sorted(items, key=lambda item: order[item.slab])

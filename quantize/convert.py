@@ -38,6 +38,7 @@ from lowvram_quantize.places import real
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
 from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
 from lowvram_quantize.schemes import chosen_group
+from lowvram_quantize.smoothing import factors_of, fingerprint
 from lowvram_quantize.store import stored_specs, write_item
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
@@ -80,6 +81,7 @@ def convert(
     lora: str | Path | Sequence[str | Path | LoraSource] | None = None,
     lora_alpha: float | None = None,
     rotate: bool | int | None = None,
+    smooth: bool | None = None,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -105,14 +107,17 @@ def convert(
             together by a Hadamard matrix before quantizing, which outliers then disturb less; the runtime turns
             activations alike, see ``lowvram_kernels.rotation``. False: none; by default 256 where the DiT is int8.
             Linears of fewer inputs than 256 have groups of 16 at most.
+        smooth: whether to give the input channels of the DiT's int8 Linears behind norms factors, so that weights do
+            not have large columns where activations have small ones, or the other way; see
+            ``lowvram_quantize.smoothing``. By default so where they are rotated.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.
 
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
-        ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate, or
-            ``out`` exists.
+        ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate,
+            ``smooth`` with nothing to smooth, or ``out`` exists.
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
@@ -123,7 +128,7 @@ def convert(
     given = {"--ckpt-dir": folder, **named.by_option}
     check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
-    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate)
+    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth)
     return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
 
 
@@ -208,11 +213,13 @@ def _plans(
     chosen: dict[str, str],
     loras: list[LoraSource],
     rotate: bool | int | None,
+    smooth: bool | None,
 ) -> list[ComponentPlan]:
     plans, group = [], chosen_group(rotate)
+    smoothed = group > 1 if smooth is None else smooth
     if "dit" in wanted:
         file = checkpoint.file("dit")
-        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, group=group))
+        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, group=group, smooth=smoothed))
         _check_alpha(loras, plans[0])
     if rotate and not any(plan.largest_group > 1 for plan in plans):
         dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
@@ -220,6 +227,9 @@ def _plans(
             f"--rotate was given for an artifact {dit}; expected a DiT in int8 with Linears of an even width, whose "
             "inputs it rotates: leave it out, or convert the DiT to int8"
         )
+    if smooth and not any(plan.smoothed for plan in plans):
+        dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
+        raise ConfigError(f"--smooth was given for an artifact {dit}; expected a DiT in int8: leave it out")
     return plans + [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
 
 
@@ -270,12 +280,13 @@ def lay_out(plan: ComponentPlan) -> tuple[dict[str, list[Item]], list[Slab]]:
 def _convert_slab(
     plan: ComponentPlan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
 ) -> dict[str, float]:
-    errors = {}
+    errors, factors = {}, factors_of(plan, items)
     for item in items:
         error = write_item(
             item,
             plan.deltas.get(item.name),
             lambda name, start, values: writer.write(slab.name, places[name].offset + start, values),
+            factors.get(item.name),
         )
         if error is not None:
             errors[item.name] = error
@@ -287,14 +298,16 @@ def _fingerprint(plan: ComponentPlan) -> str:
     """Everything that decides a component's bytes, short of reading them."""
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
     schemes = [
-        [item.name, item.scheme.name, item.scheme.group, item.ref.kind, item.ref.name, item.ref.shape]
+        [item.name, dataclasses.astuple(item.scheme), item.ref.kind, item.ref.name, item.ref.shape]
         for item in plan.items
     ]
     loras = [
         [lora.file.name, lora.weight, sorted((n, update.factors) for n, update in lora.deltas.items())]
         for lora in plan.loras
     ]
-    text = json.dumps([FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, versions()], sort_keys=True)
+    measured = fingerprint(plan.activations)
+    facts = [FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, measured, versions()]
+    text = json.dumps(facts, sort_keys=True, default=str)  # a dtype has no other form
     return hashlib.sha256(text.encode()).hexdigest()
 
 

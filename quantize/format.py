@@ -34,8 +34,12 @@ FORMAT_VERSION = 1
 # and one that reads up to version 2 would rotate inputs in groups above 16 by another matrix.
 ROTATED_VERSION = 2
 LARGE_GROUPS_VERSION = 3
+# Of one with weights that were smoothed, as well: their inputs are to be multiplied by factors that stand beside them.
+SMOOTHED_VERSION = 4
 # The largest group of rotated channels that a version has; see ``lowvram_kernels.rotation``.
-LARGEST_GROUPS = {FORMAT_VERSION: 1, ROTATED_VERSION: SYLVESTER, LARGE_GROUPS_VERSION: GROUP}
+LARGEST_GROUPS = {FORMAT_VERSION: 1, ROTATED_VERSION: SYLVESTER, LARGE_GROUPS_VERSION: GROUP, SMOOTHED_VERSION: GROUP}
+SMOOTH_SCALE = "smooth_scale"
+"""How the factors are called, beside a layer's ``weight``."""
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration"
 """A key of the manifest that only calibrated artifacts have; see ``lowvram.calibrate``."""
@@ -235,6 +239,10 @@ class Component:
         """How many neighbouring input channels of a weight were rotated together before it was quantized; 1: none."""
         return int(self.facts["tensors"].get(name, {}).get("rotated_group", 1))
 
+    def tensor_smoothed(self, name: str) -> bool:
+        """Whether a weight was divided by factors, by which its inputs are multiplied."""
+        return bool(self.facts["tensors"].get(name, {}).get("smoothed", False))
+
     def read_slab(self, slab: str, out: Tensor | None = None) -> Tensor:
         """A slab as uint8 [nbytes]: mapped from the file, or copied to ``out`` (on any device) if that is given."""
         found = self._slab(slab)
@@ -387,8 +395,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if type(version) is not int or version not in LARGEST_GROUPS:
         raise CheckpointError(
-            f"{file} has format version {version!r}; this lowvram reads {FORMAT_VERSION} to {LARGE_GROUPS_VERSION}: "
+            f"{file} has format version {version!r}; this lowvram reads {FORMAT_VERSION} to {max(LARGEST_GROUPS)}: "
             "convert again, or use the lowvram that wrote it"
         )
-    check_manifest(file, manifest, LARGEST_GROUPS[version])
+    check_manifest(file, manifest, LARGEST_GROUPS[version], smoothed=version >= SMOOTHED_VERSION)
     return manifest

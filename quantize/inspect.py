@@ -19,9 +19,9 @@ _SHOWN = 5
 
 def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
-    slabs, rotated groups (channels in a group -> weights) and relative weight errors (norm; the worst and the mean of a
-    slab's quantized tensors). Where it was calibrated, the manifest's ``calibration``, and its ``output_error``: mean
-    and worst of the relative errors at the outputs of the DiT's Linears.
+    slabs, rotated groups (channels in a group -> weights), smoothed weights and relative weight errors (norm; the worst
+    and the mean of a slab's quantized tensors). Where it was calibrated, the manifest's ``calibration``, and its
+    ``output_error``: mean and worst of the relative errors at the outputs of the DiT's Linears.
 
     Args:
         path: the artifact's folder.
@@ -67,6 +67,7 @@ def _component(component: Component) -> dict[str, Any]:
         "tensors": len(facts["tensors"]),
         "schemes": dict(Counter(t["scheme"] for t in facts["tensors"].values())),
         "rotated_groups": {str(group): count for group, count in sorted(_groups(component).items(), reverse=True)},
+        "smoothed": sum(component.tensor_smoothed(name) for name in facts["tensors"]),
         "config": component.config,
         "relative_error": _worst(errors),
         "slabs": [_slab(component, name, errors) for name in component.slab_names],
@@ -137,6 +138,8 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
         f"{name}: {component['precision']}, {component['file']}, {_size(component['bytes'])}, "
         f"{component['tensors']} tensors ({schemes})"
     ]
+    smoothed = component["smoothed"]
+    lines += [f"  inputs of {smoothed} weights smoothed, channel by channel"] if smoothed else []
     groups = component["rotated_groups"].items()
     lines += [f"  inputs of {count} weights rotated in groups of {group} channels" for group, count in groups]
     return lines + [

@@ -38,14 +38,16 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def check_manifest(file: Path, manifest: Any, largest_group: int) -> None:
-    """``largest_group``: of the channels that its format version may have rotated together.
+def check_manifest(file: Path, manifest: Any, largest_group: int, *, smoothed: bool = True) -> None:
+    """``largest_group``: of the channels that its format version may have rotated together; ``smoothed``: whether it
+    may have smoothed weights.
 
     Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it.
     """
     _check_part(file, "manifest", manifest)
     for component in manifest["components"].values():
         _check_rotation(file, component["tensors"], largest_group)
+        _check_smoothing(file, component["tensors"], smoothed)
         for facts in component["tensors"].values():
             if "from" in facts:
                 _check_part(file, "from", facts["from"])
@@ -76,6 +78,16 @@ def _check_rotation(file: Path, tensors: dict[str, dict[str, Any]], largest: int
                 f"{file} is damaged: {name} ({facts['scheme']}) would be rotated in groups of {group!r}; expected "
                 f"{f'groups of 2 to {largest}, in int8' if largest > 1 else 'none in its format version'}: "
                 "convert again"
+            )
+
+
+def _check_smoothing(file: Path, tensors: dict[str, dict[str, Any]], known: bool) -> None:
+    """As of ``_check_rotation``."""
+    for name, facts in tensors.items():
+        if "smoothed" in facts and (facts["smoothed"] is not True or facts["scheme"] != "int8" or not known):
+            raise CheckpointError(
+                f"{file} is damaged: {name} ({facts['scheme']}) says smoothed: {facts['smoothed']!r}; expected "
+                f"{'true, in int8' if known else 'none in its format version'}: convert again"
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_quantize.components import ComponentPlan
-from lowvram_quantize.format import FORMAT, LARGEST_GROUPS, Slab
+from lowvram_quantize.format import FORMAT, FORMAT_VERSION, LARGEST_GROUPS, SMOOTHED_VERSION, Slab
 from lowvram_quantize.source import TensorRef
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")
@@ -46,6 +46,8 @@ def _tensor_facts(plan: ComponentPlan, errors: dict[str, float]) -> dict[str, di
         facts[item.name] = {"scheme": item.scheme.name}
         if item.scheme.group > 1:
             facts[item.name]["rotated_group"] = item.scheme.group
+        if item.scheme.smooth:
+            facts[item.name]["smoothed"] = True
         if item.name in errors:
             facts[item.name]["relative_error"] = errors[item.name]
     return facts
@@ -74,11 +76,12 @@ def manifest_of(
 
 
 def origin(plans: list[ComponentPlan]) -> dict[str, Any]:
-    """The manifest's first fields: format (the lowest version that has groups as large) and what writes it."""
+    """The manifest's first fields: format (the lowest version that has what the plans have) and what writes it."""
     group = max((plan.largest_group for plan in plans), default=1)
+    lowest = SMOOTHED_VERSION if any(plan.smoothed for plan in plans) else FORMAT_VERSION
     return {
         "format": FORMAT,
-        "format_version": min(version for version, largest in LARGEST_GROUPS.items() if group <= largest),
+        "format_version": min(v for v, largest in LARGEST_GROUPS.items() if group <= largest and v >= lowest),
         "lowvram": version("lowvram"),
         "libraries": versions(),
     }

@@ -47,6 +47,14 @@ _W8A8 = re.compile(
 )
 # DiT weights in 8 bit, dequantized at use: large convolutions that run in the sink pass only, twice a video.
 _WEIGHT_ONLY = re.compile(r"frame_packer\.proj_[24]x\.weight")
+# Of these, those whose inputs come from a norm, whose gain takes the factors that smooth them, and those where only a
+# calibration says which factors are worth a product more.
+_BEHIND_A_NORM = re.compile(
+    r"blocks\.\d+\.(self_attn\.[qkv]|cross_attn\.q|ffn\.0)\.weight|audio_injector\.injector\.\d+\.q\.weight"
+)
+_ELSEWHERE = re.compile(
+    r"blocks\.\d+\.(self_attn\.o|cross_attn\.o|ffn\.2)\.weight|audio_injector\.injector\.\d+\.o\.weight"
+)
 # Everything else of the DiT stays in bf16:
 #   patch_embedding, cond_encoder, head.head   first and last layer: their error reaches the picture undamped
 #   time_embedding, time_projection            steer every layer's modulation; run once a video over a few rows
@@ -60,12 +68,14 @@ _WEIGHT_ONLY = re.compile(r"frame_packer\.proj_[24]x\.weight")
 class Scheme:
     """How one tensor is stored. ``kind``: "kept", "rows" (8 bit a row with a scale), "quanto" (the same under
     optimum-quanto's names) or "nf4". ``group``: so many input channels each are rotated together before; 1: none are;
-    see ``lowvram_kernels.rotation``."""
+    see ``lowvram_kernels.rotation``. ``smooth``: before that, each input channel is divided by a factor; see
+    ``smoothing``."""
 
     name: str
     kind: str
     dtype: torch.dtype
     group: int = 1
+    smooth: bool = False
 
 
 def dit_scheme(name: str, precision: str) -> Scheme:
@@ -101,6 +111,15 @@ def with_rotation(scheme: Scheme, shape: tuple[int, ...], most: int = GROUP) -> 
         return scheme
     most = most if shape[-1] >= GROUP else min(most, IN_NARROW)
     return dataclasses.replace(scheme, group=largest_group(shape[-1], most))
+
+
+def with_smoothing(scheme: Scheme, name: str, *, measured: bool = False) -> Scheme:
+    """The same with smoothed inputs where it is W8A8 INT8 of a layer behind a norm, or, with activations ``measured``,
+    of one whose inputs no other layer reads."""
+    if scheme.name != "int8" or scheme.kind != "rows":
+        return scheme
+    smooth = bool(_BEHIND_A_NORM.fullmatch(name) or (measured and _ELSEWHERE.fullmatch(name)))
+    return dataclasses.replace(scheme, smooth=smooth)
 
 
 def vae_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:

@@ -40,7 +40,7 @@ from lowvram_quantize.convert import (
     lay_out,
 )
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER
-from lowvram_quantize.format import FORMAT, Slab, TensorSpec, header_bytes
+from lowvram_quantize.format import FORMAT, SMOOTH_SCALE, Slab, TensorSpec, header_bytes
 from lowvram_quantize.presets import PRESETS, Preset
 from lowvram_quantize.provenance import component_facts, origin
 from lowvram_quantize.publish import check_target, publish
@@ -247,6 +247,9 @@ class RandomFill:
         count = nbytes // spec.dtype.itemsize
         if spec.dtype in self._pools:
             return self._slice(self._pools[spec.dtype], spec, begin, count)
+        if spec.name.endswith(SMOOTH_SCALE):  # a half, one and two, the same where inputs are the same
+            codes = self._pools[torch.uint8][begin // spec.dtype.itemsize :][:count] % 3
+            return torch.exp2(codes.float() - 1).to(spec.dtype)
         mean, std = distribution(item.name, item.ref.shape)
         if item.scheme.kind != "kept":  # what a quantized weight has beside its values is their scale
             stored = stored_specs(item)[0].dtype

@@ -9,7 +9,7 @@ import torch
 
 from lowvram_kernels.rotation import rotated
 from lowvram_quantize.components import Item
-from lowvram_quantize.format import TensorSpec
+from lowvram_quantize.format import SMOOTH_SCALE, TensorSpec
 from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.schemes import CHUNK_VALUES, NF4_BLOCK, all_finite, not_finite, quantize_chunk
 
@@ -23,15 +23,17 @@ _MERGED_CHUNKS = 4
 
 
 def stored_specs(item: Item) -> list[TensorSpec]:
-    """What an item is stored as: its values and, quantized, their scales."""
+    """What an item is stored as: its values and, quantized, their scales and the factors of its inputs."""
     name, shape, scheme = item.name, item.ref.shape, item.scheme
     if scheme.kind == "kept":
         return [TensorSpec(name=name, dtype=scheme.dtype, shape=shape)]
     if scheme.kind == "rows":
-        return [
+        specs = [
             TensorSpec(name=name, dtype=scheme.dtype, shape=shape),
             TensorSpec(name=f"{name}_scale", dtype=torch.float32, shape=shape[:1]),
         ]
+        factors = TensorSpec(name=_factors_name(name), dtype=torch.bfloat16, shape=shape[1:])
+        return [*specs, factors] if scheme.smooth else specs
     if scheme.kind == "quanto":
         return [
             TensorSpec(name=f"{name}._data", dtype=scheme.dtype, shape=shape),
@@ -44,8 +46,16 @@ def stored_specs(item: Item) -> list[TensorSpec]:
     ]
 
 
-def write_item(item: Item, delta: Update | None, write: Write) -> float | None:
-    """Convert and write one tensor; returns its relative error (norm) where it was quantized.
+def _factors_name(name: str) -> str:
+    return name.removesuffix("weight") + SMOOTH_SCALE
+
+
+def write_item(item: Item, delta: Update | None, write: Write, factors: Tensor | None = None) -> float | None:
+    """Convert and write one tensor; returns its relative error (norm) where it was quantized: of what is multiplied by
+    the inputs as they are smoothed and rotated.
+
+    Args:
+        factors: what its inputs are to be multiplied by, [K] powers of two; given where its scheme says so.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or the source cannot be read.
@@ -56,8 +66,10 @@ def write_item(item: Item, delta: Update | None, write: Write) -> float | None:
         return None
     if item.scheme.kind == "nf4":
         return _write_nf4(item, write)
-    data, scale = (spec.name for spec in stored_specs(item))
-    return _write_rows(item, delta, write, data, scale)
+    data, scale = (spec.name for spec in stored_specs(item)[:2])
+    if factors is not None:
+        write(_factors_name(item.name), 0, factors.bfloat16())
+    return _write_rows(item, delta, write, data, scale, factors)
 
 
 def _write_kept(item: Item, delta: Update | None, write: Write) -> None:
@@ -70,13 +82,13 @@ def _write_kept(item: Item, delta: Update | None, write: Write) -> None:
         done += chunk.numel()
 
 
-def _write_rows(item: Item, delta: Update | None, write: Write, data: str, scale: str) -> float:
+def _write_rows(item: Item, delta: Update | None, write: Write, data: str, scale: str, factors: Tensor | None) -> float:
     scales = torch.empty(item.ref.rows)
     row = done = 0
     off = size = 0.0
     for chunk in merged_chunks(item, delta, float32=True):
         # The error of a rotated weight is that of the weight turned back: a rotation keeps norms.
-        chunk = rotated(chunk, item.scheme.group)
+        chunk = rotated(chunk if factors is None else chunk / factors, item.scheme.group)
         q, scales[row : row + len(chunk)], chunk_off, chunk_size = quantize_chunk(chunk, item.scheme.dtype, item.name)
         write(data, done, q)
         row, done = row + len(chunk), done + q.numel()
@@ -97,6 +109,12 @@ def _write_nf4(item: Item, write: Write) -> float:
     write(f"{item.name}.absmax", 0, state.absmax.float())
     error = bnb.dequantize_4bit(packed, state).float().view_as(weight).sub_(weight).norm() / weight.norm()
     return float(error.nan_to_num())
+
+
+def merged_rows(item: Item, delta: Update | None, start: int, rows: int) -> Tensor:
+    """So many rows of the merged weight, [rows, width] float32, to be written to."""
+    chunk = item.ref.read_rows(start, rows).float()
+    return chunk.clone() if delta is None else delta.adder()(chunk, start)
 
 
 def merged_chunks(item: Item, delta: Update | None, *, float32: bool = False) -> Iterator[Tensor]:

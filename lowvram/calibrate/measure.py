@@ -37,7 +37,7 @@ from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.rows import quantize_rows
 from lowvram_models.names import dit_slab
-from lowvram_quantize.format import Artifact, Component
+from lowvram_quantize.format import SMOOTH_SCALE, Artifact, Component
 
 Tensor = torch.Tensor
 STORED = "stored"
@@ -131,13 +131,14 @@ class _Stored:
         stem, slab = name.removesuffix("weight"), dit_slab(name, component.config["audio_inject_layers"])
         views = component.views(slab, component.read_slab(slab))
         self.weight, self.bias = views[name], views[f"{stem}bias"]
-        self.scale = views.get(f"{name}_scale")
+        self.scale, self.smooth = views.get(f"{name}_scale"), views.get(f"{stem}{SMOOTH_SCALE}")
 
     def product(self, x_MK: Tensor) -> Tensor:
         weight, bias = self.weight.to(x_MK.device), self.bias.to(x_MK)
         if self.scale is None:
             return F.linear(x_MK, weight.to(x_MK), bias)
-        return linear_w8a8(x_MK, weight, self.scale.to(x_MK.device), bias, group=self.group)
+        smooth = None if self.smooth is None else self.smooth.to(x_MK.device)
+        return linear_w8a8(x_MK, weight, self.scale.to(x_MK.device), bias, group=self.group, smooth_K=smooth)
 
 
 def _measured(

@@ -60,6 +60,12 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="The most inputs of the DiT's int8 Linears to rotate together against outliers; default: 256, and 16 "
             "in Linears of fewer.",
         ),
+        click.option(
+            "--smooth/--no-smooth",
+            default=None,
+            help="Give input channels of the DiT's int8 Linears factors, which even out its weights' columns against "
+            "outliers; default: where they are rotated.",
+        ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
         click.option(
             "--calibrate",

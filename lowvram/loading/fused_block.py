@@ -45,11 +45,20 @@ def wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:
     return Wanted(dtype=layer.weight.dtype if computes else dtype, group=layer.group)
 
 
+def smoothed(layer: nn.Module, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset of the norm before a layer, times the factors that its inputs are smoothed by: it costs no pass
+    over activations. Factors are powers of two, so that no bit is lost."""
+    factors = layer.smooth_scale if isinstance(layer, QuantizedLinear) else None
+    return (gain, offset) if factors is None else (gain * factors, offset * factors)
+
+
 def rows_for(layer: nn.Module, x_LD: Tensor, made: dict[Any, Any]) -> Rows:
     """``x`` as ``layer`` wants its input; ``made`` keeps what was made of ``x`` for others."""
     how = wanted(layer, x_LD.dtype)
     if how["dtype"] is x_LD.dtype:
         return x_LD, None
+    if isinstance(layer, QuantizedLinear) and layer.smooth_scale is not None:  # factors of its own
+        return quantize_rows(x_LD, how["dtype"], group=how["group"], smooth_K=layer.smooth_scale)
     key = tuple(how.values())
     if key not in made:
         made[key] = quantize_rows(x_LD, how["dtype"], group=how["group"])
@@ -106,6 +115,7 @@ class FusedInjector(nn.Module):
             return found
         attention: Any = self.injector[index]
         shift, scale = self.injector_adain_layers[index].modulation(audio.clip[actor])  # type: ignore[operator]
+        gain, offset = smoothed(attention.q, 1 + scale, shift.contiguous())
         tokens = audio.frame[actor]
         rows: dict[Any, Any] = {}
         k, v = linears(
@@ -113,7 +123,7 @@ class FusedInjector(nn.Module):
         )
         frames = tokens.shape[:2]
         k, v = attention.norm_k(k).unflatten(0, frames), attention.split(v.unflatten(0, frames))
-        made = (1 + scale, shift.contiguous(), k, v)
+        made = (gain, offset, k, v)
         if audio.derived is not None:
             audio.derived[key] = made
         return made
@@ -142,7 +152,7 @@ class FusedBlock(nn.Module):
     def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
         """[L, D] float32 -> [L, D] float32."""
         dtype, eps = inputs.text.dtype, self.eps
-        shift1, gain1, gate1, shift2, gain2, gate2 = self._modulation(inputs.time)
+        shift1, gain1, gate1, shift2, gain2, gate2, middle = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
         h: Rows = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
@@ -152,7 +162,7 @@ class FusedBlock(nn.Module):
         v = v.view(len(v), mine.num_heads, -1)
         y = mine.o(_joined(memory.attend(*heads, v, inputs.rope)))
         del q, k, v, heads
-        gain, offset = self.norm3.weight, self.norm3.bias
+        gain, offset = middle or (self.norm3.weight, self.norm3.bias)
         x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **wanted(text.q, dtype))
         del y
         # Anew in every step, as the queries are: kept for 40 layers they would take 420 MB of the card (2 * 512 * 5120
@@ -171,12 +181,19 @@ class FusedBlock(nn.Module):
         del hidden
         return add_gated(x, y, gate2, out=x)
 
-    def _modulation(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
-        """(shift, gain, gate) twice, [D] float32 each: computed in the first call at that timestep."""
-        vectors: tuple[Tensor, ...] | None = time.derived.get(self)
+    def _modulation(self, time: TimeEmbedding) -> tuple[Any, ...]:
+        """(shift, gain, gate) twice, [D] float32 each, and gain and offset of the norm before the cross-attention where
+        they are not the stored ones; smoothed for the layers behind them. Computed in the first call at that timestep.
+        Nothing of it lies where the layer's weights do: other layers' come there."""
+        vectors: tuple[Any, ...] | None = time.derived.get(self)
         if vectors is None:
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time.blocks).unbind(0)
-            vectors = time.derived[self] = (shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+            gain1, shift1 = smoothed(self.self_attn.q, 1 + scale1, shift1)
+            gain2, shift2 = smoothed(self.ffn[0], 1 + scale2, shift2)
+            stored = (self.norm3.weight, self.norm3.bias)
+            made = smoothed(self.cross_attn.q, *stored)
+            middle = None if made[0] is stored[0] else made
+            vectors = time.derived[self] = (shift1, gain1, gate1, shift2, gain2, gate2, middle)
         return vectors
 
 
@@ -198,6 +215,12 @@ def _check_shared_input(*layers: nn.Module) -> None:
     if len(set(kinds)) > 1:
         raise CheckpointError(
             f"q, k and v of one block, which share their input, are stored in {_said(kinds)}; expected the same for "
+            "all three: convert the checkpoint again"
+        )
+    smoothed = [isinstance(layer, QuantizedLinear) and layer.smooth_scale is not None for layer in layers]
+    if len(set(smoothed)) > 1:
+        raise CheckpointError(
+            f"q, k and v of one block, which share their input, have it smoothed: {smoothed}; expected the same for "
             "all three: convert the checkpoint again"
         )
     groups = [layer.group if isinstance(layer, QuantizedLinear) else 1 for layer in layers]

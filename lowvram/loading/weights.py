@@ -57,14 +57,14 @@ def swap_quantized(model: nn.Module, component: Component) -> None:
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Linear):
-            _swap_linear(model, path, dtype, component.tensor_group(name))
+            _swap_linear(model, path, dtype, component.tensor_group(name), component.tensor_smoothed(name))
         else:
             swap_conv(layer, dtype)
 
 
-def _swap_linear(model: nn.Module, path: str, dtype: torch.dtype, group: int) -> None:
+def _swap_linear(model: nn.Module, path: str, dtype: torch.dtype, group: int, smooth: bool) -> None:
     try:
-        swap_linear(model, path, dtype, group=group)
+        swap_linear(model, path, dtype, group=group, smooth=smooth)
     except ValueError as error:
         raise CheckpointError(f"the artifact's {path} cannot be used: {error}; convert it again") from error
 

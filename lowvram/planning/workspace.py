@@ -140,7 +140,8 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -
     audio = 6 * work.frames_per_block * config.dim * work.value_bytes + len(config.audio_inject_layers) * heard
     text = config.text_len * (config.dim * (work.value_bytes + 1) + FLOAT32_BYTES)
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
-    times += len(share.steps) * config.num_layers * 8 * config.dim * FLOAT32_BYTES
+    # Six modulations, four of them smoothed or with 1 added, and the middle norm's gain and offset in 2 bytes.
+    times += len(share.steps) * config.num_layers * 11 * config.dim * FLOAT32_BYTES
     return wave * (rope + residual + audio) + text + times
 
 

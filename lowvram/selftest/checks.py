@@ -43,6 +43,8 @@ def makers() -> Iterator[tuple[str, Make]]:
     yield f"linears_w8a8 {INT8}", trials.linears
     for group in (SYLVESTER, GROUP):  # of artifacts of format version 2, and of what convert makes
         yield f"quantize_rows {ROTATED}", part(trials.quantize_rows, dtype=torch.int8, most=group)
+    # As calibrated artifacts have it where no norm is in front.
+    yield f"quantize_rows {ROTATED}", part(trials.quantize_rows, dtype=torch.int8, most=GROUP, smooth=True)
     yield f"add_gated_norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, most=GROUP)
     yield f"norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, gated=False, most=GROUP)
     yield "add_gated", part(trials.fused_norm, dtype=None)
@@ -69,8 +71,10 @@ def kernel_checks(device: torch.device) -> Iterator[Check]:
 
 def kernel_check(operation: str, backend: str, sizes: Sizes, device: torch.device, make: Make) -> Check:
     """One backend against the operation's reference."""
-    most = getattr(make, "keywords", {}).get("most")
-    name = f"{operation}{f' by {most}' if most else ''}: {backend}, {sizes.name}"
+    settings = getattr(make, "keywords", {})
+    most, smooth = settings.get("most"), settings.get("smooth")
+    told = f"{operation}{f' by {most}' if most else ''}{' smoothed' if smooth else ''}"
+    name = f"{told}: {backend}, {sizes.name}"
     subject = Subject(name=name, operation=operation, backend=backend, size=sizes.name)
 
     def run() -> Result:

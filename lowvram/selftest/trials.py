@@ -108,20 +108,23 @@ def random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device)
 
 
-def quantize_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, most: int = 1) -> Trial:
-    """``most``: channels to rotate together, where so many divide the width."""
+def quantize_rows(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, most: int = 1, *, smooth: bool = False
+) -> Trial:
+    """``most``: channels to rotate together, where so many divide the width; ``smooth``: times factors before."""
     group = largest_group(sizes.ffn, most)
     x = random(device, sizes.tokens, sizes.ffn).bfloat16() * torch.logspace(-3, 3, sizes.tokens, device=device)[:, None]
+    factors = torch.exp2(torch.arange(sizes.ffn, device=device) % 5 - 2.0).bfloat16() if smooth else None
 
     def triton() -> Outputs:
         from lowvram_kernels.triton_rows import quantize_rows_triton
 
-        return dict(zip(("values", "scale"), quantize_rows_triton(x, dtype, group), strict=True))
+        return dict(zip(("values", "scale"), quantize_rows_triton(x, dtype, group, factors), strict=True))
 
     def judge(out: Outputs) -> Mapping[str, Measured]:
-        _, expected = reference_rows(x, dtype, group)
+        _, expected = reference_rows(x, dtype, group, factors)
         found = {"scale": Measured(error=relative_error(out["scale"], expected), bound=2e-6)}
-        exact = rotated(x.double(), group)
+        exact = rotated(x.double() if factors is None else x.double() * factors.double(), group)
         if dtype is torch.int8:
             return found | {"values": Measured(error=steps_off(out["values"], out["scale"], exact), bound=HALF_STEP)}
         # A value of fp8 e4m3 is within 2^-4 of what it stands for, or within half of the smallest step, 2^-9.
@@ -130,7 +133,7 @@ def quantize_rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, most: 
         return found | {"values": Measured(error=(off / allowed).max().item(), bound=1.001)}
 
     def plain() -> Outputs:
-        return dict(zip(("values", "scale"), reference_rows(x, dtype, group), strict=True))
+        return dict(zip(("values", "scale"), reference_rows(x, dtype, group, factors), strict=True))
 
     return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
 

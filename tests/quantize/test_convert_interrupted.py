@@ -81,7 +81,9 @@ def tensors_of(artifact: Path, component: str) -> set[str]:
     return set(Artifact.open(artifact).component(component).facts["tensors"])
 
 
-@pytest.mark.parametrize("change", [{"lora_alpha": 3.0}, {"lora": None}, {"dit": "fp8"}, {"rotate": False}])
+@pytest.mark.parametrize(
+    "change", [{"lora_alpha": 3.0}, {"lora": None}, {"dit": "fp8"}, {"rotate": False}, {"smooth": False}]
+)
 def test_other_options_do_not_reuse_what_they_change(tiny, out, written, tmp_path, change):
     interrupt_late(tiny.checkpoint, out)
     written.clear()
@@ -94,7 +96,7 @@ def test_other_options_do_not_reuse_what_they_change(tiny, out, written, tmp_pat
 @pytest.mark.parametrize(("first", "then"), [(True, False), (False, 16), (16, 64), (64, 16), (64, 32)])
 def test_an_interrupted_rotation_is_not_continued_by_another(out, written, tmp_path, first, then):
     checkpoint = write_checkpoint(
-        tmp_path / "small", dim=64, ffn_dim=128, num_heads=4, num_layers=1, audio_inject_layers=(0,)
+        tmp_path / "small", dim=320, ffn_dim=384, num_heads=5, num_layers=1, audio_inject_layers=(0,)
     )
     interrupt_late(checkpoint, out, rotate=first)
     written.clear()

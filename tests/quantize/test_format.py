@@ -137,7 +137,7 @@ def test_a_slab_is_read_to_a_buffer_in_one_piece(artifacts):
 def test_the_manifest_says_what_was_made_from_what(artifacts):
     manifest = manifest_of(artifacts("int8"))
     assert manifest["format"] == "lowvram-artifact"
-    assert manifest["format_version"] == 2  # no width of the tiny model has groups above 16
+    assert manifest["format_version"] == 4
     assert manifest["lowvram"] == version("lowvram")
     for library in ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes"):
         assert manifest["libraries"][library] == version(library)
@@ -244,16 +244,16 @@ def test_missing_and_truncated_files(artifact, name):
             Artifact.open(artifact)
 
 
-@pytest.mark.parametrize("found", [0, 4, 99, "1", None, True, 2.0])
+@pytest.mark.parametrize("found", [0, 5, 99, "1", None, True, 2.0])
 def test_another_format_version(artifact, found):
     replace_json(artifact / MANIFEST, lambda manifest: manifest.update(format_version=found))
-    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 to 3", "convert again"):
+    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 to 4", "convert again"):
         Artifact.open(artifact)
 
 
 @pytest.mark.parametrize(
     ("name", "group"),
-    [(WIDE, 0), (WIDE, 1), (WIDE, "16"), (WIDE, True), (WIDE, None), (WIDE, 32), ("head.head.weight", 16)],
+    [(WIDE, 0), (WIDE, 1), (WIDE, "16"), (WIDE, True), (WIDE, None), (WIDE, 512), ("head.head.weight", 16)],
 )
 def test_a_rotation_that_cannot_be(artifact, name, group):
     def change(manifest):
@@ -275,6 +275,7 @@ def test_how_many_channels_were_rotated_together_in_which_version(artifact, vers
     def change(manifest):
         for facts in manifest["components"]["dit"]["tensors"].values():
             facts.pop("rotated_group", None)
+            facts.pop("smoothed", None)
         manifest["components"]["dit"]["tensors"][WIDE] |= {"rotated_group": group} if group > 1 else {}
         manifest["format_version"] = version
 
@@ -286,6 +287,38 @@ def test_how_many_channels_were_rotated_together_in_which_version(artifact, vers
     dit = Artifact.open(artifact).component("dit")
     assert dit.tensor_group(WIDE) == group
     assert {dit.tensor_group(name) for name in dit.tensor_names if name != WIDE} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (WIDE, False, "true, in int8"),
+        (WIDE, 1, "true, in int8"),
+        (WIDE, None, "true, in int8"),
+        ("head.head.weight", True, "bf16.*true, in int8"),
+        ("frame_packer.proj_2x.weight", True, "int8_weight_only.*true, in int8"),
+    ],
+)
+def test_a_smoothing_that_cannot_be(artifact, name, value, said):
+    def change(manifest):
+        manifest["components"]["dit"]["tensors"][name]["smoothed"] = value
+
+    replace_json(artifact / MANIFEST, change)
+    with pytest.raises(CheckpointError, match=f"{name} .*{said}.*convert again"):
+        Artifact.open(artifact)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_no_smoothing_in_versions_that_did_not_have_it(artifact, version):
+    def change(manifest):
+        manifest["format_version"] = version
+        if version == 1:
+            for facts in manifest["components"]["dit"]["tensors"].values():
+                facts.pop("rotated_group", None)
+
+    replace_json(artifact / MANIFEST, change)
+    with refusal(CheckpointError, MANIFEST, "smoothed", "none in its format version", "convert again"):
+        Artifact.open(artifact)
 
 
 def test_another_format(artifact):

@@ -172,7 +172,14 @@ def test_rotated_groups_are_told(tiny, tmp_path):
     # The feed-forward's inner width of the tiny model, 216, is no multiple of 16.
     assert facts["components"]["dit"]["rotated_groups"] == {"16": others, "8": wide}
     assert plain["components"]["dit"]["rotated_groups"] == {}
-    assert (facts["format_version"], plain["format_version"]) == (2, 1)
+    assert (facts["format_version"], plain["format_version"]) == (4, 1)
+    layers = facts["components"]["dit"]["config"]["num_layers"]
+    heard = len(facts["components"]["dit"]["config"]["audio_inject_layers"])
+    smoothed = 5 * layers + heard  # q, k, v, the cross-attention's q and the first of the FFN; of the injectors q
+    assert facts["components"]["dit"]["smoothed"] == smoothed
+    assert plain["components"]["dit"]["smoothed"] == 0
+    assert f"inputs of {smoothed} weights smoothed, channel by channel" in summary(facts)
+    assert "smoothed" not in summary(plain)
     assert f"inputs of {others} weights rotated in groups of 16 channels" in summary(facts)
     assert f"inputs of {wide} weights rotated in groups of 8 channels" in summary(facts)
     assert "weights rotated" not in summary(plain)

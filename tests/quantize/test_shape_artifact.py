@@ -67,10 +67,11 @@ def test_the_runtime_finds_the_model_it_expects(published):
     check_complete(build_dit(component), component)
 
 
-def test_its_linears_are_rotated_as_convert_does(published):
+def test_its_linears_are_smoothed_and_rotated_as_convert_does(published):
     tensors = published.component("dit").facts["tensors"].values()
-    assert published.manifest["format_version"] == 3
+    assert published.manifest["format_version"] == 4
     assert {facts["rotated_group"] for facts in tensors if "rotated_group" in facts} == {256}
+    assert sum("smoothed" in facts for facts in tensors) == 40 * 5 + 12
 
 
 def test_files_without_values_take_no_disk(published):

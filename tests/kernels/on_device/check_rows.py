@@ -67,6 +67,20 @@ def test_rotated_groups_against_float64(shape, group, x_dtype):
     assert (q.double() * scale.double() - exact).abs().le(scale.double() * 0.501).all()
 
 
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((3, 16), 1), ((7, 216), 8), ((2, 1104), 16), ((4, 768), 256), ((1, 70), 1)]
+)
+def test_smoothed_rows_against_float64(shape, group, factor_dtype):
+    x = (torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(DEVICE, torch.bfloat16)
+    factors = torch.exp2(torch.arange(shape[1]) % 13 - 6.0).to(DEVICE, factor_dtype)
+    q, scale = quantize_rows_triton(x, torch.int8, group, factors)
+    _, expected_scale = reference_rows(x, torch.int8, group, factors)
+    exact = rotated(x.double() * factors.double(), group)
+    assert relative_error(scale, expected_scale) < 1e-6
+    assert (q.double() * scale.double() - exact).abs().le(scale.double() * 0.501).all()
+
+
 def test_rotated_rows_that_are_strided_or_not_finite():
     x = torch.randn(6, 100, device=DEVICE)[:, 20:68]
     x[1, 40], x[4, 3], x[2] = float("nan"), float("inf"), 0

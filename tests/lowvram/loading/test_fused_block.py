@@ -46,8 +46,9 @@ def random_rope(tokens: int, seed: int = 1) -> Rope:
     return Rope(angle.cos(), angle.sin())
 
 
-def model(dtype: torch.dtype = torch.float32, group: int = 1) -> CausalDiT:
-    """One layer with random parameters everywhere, its Linears in 8 bit where ``dtype`` is, in rotated groups."""
+def model(dtype: torch.dtype = torch.float32, group: int = 1, *, smooth: bool = False) -> CausalDiT:
+    """One layer with random parameters everywhere, its Linears in 8 bit where ``dtype`` is, in rotated groups, all
+    their inputs smoothed where asked."""
     torch.manual_seed(0)
     dit = CausalDiT(CONFIG).eval().requires_grad_(False)
     for name, parameter in dit.named_parameters():
@@ -55,21 +56,27 @@ def model(dtype: torch.dtype = torch.float32, group: int = 1) -> CausalDiT:
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1)
     if dtype in DTYPES:
-        quantize(dit.blocks[0], dtype, group)
+        quantize(dit.blocks[0], dtype, group, smooth=smooth)
     for module in dit.modules():
         if isinstance(module, CrossAttention):
             module.attention = Attention()
     return dit
 
 
-def quantize(block: torch.nn.Module, dtype: torch.dtype, group: int) -> None:
+def quantize(block: torch.nn.Module, dtype: torch.dtype, group: int, *, smooth: bool = False) -> None:
     linears = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in linears:
         plain = block.get_submodule(name)
-        q, scale = quantize_rows(plain.weight, dtype, group=group)
-        swap_linear(block, name, dtype, group=group)
+        # The same for q, k and v, which share an input, and others for every other layer.
+        draw = torch.Generator().manual_seed(len(name) if "self_attn" not in name or name.endswith("o") else 1000)
+        powers = torch.randint(-2, 3, plain.weight.shape[1:], generator=draw) if smooth else torch.tensor(0)
+        factors = torch.exp2(powers.float())
+        q, scale = quantize_rows(plain.weight / factors, dtype, group=group)
+        swap_linear(block, name, dtype, group=group, smooth=smooth)
         new = block.get_submodule(name)
         new.weight.data, new.weight_scale.data, new.bias.data = q, scale[:, 0].contiguous(), plain.bias.data
+        if smooth:
+            new.smooth_scale.data = factors
 
 
 def inputs(dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> LayerInputs:
@@ -128,15 +135,34 @@ def test_float32_meets_the_models_own_block(kind):
         assert relative_error(ours[TOKENS:], theirs[TOKENS:]) < (1e-6 if kind == "plain" else 1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "group"), [*((dtype, 1) for dtype in DTYPES), (torch.int8, 16)])
-def test_eight_bits_equal_the_path_that_is_not_fused(dtype, group):
+@pytest.mark.parametrize(
+    ("dtype", "group", "smooth"),
+    [*((dtype, 1, False) for dtype in DTYPES), (torch.int8, 16, False), (torch.int8, 1, True), (torch.int8, 16, True)],
+)
+def test_eight_bits_equal_the_path_that_is_not_fused(dtype, group, smooth):
     """The float32 rows that are quantized differ in their last bits: a value here and there falls a step apart."""
-    plain, fused = both(model(dtype, group))
+    plain, fused = both(model(dtype, group, smooth=smooth))
     assert isinstance(fused.ffn[0], QuantizedLinear)
     expected, out = run(plain, "plain")[0], run(fused, "plain")[0]
     assert relative_error(out - residual(), expected - residual()) < 2e-3
     exact = run(model().blocks[0], "plain")[0]
     assert 1e-3 < relative_error(out - residual(), exact - residual()) < 0.08
+
+
+def test_factors_are_kept_in_no_weight_of_a_layer_that_may_be_replaced():
+    """Another layer's weights come to where this one's are; what later calls of a timestep take is their own."""
+    _, fused = both(model(torch.int8, smooth=True))
+    given = inputs()
+    with torch.inference_mode():
+        first = fused(residual(), given, Memory("plain").second())
+        vectors = given.time.derived[fused]
+        for parameter in fused.parameters():
+            assert all(
+                parameter.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+                for t in (*vectors[:6], *vectors[6])
+            )
+        second = fused(residual(), given, Memory("plain").second())
+    assert torch.equal(first, second)
 
 
 def test_every_product_of_a_rotated_block_rotates_its_input():
@@ -151,6 +177,13 @@ def test_projections_that_share_an_input_are_rotated_alike():
     dit = model(torch.int8)
     dit.blocks[0].self_attn.k.group = 16
     with pytest.raises(CheckpointError, match=r"groups of \[1, 16, 1\]; expected the same"):
+        fuse(dit)
+
+
+def test_projections_that_share_an_input_are_smoothed_alike():
+    dit = model(torch.int8, smooth=True)
+    dit.blocks[0].self_attn.v.smooth_scale = None
+    with pytest.raises(CheckpointError, match=r"smoothed: \[True, True, False\]; expected the same"):
         fuse(dit)
 
 
