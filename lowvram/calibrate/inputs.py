@@ -48,6 +48,7 @@ def calibration_inputs(
             infer_frames=FRAMES,
             num_clip=1,
             sample_steps=STEPS,
+            upscale=True,
         )
         inputs = read_inputs(request)
     height, width = inputs.portrait.shape[1:]

@@ -99,6 +99,15 @@ def test_schemes_are_as_good_as_they_are(errors):
         assert 0 <= one.relative_error("bf16") < one.relative_error("int8") < one.relative_error("fp8") < 0.1, name
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_artifacts_of_other_precisions(tiny, original, one_clip, errors, precision):
+    found = measure(Artifact.open(tiny.artifact(precision)), original, one_clip, device="cpu", schemes=(precision,))
+    assert list(found) == list(errors)
+    for one in found.values():
+        assert one.scheme == precision
+        assert one.error_energy[STORED] == pytest.approx(one.error_energy[precision], rel=2e-2, abs=1e-12)
+
+
 def test_inputs_do_not_depend_on_where_layers_are(tiny, original, one_clip, errors):
     streamed = MemoryOptions(offload_model=True, wave=2)
     found = measure(Artifact.open(tiny.artifact("int8")), original, one_clip, schemes=(), memory=streamed, device="cpu")
