@@ -148,7 +148,7 @@ def _parts(comparison: Comparison) -> list[dict[str, Any]]:
         found.append({
             "name": "vae", "title": "VAE alone",
             "text": "The candidate's decoder on the baseline's latents against the baseline's frames, and the portrait "
-            f"there and back against itself: nothing of the candidate's DiT is in it. {part_rows.vae_summary(vae)}.",
+            f"there and back against itself, with nothing of the candidate's DiT: {part_rows.vae_summary(vae)}.",
             "columns": part_rows.VAE_COLUMNS, "rows": part_rows.vae_rows(vae), "charts": [],
         })  # fmt: skip
     if rings := comparison.rings:
