@@ -25,8 +25,8 @@ from lowvram.planning.measure import CudaRunner
 from lowvram.schedule import blocks_of, latent_frames_per_clip, ticks
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.constants import FPS
-from lowvram_quantize.convert import lay_out
 from lowvram_quantize.format import Artifact
+from lowvram_quantize.layout import lay_out
 from lowvram_quantize.presets import PRESETS
 from lowvram_quantize.shape_artifact import RandomFill, shape_plans, write_shape_artifact
 

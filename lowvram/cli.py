@@ -102,13 +102,14 @@ def main(verbose: bool) -> None:
 
 @main.command(context_settings=SETTINGS)
 @convert_options
-def convert(**options: Any) -> None:
+def convert(as_json: bool, **options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
     from lowvram.commands.calibrate import take_calibration
     from lowvram.progress import ByteProgress
     from lowvram_quantize.amend import amending, finished
     from lowvram_quantize.convert import convert as run
     from lowvram_quantize.format import CALIBRATION
+    from lowvram_quantize.inspect import describe
 
     calibration = take_calibration(options)
     there = calibration is not None and finished(options, calibration.files)
@@ -123,7 +124,7 @@ def convert(**options: Any) -> None:
     if calibration is not None:
         with amending(path, options, check=there) as (finished_artifact, original):
             finished_artifact.amend(CALIBRATION, calibration.run(finished_artifact.artifact, original))
-    click.echo(path)
+    click.echo(json.dumps(describe(path), indent=1) if as_json else path)
 
 
 @main.command(context_settings=SETTINGS)

@@ -48,7 +48,7 @@ class Item:
 @dataclasses.dataclass(frozen=True)
 class ComponentPlan:
     """A component to convert; ``config`` is what the runtime needs to build its model. ``precision`` is "mixed" where
-    layers that could all be in 8 bit are stored in several ways."""
+    layers that could all be in 8 bit are stored in several ways; ``choice`` says of one that was chosen what from."""
 
     name: str
     precision: str
@@ -58,6 +58,7 @@ class ComponentPlan:
     deltas: dict[str, Update] = dataclasses.field(default_factory=dict)
     activations: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """The root mean square of each input channel [K] of the weights for which it was measured."""
+    choice: dict[str, Any] | None = None
 
     @property
     def smoothed(self) -> bool:

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lowvram_kernels.errors import ConfigError, OutputError
+from lowvram_quantize.allocation import Budget
+from lowvram_quantize.asked import COMPONENTS, budget_of, lora_sources, precisions_of, wanted_of
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.claims import writing
 from lowvram_quantize.components import PLANNERS, ComponentPlan, Item, plan_dit
@@ -25,30 +27,28 @@ from lowvram_quantize.copied import (
     copy_tokenizer,
 )
 from lowvram_quantize.format import (
-    FORMAT,
     FORMAT_VERSION,
     Slab,
     TensorSpec,
-    plan_slabs,
     sha256_file,
 )
 from lowvram_quantize.format import sha256_range as sha256_range
+from lowvram_quantize.layout import lay_out, metadata_of
 from lowvram_quantize.lora import LoraSource
+from lowvram_quantize.mixed import check_budget, choose
 from lowvram_quantize.places import real
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
 from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
 from lowvram_quantize.schemes import chosen_group
 from lowvram_quantize.smoothing import factors_of, fingerprint
-from lowvram_quantize.store import stored_specs, write_item
+from lowvram_quantize.store import write_item
+from lowvram_quantize.units import Int8, mixed, units_of
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
 log = logging.getLogger(__name__)
 
-COMPONENTS = ("dit", "vae", "text_encoder", AUDIO_ENCODER, TOKENIZER)
-PRECISIONS = ("int8", "fp8", "bf16", "fp32")
-TEXT_ENCODER_PRECISIONS = (*PRECISIONS, "nf4")
-
 Progress = Callable[[int, int, str], None]
+Chooser = Callable[[ComponentPlan, Path, Progress | None], ComponentPlan]
 
 
 @dataclasses.dataclass
@@ -82,6 +82,9 @@ def convert(
     lora_alpha: float | None = None,
     rotate: bool | int | None = None,
     smooth: bool | None = None,
+    apart: Mapping[str, str] | None = None,
+    target_bytes: int | None = None,
+    max_error: float | None = None,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -98,7 +101,9 @@ def convert(
             safetensors, scaled fp8, GGUF or .pth.
         out: folder to make; its parent has to exist.
         precision: int8, fp8, bf16 or fp32, for every component not set apart by ``dit``, ``vae`` or
-            ``text_encoder`` (which also takes nf4).
+            ``text_encoder`` (which also takes nf4). With auto, which ``dit`` takes too, each of the DiT's Linears is
+            int8, fp8 or bf16, whatever does most against the error within ``target_bytes`` or ``max_error``; the other
+            components are int8.
         lora: files or folders, as ``"path"`` or ``"path:weight"``, merged in float32 as
             ``W += weight * alpha / r * B @ A`` before quantizing; also whole differences, LoHa and LoKr.
         lora_alpha: for LoRAs that state none; by default 64, LiveAvatar's, or the rank where factors are called
@@ -110,6 +115,10 @@ def convert(
         smooth: whether to give the input channels of the DiT's int8 Linears behind norms factors, so that weights do
             not have large columns where activations have small ones, or the other way; see
             ``lowvram_quantize.smoothing``. By default so where they are rotated.
+        apart: weights of the DiT's Linears by name -> int8, fp8 or bf16, where that is not its precision: a mixed DiT
+            chosen by hand. Those that share one input have to be alike.
+        target_bytes: what dit.safetensors may take, and takes but for 1 %, with auto.
+        max_error: the relative error of the DiT's output that is predicted at the most, with auto: the fewest bytes.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.
@@ -117,24 +126,28 @@ def convert(
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
         ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate,
-            ``smooth`` with nothing to smooth, or ``out`` exists.
+            ``smooth`` with nothing to smooth, auto with a budget that it cannot meet or without one, a budget without
+            auto, or ``out`` exists.
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """
     named = Named.of(dit_file, vae_file, text_encoder_file, audio_encoder_dir, tokenizer_dir)
-    folder, out, wanted = None if ckpt_dir is None else Path(ckpt_dir), Path(out), _wanted(components)
-    checkpoint, chosen = Checkpoint(folder, named), _precisions(precision, dit, vae, text_encoder)
+    folder, out, wanted = None if ckpt_dir is None else Path(ckpt_dir), Path(out), wanted_of(components)
+    checkpoint, chosen = Checkpoint(folder, named), precisions_of(precision, dit, vae, text_encoder)
     loras = lora_sources(lora, lora_alpha)
     given = {"--ckpt-dir": folder, **named.by_option}
     check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
-    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth)
+    budget = budget_of(chosen["dit"], wanted, target_bytes, max_error)
+    if budget is not None and apart:
+        raise ConfigError("apart says how layers are stored, which auto chooses itself; expected one of both at most")
+    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, apart or {}, budget)
     return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
 
 
 def _make(
     out: Path,
-    plan: Callable[[], list[ComponentPlan]],
+    plan: Callable[[], tuple[list[ComponentPlan], Chooser | None]],
     checkpoint: Checkpoint,
     wanted: tuple[str, ...],
     progress: Progress | None,
@@ -145,7 +158,7 @@ def _make(
     place = real(out)  # what is unfinished lies beside a link's target, on the same disk
     with writing(place, "lowvram convert"):
         check_target(place, overwrite=overwrite)  # another run may just have finished it
-        plans = plan()
+        plans, choose_within = plan()
         folders = _check_folders(checkpoint, wanted)
         # Where what was named holds links, it is what they lead to that must not go.
         files = [file for each in plans for file in each.source_files]
@@ -154,6 +167,8 @@ def _make(
         partial = partial_of(place)
         with disk_errors(partial, 0):
             partial.mkdir(exist_ok=True)
+        if choose_within is not None:
+            plans = [choose_within(plans[0], partial, progress), *plans[1:]]
         publish(partial, place, _write(plans, checkpoint, partial, wanted, progress))
     return place
 
@@ -179,34 +194,6 @@ def _write(
         return manifest_of(plans, facts, files, hashes, checkpoint.base)
 
 
-def _precisions(default: str, dit: str | None, vae: str | None, text_encoder: str | None) -> dict[str, str]:
-    chosen = {"dit": dit or default, "vae": vae or default, "text_encoder": text_encoder or default}
-    for name, precision in {"default": default, **chosen}.items():
-        known = TEXT_ENCODER_PRECISIONS if name == "text_encoder" else PRECISIONS
-        if precision not in known:
-            raise ConfigError(f"precision of {name} is {precision!r}; expected one of {', '.join(known)}")
-    return chosen
-
-
-def _wanted(components: Iterable[str]) -> tuple[str, ...]:
-    wanted = tuple(components)
-    if not wanted or set(wanted) - set(COMPONENTS):
-        raise ConfigError(f"components are {list(wanted)}; expected some of {', '.join(COMPONENTS)}")
-    return wanted
-
-
-def lora_sources(
-    lora: str | Path | Sequence[str | Path | LoraSource] | None, alpha: float | None = None
-) -> list[LoraSource]:
-    """What ``convert`` takes as ``lora``, in order.
-
-    Raises:
-        ConfigError: a weight of 0 or none, an alpha that is not above 0, or an alpha without a LoRA that needs it.
-    """
-    given = [lora] if isinstance(lora, (str, Path)) else list(lora or ())
-    return [one if isinstance(one, LoraSource) else LoraSource.parse(one, alpha) for one in given]
-
-
 def _plans(
     checkpoint: Checkpoint,
     wanted: tuple[str, ...],
@@ -214,23 +201,39 @@ def _plans(
     loras: list[LoraSource],
     rotate: bool | int | None,
     smooth: bool | None,
-) -> list[ComponentPlan]:
-    plans, group = [], chosen_group(rotate)
-    smoothed = group > 1 if smooth is None else smooth
+    apart: Mapping[str, str],
+    budget: Budget | None,
+) -> tuple[list[ComponentPlan], Chooser | None]:
+    """Of all components; and of a DiT within a budget, whose plan is first and that of int8, what chooses for it."""
+    plans, group, chooser = [], chosen_group(rotate), None
+    int8 = Int8(group=group, smooth=group > 1 if smooth is None else smooth)
     if "dit" in wanted:
-        file = checkpoint.file("dit")
-        plans.append(plan_dit(file, checkpoint.config(file), chosen["dit"], loras, group=group, smooth=smoothed))
-        _check_alpha(loras, plans[0])
+        file, precision = checkpoint.file("dit"), "int8" if budget else chosen["dit"]
+        dit = plan_dit(file, checkpoint.config(file), precision, loras, group=group, smooth=int8.smooth)
+        _check_alpha(loras, dit)
+        if budget is not None:
+            check_budget(dit, budget, int8)
+            chooser = functools.partial(_choose, budget, int8)
+        plans.append(mixed(dit, apart, int8) if apart else dit)
     if rotate and not any(plan.largest_group > 1 for plan in plans):
-        dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
+        what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
         raise ConfigError(
-            f"--rotate was given for an artifact {dit}; expected a DiT in int8 with Linears of an even width, whose "
+            f"--rotate was given for an artifact {what}; expected a DiT in int8 with Linears of an even width, whose "
             "inputs it rotates: leave it out, or convert the DiT to int8"
         )
     if smooth and not any(plan.smoothed for plan in plans):
-        dit = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
-        raise ConfigError(f"--smooth was given for an artifact {dit}; expected a DiT in int8: leave it out")
-    return plans + [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
+        what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
+        raise ConfigError(f"--smooth was given for an artifact {what}; expected a DiT in int8: leave it out")
+    plans += [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
+    return plans, chooser
+
+
+def _choose(budget: Budget, int8: Int8, plan: ComponentPlan, partial: Path, progress: Progress | None) -> ComponentPlan:
+    """Measure each Linear in each scheme, which reads its weight once more, and choose within the budget."""
+    meter = _Meter(sum(item.ref.nbytes for items in units_of(plan.items).values() for item in items), progress)
+    return choose(
+        plan, budget, int8, partial, _fingerprint(plan), lambda nbytes, slab: meter.add(nbytes, f"measuring {slab}")
+    )
 
 
 def _check_alpha(sources: list[LoraSource], plan: ComponentPlan) -> None:
@@ -249,7 +252,7 @@ def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: P
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
     errors: dict[str, float] = {}
-    with SlabWriter(path, slabs, {"format": FORMAT, "component": plan.name}, _fingerprint(plan)) as writer:
+    with SlabWriter(path, slabs, metadata_of(plan.name), _fingerprint(plan)) as writer:
         for slab in slabs:
             if slab.name not in writer.finished:
                 places = {spec.name: spec for spec in slab.tensors}
@@ -264,17 +267,6 @@ def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: P
     for item in plan.items:
         facts["tensors"][item.name]["from"] = tensor_origin(item.ref, base)
     return facts
-
-
-def lay_out(plan: ComponentPlan) -> tuple[dict[str, list[Item]], list[Slab]]:
-    """A component's items by slab, and where its file has each slab and tensor."""
-    by_slab: dict[str, list[Item]] = {}
-    for item in plan.items:
-        by_slab.setdefault(item.slab, []).append(item)
-    specs: dict[str, Sequence[TensorSpec]] = {
-        slab: [spec for item in items for spec in stored_specs(item)] for slab, items in by_slab.items()
-    }
-    return by_slab, plan_slabs(specs)
 
 
 def _convert_slab(

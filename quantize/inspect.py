@@ -8,6 +8,7 @@ from typing import Any
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.format import CALIBRATION, Artifact, Component
+from lowvram_quantize.sensitivity import role_of
 
 NOT_CALIBRATED = (
     "not calibrated: lowvram convert --calibrate, with the same source and --out, measures what the outputs of layers "
@@ -19,9 +20,10 @@ _SHOWN = 5
 
 def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
-    slabs, rotated groups (channels in a group -> weights), smoothed weights and relative weight errors (norm; the worst
-    and the mean of a slab's quantized tensors). Where it was calibrated, the manifest's ``calibration``, and its
-    ``output_error``: mean and worst of the relative errors at the outputs of the DiT's Linears.
+    slabs, rotated groups (channels in a group -> weights), smoothed weights, what a mixed one was chosen from, and
+    relative weight errors (norm; the worst and the mean of a slab's quantized tensors). Where it was calibrated, the
+    manifest's ``calibration``, and its ``output_error``: mean and worst of the relative errors at the outputs of the
+    DiT's Linears.
 
     Args:
         path: the artifact's folder.
@@ -69,6 +71,7 @@ def _component(component: Component) -> dict[str, Any]:
         "rotated_groups": {str(group): count for group, count in sorted(_groups(component).items(), reverse=True)},
         "smoothed": sum(component.tensor_smoothed(name) for name in facts["tensors"]),
         "config": component.config,
+        "choice": facts.get("choice"),
         "relative_error": _worst(errors),
         "slabs": [_slab(component, name, errors) for name in component.slab_names],
         "relative_errors": errors,
@@ -138,6 +141,7 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
         f"{name}: {component['precision']}, {component['file']}, {_size(component['bytes'])}, "
         f"{component['tensors']} tensors ({schemes})"
     ]
+    lines += _choice_lines(component["choice"])
     smoothed = component["smoothed"]
     lines += [f"  inputs of {smoothed} weights smoothed, channel by channel"] if smoothed else []
     groups = component["rotated_groups"].items()
@@ -173,6 +177,21 @@ def in_words(facts: dict[str, Any]) -> str:
         f"calibrated on {names[0]} and {names[1]}: {calibration['frames']} frames of {size} px in "
         f"{calibration['steps']} steps, on {calibration['device']} in {calibration['dtype']}"
     )
+
+
+def _choice_lines(choice: dict[str, Any] | None) -> list[str]:
+    """Of a mixed component: within what it was chosen, and of each kind of layers how many are stored in what."""
+    if choice is None:
+        return []
+    target = choice["target_bytes"]
+    within = f"an error of {choice['max_error']:.3g}" if target is None else f"{target} bytes"
+    lines = [f"  chosen within {within}, predicted error of the output {choice['predicted_error']:.3g}"]
+    kinds: dict[str, Counter[str]] = {}
+    for unit, facts in choice["units"].items():
+        kinds.setdefault(role_of(unit), Counter())[facts["scheme"]] += 1
+    for kind, counts in kinds.items():
+        lines.append(f"    {kind:<42}" + ", ".join(f"{count} {scheme}" for scheme, count in sorted(counts.items())))
+    return lines
 
 
 def _error_text(error: dict[str, Any] | None) -> str:

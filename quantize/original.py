@@ -11,12 +11,12 @@ import torch
 
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_kernels.rotation import GROUP
+from lowvram_quantize.asked import AUTO, PRECISIONS, lora_sources
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.components import ComponentPlan, plan_dit
-from lowvram_quantize.convert import PRECISIONS, lora_sources
 from lowvram_quantize.format import Artifact, sha256_file
 from lowvram_quantize.lora import LoraSource
-from lowvram_quantize.schemes import EIGHT_BIT, Scheme, all_finite, chosen_group, not_finite, with_rotation
+from lowvram_quantize.schemes import EIGHT_BIT, MIXED, Scheme, all_finite, chosen_group, not_finite, with_rotation
 from lowvram_quantize.store import merged_chunks
 
 Tensor = torch.Tensor
@@ -93,7 +93,9 @@ class Asked:
         """Raises: ConfigError where a finished artifact is of another precision, or rotated otherwise, than asked."""
         for name, precision in artifact.precisions().items():
             wanted = getattr(self, name) or self.precision
-            if wanted in (*PRECISIONS, "nf4") and wanted != precision:
+            if wanted == AUTO:
+                wanted = MIXED if name == "dit" else "int8"
+            if wanted in (*PRECISIONS, "nf4", MIXED) and wanted != precision:
                 raise ConfigError(
                     f"{artifact.path} holds a {name} in {precision}, and {wanted} was asked for; give the options that "
                     "it was made with to calibrate it, or convert it anew with --overwrite"

@@ -28,6 +28,7 @@ def component_facts(
         "file": path.name,
         "precision": plan.precision,
         "config": plan.config,
+        **({"choice": plan.choice} if plan.choice else {}),
         "header_sha256": header_sha256,
         "slabs": [{"name": s.name, "offset": s.offset, "nbytes": s.nbytes, "sha256": digests[s.name]} for s in slabs],
         "tensors": _tensor_facts(plan, errors),

@@ -23,6 +23,7 @@ import torch
 
 from lowvram_kernels.errors import ConfigError
 from lowvram_models.config import DiTConfig
+from lowvram_quantize.asked import PRECISIONS, TEXT_ENCODER_PRECISIONS
 from lowvram_quantize.components import (
     ComponentPlan,
     Item,
@@ -34,13 +35,9 @@ from lowvram_quantize.components import (
     vae_items,
     vae_shapes,
 )
-from lowvram_quantize.convert import (
-    PRECISIONS,
-    TEXT_ENCODER_PRECISIONS,
-    lay_out,
-)
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER
-from lowvram_quantize.format import FORMAT, SMOOTH_SCALE, Slab, TensorSpec, header_bytes
+from lowvram_quantize.format import SMOOTH_SCALE, Slab, TensorSpec, header_bytes
+from lowvram_quantize.layout import lay_out, metadata_of
 from lowvram_quantize.presets import PRESETS, Preset
 from lowvram_quantize.provenance import component_facts, origin
 from lowvram_quantize.publish import check_target, publish
@@ -142,7 +139,7 @@ def _refs(shapes: Shapes) -> dict[str, TensorRef]:
 def _write_component(plan: ComponentPlan, folder: Path, fill: Fill | None) -> dict[str, Any]:
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
-    header = header_bytes(slabs, {"format": FORMAT, "component": plan.name})
+    header = header_bytes(slabs, metadata_of(plan.name))
     _write_file(path, header, slabs, (item for items in by_slab.values() for item in items), fill)
     return component_facts(plan, path, slabs, "", {slab.name: "" for slab in slabs}, {})
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 
+from lowvram.byte_sizes import parse_bytes
 from lowvram.commands.shared_options import FILE, declared, rank_options, request_options, switch
 
 RINGS = click.Choice(["auto", "int8", "bf16"])
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
+OR_AUTO = click.Choice([*PRECISIONS.choices, "auto"])
 
 
 class Rotation(click.Choice):
@@ -20,6 +22,15 @@ class Rotation(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | bool:
         chosen = super().convert(str(value), param, ctx)
         return False if chosen == "none" else int(chosen)
+
+
+class Bytes(click.ParamType):
+    """An amount with a unit."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_bytes(value, param.opts[0] if param else "")
 
 
 def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,8 +57,14 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's."),
         click.option("--out", type=FILE, required=True, help="Folder to make."),
-        click.option("--precision", type=PRECISIONS, default="int8", help="Of every component not set apart below."),
-        click.option("--dit", type=PRECISIONS, help="Precision of the DiT alone."),
+        click.option(
+            "--precision",
+            type=OR_AUTO,
+            default="int8",
+            help="Of every component not set apart below. auto: each of the DiT's layers is int8, fp8 or bf16, by what "
+            "it does against the error; the others int8.",
+        ),
+        click.option("--dit", type=OR_AUTO, help="Precision of the DiT alone."),
         click.option("--vae", type=PRECISIONS, help="Precision of the VAE alone."),
         click.option(
             "--text-encoder", type=click.Choice(["int8", "fp8", "nf4", "bf16", "fp32"]), help="Of the text encoder."
@@ -66,6 +83,18 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Give input channels of the DiT's int8 Linears factors, which even out its weights' columns against "
             "outliers; default: where they are rotated.",
         ),
+        click.option(
+            "--target-bytes",
+            type=Bytes(),
+            help="With auto: what the DiT's file, dit.safetensors, is to take, as 20GB or 18.5GiB; it takes up to 1 % "
+            "less. It is what lies on a card during a video, or is streamed to it.",
+        ),
+        click.option(
+            "--max-error",
+            type=float,
+            help="With auto, instead: the fewest bytes whose predicted relative error of the DiT's output is at most "
+            "this, as 0.02.",
+        ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
         click.option(
             "--calibrate",
@@ -79,6 +108,7 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibrate-size", help="With --calibrate: the area of the video; 256*256 if it is not given."),
         click.option("--device", help="With --calibrate: auto, which is the default, cpu, cuda or cuda:N."),
         click.option("--vram-budget", help="With --calibrate: GPU memory to stay within, as 22.15GiB."),
+        click.option("--json", "as_json", is_flag=True, help="Print what inspect --json does, instead of the folder."),
     ]
     return declared(options, command)
 

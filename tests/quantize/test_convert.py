@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lowvram.cli import main
 from lowvram_kernels.errors import CheckpointError, ConfigError, InputError, LowvramError, OutputError
 from lowvram_quantize import copied
-from lowvram_quantize.convert import COMPONENTS
+from lowvram_quantize.asked import COMPONENTS
 from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.source import TEXT_ENCODER_FILE, VAE_FILE
 from lowvram_quantize.writer import SlabWriter
