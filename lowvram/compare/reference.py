@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -136,8 +137,8 @@ def _portrait(facts: dict[str, Any]) -> Likeness | None:
     if found is None:
         return None
     figures = {name: found[name] for name in ("psnr", "ssim")}
-    if any(type(figure) not in _NUMBER for figure in figures.values()):
-        raise ValueError(f"portrait is {found}")
+    if any(type(figure) not in _NUMBER or not math.isfinite(figure) for figure in figures.values()):
+        raise ValueError(f"portrait came back from the VAE as {found}")
     return Likeness(**figures)
 
 

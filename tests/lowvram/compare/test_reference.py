@@ -167,6 +167,10 @@ DAMAGED = {
     "a file elsewhere": (listed("../secret"), "../secret lies outside"),
     "an absolute file": (listed("/etc/passwd"), "/etc/passwd lies outside"),
     "no model": (changed(artifact={}), "is damaged"),
+    "a portrait's figures in words": (changed(portrait={"psnr": "30", "ssim": 0.9}), "came back from the VAE as"),
+    "a portrait of no number": (changed(portrait={"psnr": float("nan"), "ssim": 0.9}), "came back from the VAE as"),
+    "a portrait without a figure": (changed(portrait={"psnr": 30.0}), "KeyError: 'ssim'"),
+    "a portrait in words": (changed(portrait="fine"), "is damaged"),
 }
 
 
@@ -176,6 +180,17 @@ def test_a_damaged_reference(tiny, reference, tmp_path, no_run, kind):
     folder = shutil.copytree(reference, tmp_path / "ref")
     damage(folder)
     one_line(score(folder, tiny.artifact("int8")), said)
+
+
+def test_a_reference_knows_how_its_portrait_came_back_if_it_was_recorded_with_it(reference, tmp_path):
+    facts = Reference.read(reference).facts["portrait"]
+    assert dataclasses.asdict(Reference.read(reference).portrait) == facts
+    assert 0 < facts["ssim"] < 1
+    folder = shutil.copytree(reference, tmp_path / "ref")
+    before = json.loads((folder / "reference.json").read_text())
+    del before["portrait"]
+    (folder / "reference.json").write_text(json.dumps(before))
+    assert Reference.read(folder).portrait is None
 
 
 @pytest.mark.parametrize("path", ["none", "portrait.png", "fp32"])
