@@ -14,6 +14,7 @@ import torch
 from lowvram.compare import record as recording
 from lowvram.compare.block_files import BlockRecorder
 from lowvram.compare.trajectories import Trajectories
+from lowvram.compare.vae_errors import Likeness
 from lowvram.infer import Watching, infer
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
@@ -73,6 +74,7 @@ def made(monkeypatch, then=lambda _outputs: None):
         return {"settings": {}}
 
     monkeypatch.setattr(recording, "infer", infer)
+    monkeypatch.setattr(recording, "portrait_there_and_back", lambda *_a: Likeness(psnr=30.0, ssim=0.9))
 
 
 def test_what_is_replaced_goes_when_the_new_one_is_whole(tiny, tmp_path, monkeypatch):
