@@ -106,6 +106,7 @@ def convert(as_json: bool, **options: Any) -> None:
     """Quantize a published checkpoint once. Interrupted, it goes on where it was when run again."""
     from lowvram.commands.calibrate import take_calibration
     from lowvram.progress import ByteProgress
+    from lowvram_quantize.activations import ACTIVATIONS, activations_file
     from lowvram_quantize.amend import amending, finished
     from lowvram_quantize.convert import convert as run
     from lowvram_quantize.format import CALIBRATION
@@ -123,7 +124,9 @@ def convert(as_json: bool, **options: Any) -> None:
             path = run(progress=progress.update, **options)
     if calibration is not None:
         with amending(path, options, check=there) as (finished_artifact, original):
-            finished_artifact.amend(CALIBRATION, calibration.run(finished_artifact.artifact, original))
+            made = calibration.run(finished_artifact.artifact, original)
+            files = {ACTIVATIONS: activations_file(made.channel_rms)}
+            finished_artifact.amend(CALIBRATION, made.facts, files)
     click.echo(json.dumps(describe(path), indent=1) if as_json else path)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lowvram_quantize.claims import replacing, writing
@@ -24,24 +26,40 @@ class Amendable:
     def __init__(self, artifact: Artifact):
         self.artifact = artifact
 
-    def amend(self, key: str, value: dict[str, Any]) -> None:
+    def amend(self, key: str, value: dict[str, Any], tensors: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Say ``value`` under ``key`` of the manifest from now on: all of it, or, where that fails, nothing.
+
+        Args:
+            tensors: safetensors files to put beside it, each with a name under which ``value`` is to say where it is.
+                Other bytes have another file, so that an earlier one is there as long as the manifest speaks of it.
 
         Raises:
             OutputError: the disk is full or cannot be written.
         """
-        file = self.artifact.path / MANIFEST
+        folder, earlier = self.artifact.path, self.artifact.manifest.get(key, {})
+        for name, data in tensors.items():
+            digest = hashlib.sha256(data).hexdigest()
+            file = f"{name}.{digest[:12]}.safetensors"
+            value = value | {name: {"file": file, "bytes": len(data), "sha256": digest}}
+            _replace(folder / file, data)
         text = json.dumps(self.artifact.manifest | {key: value}, indent=1, allow_nan=False) + "\n"
-        partial = file.with_name(f"{MANIFEST}.partial")
-        with disk_errors(file, len(text)):
-            try:
-                with partial.open("w", encoding="utf-8") as opened:
-                    opened.write(text)
-                    opened.flush()
-                    os.fsync(opened.fileno())
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+        _replace(folder / MANIFEST, text.encode())
+        for name in tensors:
+            if name in earlier and earlier[name] != value[name]:
+                (folder / earlier[name]["file"]).unlink(missing_ok=True)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    with disk_errors(file, len(data)):
+        try:
+            with partial.open("wb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def finished(options: Mapping[str, Any], files: Mapping[str, Path | None]) -> bool:

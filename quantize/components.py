@@ -16,6 +16,7 @@ from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, START, dit_slab, umt5_slab
 from lowvram_models.text_encoder import build_umt5
+from lowvram_quantize.activations import Measured
 from lowvram_quantize.lora import Lora, LoraSource, merge_loras, open_lora
 from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.presets import PUBLISHED
@@ -83,15 +84,15 @@ def plan_dit(
     *,
     group: int = GROUP,
     smooth: bool = True,
-    activations: Mapping[str, Tensor] = MappingProxyType({}),
+    activations: Measured | None = None,
 ) -> ComponentPlan:
     """The DiT of a file, or an index of shards, with LoRAs merged into it.
 
     Args:
         config_file: its config.json; without one only the published model's shapes are known.
         group: the most input channels of int8 Linears to rotate together; 1: none.
-        smooth: whether to smooth inputs of int8 Linears, by what their weights say and ``activations``, the root mean
-            square of each input channel [K] of those that were measured.
+        smooth: whether to smooth inputs of int8 Linears, by what their weights say and, where there are any,
+            ``activations``.
     """
     table = open_component(dit, "dit")
     values = PUBLISHED.dit if config_file is None else read_json(config_file)
@@ -110,8 +111,11 @@ def plan_dit(
     check_shapes(table, shapes, f"the DiT in {dit.parent}")
     opened = tuple(open_lora(source, table) for source in loras)
     deltas, replaced = merge_loras(opened)
-    items = dit_items(config, table | replaced, precision, group, smooth=smooth, measured=frozenset(activations))
-    return ComponentPlan("dit", precision, values, items, opened, deltas, activations)
+    if activations is not None and activations.given:
+        activations.check(shapes)
+    known = {} if activations is None else activations.by_weight
+    items = dit_items(config, table | replaced, precision, group, smooth=smooth, measured=known)
+    return ComponentPlan("dit", precision, values, items, opened, deltas, known)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:

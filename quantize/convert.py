@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_kernels.errors import ConfigError, OutputError
+from lowvram_quantize.activations import Measured
 from lowvram_quantize.allocation import Budget
 from lowvram_quantize.asked import COMPONENTS, budget_of, lora_sources, precisions_of, wanted_of
 from lowvram_quantize.checkpoint import Checkpoint, Named
@@ -82,6 +83,7 @@ def convert(
     lora_alpha: float | None = None,
     rotate: bool | int | None = None,
     smooth: bool | None = None,
+    activations: str | Path | None = None,
     apart: Mapping[str, str] | None = None,
     target_bytes: int | None = None,
     max_error: float | None = None,
@@ -115,6 +117,8 @@ def convert(
         smooth: whether to give the input channels of the DiT's int8 Linears behind norms factors, so that weights do
             not have large columns where activations have small ones, or the other way; see
             ``lowvram_quantize.smoothing``. By default so where they are rotated.
+        activations: an artifact of the same model that was calibrated, as ``lowvram convert --calibrate`` does it: how
+            large the channels are that its Linears were given decides the factors too, of more Linears.
         apart: weights of the DiT's Linears by name -> int8, fp8 or bf16, where that is not its precision: a mixed DiT
             chosen by hand. Those that share one input have to be alike.
         target_bytes: what dit.safetensors may take, and takes but for 1 %, with auto.
@@ -126,7 +130,7 @@ def convert(
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
         ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate,
-            ``smooth`` with nothing to smooth, auto with a budget that it cannot meet or without one, a budget without
+            ``smooth`` or ``activations`` with nothing to smooth, auto with a budget that it cannot meet or without one, a budget without
             auto, or ``out`` exists.
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
@@ -135,13 +139,15 @@ def convert(
     folder, out, wanted = None if ckpt_dir is None else Path(ckpt_dir), Path(out), wanted_of(components)
     checkpoint, chosen = Checkpoint(folder, named), precisions_of(precision, dit, vae, text_encoder)
     loras = lora_sources(lora, lora_alpha)
-    given = {"--ckpt-dir": folder, **named.by_option}
+    given: dict[str, Path | None] = {"--ckpt-dir": folder, **named.by_option}
+    given["--activations"] = None if activations is None else Path(activations)
     check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
     budget = budget_of(chosen["dit"], wanted, target_bytes, max_error)
     if budget is not None and apart:
         raise ConfigError("apart says how layers are stored, which auto chooses itself; expected one of both at most")
-    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, apart or {}, budget)
+    measured = Measured.of(activations)
+    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, measured, apart or {}, budget)
     return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
 
 
@@ -201,15 +207,18 @@ def _plans(
     loras: list[LoraSource],
     rotate: bool | int | None,
     smooth: bool | None,
+    measured: Measured,
     apart: Mapping[str, str],
     budget: Budget | None,
 ) -> tuple[list[ComponentPlan], Chooser | None]:
     """Of all components; and of a DiT within a budget, whose plan is first and that of int8, what chooses for it."""
     plans, group, chooser = [], chosen_group(rotate), None
-    int8 = Int8(group=group, smooth=group > 1 if smooth is None else smooth)
+    int8 = Int8(group=group, smooth=group > 1 or measured.given if smooth is None else smooth)
     if "dit" in wanted:
         file, precision = checkpoint.file("dit"), "int8" if budget else chosen["dit"]
-        dit = plan_dit(file, checkpoint.config(file), precision, loras, group=group, smooth=int8.smooth)
+        dit = plan_dit(
+            file, checkpoint.config(file), precision, loras, group=group, smooth=int8.smooth, activations=measured
+        )
         _check_alpha(loras, dit)
         if budget is not None:
             check_budget(dit, budget, int8)
@@ -221,9 +230,11 @@ def _plans(
             f"--rotate was given for an artifact {what}; expected a DiT in int8 with Linears of an even width, whose "
             "inputs it rotates: leave it out, or convert the DiT to int8"
         )
-    if smooth and not any(plan.smoothed for plan in plans):
+    if (smooth or measured.given) and not any(plan.smoothed for plan in plans):
+        given = "--activations were" if measured.given else "--smooth was"
         what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
-        raise ConfigError(f"--smooth was given for an artifact {what}; expected a DiT in int8: leave it out")
+        what += ", not smoothed" if smooth is False else ""
+        raise ConfigError(f"{given} given for an artifact {what}; expected a DiT in int8: leave it out")
     plans += [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
     return plans, chooser
 

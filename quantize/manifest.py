@@ -33,6 +33,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "linears": dict,
     },
     "calibrated on": {"file": str, "sha256": str},
+    "measured": {"file": str, "bytes": int, "sha256": str},
     "statistics": dict.fromkeys(("amax", "rms", "channel_ratio", "kurtosis", "dead"), (int, float, NoneType)),
     "linears": {"scheme": str, "rows": int, "output_error": (int, float, NoneType), "activations": dict},
 }
@@ -63,6 +64,13 @@ def check_manifest(file: Path, manifest: Any, largest_group: int, *, smoothed: b
     for part in ("image", "audio"):
         if calibration.get(part) is not None:
             _check_part(file, "calibrated on", calibration[part])
+    if "activations" in calibration:
+        _check_part(file, "measured", calibration["activations"])
+        if Path(calibration["activations"]["file"]).name != calibration["activations"]["file"]:
+            raise CheckpointError(
+                f"{file} is damaged: activations in {calibration['activations']['file']}; expected a file beside it: "
+                "calibrate again"
+            )
     for linear in calibration.get("linears", {}).values():
         _check_part(file, "statistics", linear["activations"])
 

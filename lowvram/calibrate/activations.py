@@ -50,6 +50,7 @@ class Watched:
         self.samples: list[Tensor] = []
         self._tokens = 0
         self._amax: Tensor | None = None
+        self._squares: Tensor | None = None
         self._sums: Tensor | None = None
 
     def add(self, x_LK: Tensor, sample: Tensor) -> None:
@@ -62,9 +63,16 @@ class Watched:
         for rows in x_LK.split(max(1, _CHUNK_VALUES // x_LK.shape[1])):
             x = rows.double()  # fourth powers of outliers
             amax, square = x.abs().amax(dim=0), x.square()
+            squares = square.sum(dim=0)
+            self._squares = squares if self._squares is None else self._squares + squares
             sums = torch.stack([power.sum() for power in (x, square, square * x, square.square())])
             self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
             self._sums = sums if self._sums is None else self._sums + sums
+
+    def channel_rms(self) -> Tensor:
+        """The root mean square of each channel, float32 [K] on the host; of what ``statistics`` accepts."""
+        assert self._squares is not None
+        return (self._squares.cpu() / self._tokens).sqrt().float()
 
     def rows(self) -> Tensor:
         """Those that were kept, [rows, K]."""

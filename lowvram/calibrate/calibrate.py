@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
+
+import torch
 
 from lowvram.calibrate.inputs import CalibrationInputs
 from lowvram.calibrate.measure import LinearError, Source, measure
@@ -12,8 +15,18 @@ from lowvram.offload.placement import MemoryOptions
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.format import Artifact
 
+Tensor = torch.Tensor
 _PARTS = ("dit", "vae", "text_encoder")
 _FOLDERS = ("audio_encoder", "tokenizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """``facts``: what the manifest is to say, settings, and for each Linear its relative error and its activations;
+    ``channel_rms`` the root mean square of each input channel [K], by weight."""
+
+    facts: dict[str, Any]
+    channel_rms: dict[str, Tensor]
 
 
 def calibrate(
@@ -24,9 +37,9 @@ def calibrate(
     device: str = "auto",
     memory: MemoryOptions | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> Calibrated:
     """Run the artifact on ``given`` and compare each Linear's output with that of the source's weight, as ``measure``
-    does; returns what the manifest is to say: settings, and for each Linear its relative error and its activations.
+    does.
 
     Raises:
         CheckpointError: an artifact that has no full set of components, or what ``measure`` raises.
@@ -35,12 +48,13 @@ def calibrate(
     check_whole(artifact)
     where = choose_device(device)
     found = measure(artifact, source, given.inputs, schemes=(), device=device, memory=memory, quiet=quiet)
-    return {
+    facts = {
         **given.facts,
         "device": where.type,
         "dtype": str(choose_dtype("auto", where)).removeprefix("torch."),
         "linears": {name: _facts(error) for name, error in found.items()},
     }
+    return Calibrated(facts=facts, channel_rms={name: error.channel_rms for name, error in found.items()})
 
 
 def check_whole(artifact: Artifact) -> None:

@@ -60,7 +60,8 @@ class Source(Protocol):
 class LinearError:
     """One Linear: its weight's ``shape`` [N, K], how many ``rows`` were multiplied, the squared norm of what the
     full-precision weight gives (bias included), and by scheme that of the difference from it; ``"stored"`` is the form
-    that the artifact has it in, ``scheme`` that form's name."""
+    that the artifact has it in, ``scheme`` that form's name. ``channel_rms`` [K]: the root mean square of each input
+    channel."""
 
     shape: tuple[int, int]
     scheme: str
@@ -68,6 +69,7 @@ class LinearError:
     output_energy: float
     error_energy: dict[str, float]
     activations: Activations
+    channel_rms: Tensor
 
     def relative_error(self, scheme: str = STORED) -> float:
         """Norm of the difference over the norm of the output; infinite where that is zero and the difference is not."""
@@ -167,6 +169,7 @@ def _measured(
         output_energy=_energy(exact),
         error_energy=wrong,
         activations=activations,
+        channel_rms=watched.channel_rms(),
     )
 
 

@@ -12,6 +12,7 @@ from lowvram.byte_sizes import parse_bytes
 from lowvram.commands.shared_options import read_prompt
 
 if TYPE_CHECKING:
+    from lowvram.calibrate.calibrate import Calibrated
     from lowvram.calibrate.inputs import CalibrationInputs
     from lowvram.calibrate.measure import Source
     from lowvram_quantize.format import Artifact
@@ -29,8 +30,8 @@ class Calibration:
     device: str
     vram_budget: int | None
 
-    def run(self, artifact: Artifact, source: Source) -> dict[str, Any]:
-        """What the manifest is to say."""
+    def run(self, artifact: Artifact, source: Source) -> Calibrated:
+        """What the artifact is to keep."""
         from lowvram.calibrate.calibrate import calibrate
         from lowvram.offload.placement import MemoryOptions
 

@@ -95,6 +95,12 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With auto, instead: the fewest bytes whose predicted relative error of the DiT's output is at most "
             "this, as 0.02.",
         ),
+        click.option(
+            "--activations",
+            type=FILE,
+            help="An artifact that was made with --calibrate: how large its Linears' inputs were decides those factors "
+            "too.",
+        ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
         click.option(
             "--calibrate",

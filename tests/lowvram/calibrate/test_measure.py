@@ -154,6 +154,12 @@ def test_what_is_watched_is_what_may_be_stored_in_8_bit(tiny):
 
 def test_an_output_of_zeros():
     none = LinearError(
-        shape=(1, 1), scheme="int8", rows=1, output_energy=0.0, error_energy={STORED: 0.0, "fp8": 1.0}, activations=None
+        shape=(1, 1),
+        scheme="int8",
+        rows=1,
+        output_energy=0.0,
+        error_energy={STORED: 0.0, "fp8": 1.0},
+        activations=None,
+        channel_rms=torch.ones(1),
     )
     assert (none.relative_error(), none.relative_error("fp8")) == (0.0, math.inf)
