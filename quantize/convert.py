@@ -130,8 +130,8 @@ def convert(
     Raises:
         CheckpointError: the checkpoint or the LoRA is missing something, damaged, or of another shape.
         ConfigError: an unknown precision or component, ``rotate`` of another size or with nothing to rotate,
-            ``smooth`` or ``activations`` with nothing to smooth, auto with a budget that it cannot meet or without one, a budget without
-            auto, or ``out`` exists.
+            ``smooth`` or ``activations`` with nothing to smooth, auto with a budget that it cannot meet or without one,
+            a budget without auto, or ``out`` exists.
         InputError: the folder of ``out`` does not exist, or ``out`` is, lies in, or holds what is read.
         OutputError: the disk is full or cannot be written; what is done stays for the next run.
     """

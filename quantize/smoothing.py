@@ -35,7 +35,7 @@ def factors_of(plan: ComponentPlan, items: Sequence[Item]) -> dict[str, Tensor]:
     for item in items:
         if item.scheme.smooth:
             by_input.setdefault(_input(item.name), []).append(item)
-    found = {}
+    found: dict[str, Tensor] = {}
     for sharing in by_input.values():
         squares = sum(_column_squares(plan, item) for item in sharing)
         assert isinstance(squares, Tensor)
