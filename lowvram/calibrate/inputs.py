@@ -43,8 +43,8 @@ def calibration_inputs(
         request = Request(
             image=image or _drawn(stack),
             audio=audio or _spoken(stack),
-            prompt=prompt or PROMPT,
-            size=size or SIZE,
+            prompt=PROMPT if prompt is None else prompt,
+            size=SIZE if size is None else size,
             infer_frames=FRAMES,
             num_clip=1,
             sample_steps=STEPS,

@@ -57,7 +57,8 @@ def take_calibration(options: dict[str, Any]) -> Calibration | None:
     from lowvram.calibrate.inputs import calibration_inputs
     from lowvram.devices import choose_device
 
-    device, budget, prompt = asked["device"] or "auto", asked["vram_budget"], asked["calibrate_prompt"]
+    budget, prompt = asked["vram_budget"], asked["calibrate_prompt"]
+    device = "auto" if asked["device"] is None else asked["device"]
     choose_device(device)
     image, audio = asked["calibrate_image"], asked["calibrate_audio"]
     text = None if prompt is None else read_prompt(prompt)

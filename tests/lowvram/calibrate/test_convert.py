@@ -19,10 +19,10 @@ from lowvram.calibrate.inputs import calibration_inputs
 from lowvram.cli import main
 from lowvram.media.samples import synth_voice, write_wav
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.claims import reading
+from lowvram_quantize.claims import reading, writing
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
-from tests.quantize.checkpoints import base_of, change_dit, clone, contents, replace_json
+from tests.quantize.checkpoints import base_of, change_dit, clone, contents, replace, replace_json
 
 SMALL = ("--calibrate", "--calibrate-size", "128*128", "--device", "cpu")
 
@@ -90,7 +90,7 @@ def test_one_that_is_calibrated_is_the_same_artifact_to_others(calibrated, tiny)
     assert of_weights(Artifact.open(calibrated[0]).manifest) == plain.manifest
 
 
-NO_PICTURE, SILENT, SHORT = "picture.png", "silent.wav", "short.wav"
+NO_PICTURE, SILENT, SHORT, NO_TEXT = "picture.png", "silent.wav", "short.wav", "bytes.txt"
 BAD_INPUTS = {
     "a picture that is none": (["--calibrate-image", NO_PICTURE], NO_PICTURE),
     "no picture": (["--calibrate-image", "nowhere.png"], "nowhere.png"),
@@ -103,6 +103,11 @@ BAD_INPUTS = {
     "a size that is none": (["--calibrate-size", "big"], "unknown size"),
     "a size that is too small": (["--calibrate-size", "8*8"], "area"),
     "no such device": (["--device", "tpu"], "tpu"),
+    "a device without a name": (["--device", ""], "--device"),
+    "a size without a number": (["--calibrate-size", ""], "unknown size"),
+    "a device file for a picture": (["--calibrate-image", os.devnull], os.devnull),
+    "a text for a voice": (["--calibrate-audio", "words.txt"], "words.txt"),
+    "a prompt that is no text": (["--calibrate-prompt", f"@{NO_TEXT}"], "UTF-8"),
     "a budget that is none": (["--vram-budget", "much"], "no amount of memory"),
     "a picture in the artifact": (["--calibrate-image", "artifact/portrait.png"], "holds"),
 }
@@ -115,6 +120,8 @@ def test_bad_input_is_told_before_anything_is_written(tiny, artifact, monkeypatc
     folder = artifact.parent
     monkeypatch.chdir(folder)
     Path(NO_PICTURE).write_bytes(b"no picture")
+    Path(NO_TEXT).write_bytes(b"\xff\xfe\x00\xd8")
+    Path("words.txt").write_text("She says nothing.")
     write_wav(Path(SILENT), synth_voice(2.0) * 0, 16000)
     write_wav(Path(SHORT), synth_voice(0.1), 16000)
     Path("artifact/portrait.png").write_bytes(tiny.portrait.read_bytes())
@@ -167,6 +174,16 @@ def test_an_artifact_that_is_in_use(tiny, artifact):
     before = contents(artifact)
     with reading(artifact / MANIFEST):
         refused(run(*source(tiny), "--out", artifact, *SMALL), "in use")
+    with writing(artifact, "lowvram convert"):
+        refused(run(*source(tiny), "--out", artifact, *SMALL), "is being written by process")
+    assert contents(artifact) == before
+
+
+@pytest.mark.parametrize("file", ["dit.safetensors", "tokenizer/tokenizer.json", MANIFEST])
+def test_a_damaged_artifact(tiny, artifact, file):
+    replace(artifact / file, (artifact / file).read_bytes()[:-100])
+    before = contents(artifact)
+    refused(run(*source(tiny), "--out", artifact, *SMALL), file, "convert")
     assert contents(artifact) == before
 
 

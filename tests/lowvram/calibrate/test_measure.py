@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -91,6 +92,28 @@ def test_an_error_is_that_of_the_product(tiny, original, watched, errors, name, 
     assert one.error_energy[scheme] == pytest.approx(float(wrong.square().sum()), rel=2e-2)
     if scheme == "int8":
         assert one.error_energy[STORED] == pytest.approx(one.error_energy["int8"], rel=2e-2)
+
+
+def test_the_model_is_gone_before_weights_are_read(tiny, original, one_clip, monkeypatch):
+    """So that there is never a whole copy of it beside the source's."""
+    seen: list[weakref.ref] = []
+
+    def watch_and_note(dit, watched) -> None:
+        seen.append(weakref.ref(dit))
+        watch(dit, watched)
+
+    class Read(Exception):
+        pass
+
+    def merged(_name: str) -> torch.Tensor:
+        raise Read(seen[0]())
+
+    monkeypatch.setattr("lowvram.calibrate.observe.watch", watch_and_note)
+    monkeypatch.setattr(original, "merged", merged)
+    with pytest.raises(Read) as read:
+        measure(Artifact.open(tiny.artifact("int8")), original, one_clip, device="cpu", quiet=True)
+    assert len(seen) == 1
+    assert read.value.args == (None,)
 
 
 def test_schemes_are_as_good_as_they_are(errors):
