@@ -68,7 +68,7 @@ def finished(options: Mapping[str, Any], files: Mapping[str, Path | None]) -> bo
 
     Raises:
         CheckpointError: it is damaged.
-        ConfigError: it is of other precisions, or rotated otherwise, than the options say.
+        ConfigError: it is of other precisions, or rotated or smoothed otherwise, than the options say.
         InputError: ``--out`` is, lies in, or holds one of ``files``.
     """
     check_inputs(options["out"], files.items())

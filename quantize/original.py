@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from lowvram_kernels.errors import CheckpointError, ConfigError
-from lowvram_kernels.rotation import GROUP
 from lowvram_quantize.asked import AUTO, PRECISIONS, lora_sources
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.components import ComponentPlan, plan_dit
 from lowvram_quantize.format import Artifact, sha256_file
 from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.schemes import EIGHT_BIT, MIXED, Scheme, all_finite, chosen_group, not_finite, with_rotation
+from lowvram_quantize.smoothing import factors_of
 from lowvram_quantize.store import merged_chunks
 
 Tensor = torch.Tensor
@@ -25,18 +25,23 @@ _REPLACE = "give what it was made from, or convert it anew with --overwrite"
 
 
 class Original:
-    """Tensors of the DiT that ``plan`` converts, in full precision and with its LoRAs merged. Nothing is kept.
+    """Tensors of the DiT that ``plan`` converts, in full precision and with its LoRAs merged. Nothing is kept."""
 
-    ``group``: the most input channels that would be rotated together in int8.
-    """
-
-    def __init__(self, plan: ComponentPlan, *, group: int = GROUP):
-        self.plan, self._group = plan, group
+    def __init__(self, plan: ComponentPlan):
+        self.plan = plan
         self._items = {item.name: item for item in plan.items}
+        self._factors: tuple[str, dict[str, Tensor]] = ("", {})  # of a slab
 
-    def group(self, name: str) -> int:
-        """How many input channels ``convert`` rotates together where it stores this weight in int8."""
-        return with_rotation(INT8, self._items[name].ref.shape, self._group).group
+    def int8(self, name: str) -> tuple[int, Tensor | None]:
+        """How ``convert`` prepares this weight for int8: how many input channels it rotates together, and the factors
+        [K] that it divides them by before; None where it does not. Of a plan in int8."""
+        item = self._items[name]
+        if not item.scheme.smooth:
+            return item.scheme.group, None
+        if self._factors[0] != item.slab:
+            own = [each for each in self.plan.items if each.slab == item.slab]
+            self._factors = item.slab, factors_of(self.plan, own)
+        return item.scheme.group, self._factors[1][name]
 
     def merged(self, name: str) -> Tensor:
         """The tensor called ``name`` in the artifact: float32, in its own shape.
@@ -88,9 +93,11 @@ class Asked:
     vae: str | None = None
     text_encoder: str | None = None
     rotate: bool | int | None = None
+    smooth: bool | None = None
 
     def check(self, artifact: Artifact) -> None:
-        """Raises: ConfigError where a finished artifact is of another precision, or rotated otherwise, than asked."""
+        """Raises: ConfigError where a finished artifact is of another precision than was asked for, or rotated or
+        smoothed otherwise."""
         for name, precision in artifact.precisions().items():
             wanted = getattr(self, name) or self.precision
             if wanted == AUTO:
@@ -100,7 +107,18 @@ class Asked:
                     f"{artifact.path} holds a {name} in {precision}, and {wanted} was asked for; give the options that "
                     "it was made with to calibrate it, or convert it anew with --overwrite"
                 )
-        if self.rotate is None or "dit" not in artifact.precisions():
+        if "dit" in artifact.precisions():
+            self._check_int8(artifact)
+
+    def _check_int8(self, artifact: Artifact) -> None:
+        smoothed = any(facts.get("smoothed") for facts in artifact.component("dit").facts["tensors"].values())
+        if self.smooth is not None and smoothed != self.smooth:
+            raise ConfigError(
+                f"{artifact.path} has its inputs {'smoothed' if smoothed else 'not smoothed'}, and "
+                f"--{'' if self.smooth else 'no-'}smooth was given; leave it out to calibrate, or convert anew with "
+                "--overwrite"
+            )
+        if self.rotate is None:
             return
         component, most = artifact.component("dit"), chosen_group(self.rotate)
         for name, shape in ((s.name, s.shape) for slab in component.slab_names for s in component.slab_specs(slab)):
@@ -118,19 +136,25 @@ def original_of(
     named: Named | None = None,
     lora: str | Path | Sequence[str | Path | LoraSource] | None = None,
     lora_alpha: float | None = None,
+    rotate: bool | int | None = None,
+    smooth: bool | None = None,
 ) -> Original:
-    """What ``convert`` reads the DiT from; ``named`` are files that go before ``ckpt_dir``'s.
+    """What ``convert`` reads the DiT from; ``named`` are files that go before ``ckpt_dir``'s, ``rotate`` and ``smooth``
+    as there.
 
     Raises:
         CheckpointError, ConfigError: as of ``convert``.
     """
     checkpoint = Checkpoint(None if ckpt_dir is None else Path(ckpt_dir), named or Named())
     file = checkpoint.file("dit")
-    return Original(plan_dit(file, checkpoint.config(file), "fp32", lora_sources(lora, lora_alpha)))
+    group, loras = chosen_group(rotate), lora_sources(lora, lora_alpha)
+    turned = group > 1 if smooth is None else smooth
+    return Original(plan_dit(file, checkpoint.config(file), "int8", loras, group=group, smooth=turned))
 
 
 def original_as(options: Mapping[str, Any]) -> Original:
     """The same of ``convert``'s options by their names."""
     parts = ("dit_file", "vae_file", "text_encoder_file", "audio_encoder_dir", "tokenizer_dir")
     named = Named.of(*(options[part] for part in parts))
-    return original_of(options["ckpt_dir"], named=named, lora=options["lora"], lora_alpha=options["lora_alpha"])
+    taken = {name: options[name] for name in ("lora", "lora_alpha", "rotate", "smooth")}
+    return original_of(options["ckpt_dir"], named=named, **taken)

@@ -7,7 +7,7 @@ is there at a time, and never a second model.
 
 For whoever chooses a precision for each layer:
 
->>> source = Original(plan)    # lowvram_quantize.original; whatever has ``merged`` and ``group`` will do
+>>> source = Original(plan)    # lowvram_quantize.original; whatever has ``merged`` and ``int8`` will do
 >>> found = measure(Artifact.open(path), source, inputs, schemes=("int8", "fp8", "bf16"))
 >>> one = found["blocks.0.ffn.2.weight"]
 >>> one.error_energy["int8"], one.error_energy["fp8"], one.output_energy, math.prod(one.shape)
@@ -51,8 +51,9 @@ class Source(Protocol):
         """The tensor of the DiT called ``name`` in full precision, LoRAs merged: float32, in its own shape."""
         ...
 
-    def group(self, name: str) -> int:
-        """How many input channels of that weight are rotated together where it is stored in int8."""
+    def int8(self, name: str) -> tuple[int, Tensor | None]:
+        """How ``convert`` prepares that weight for int8: how many input channels it rotates together, and the factors
+        [K] that it divides them by before; None where it does not."""
         ...
 
 
@@ -93,7 +94,7 @@ def measure(
     Args:
         source: the full-precision weights; those that the artifact was made from.
         inputs: what to make; a block or two are enough.
-        schemes: beside the stored form: "int8" (channels rotated as ``source`` says), "fp8", "bf16".
+        schemes: beside the stored form: "int8" (smoothed and rotated as ``source`` says), "fp8", "bf16".
         device: auto, cpu, cuda or cuda:N; what fits is planned as for ``infer``, within the budgets of ``memory``.
         quiet: show no progress on stderr.
 
@@ -161,7 +162,9 @@ def _measured(
     x, weight, bias = watched.rows().to(where, torch.float32), weight.to(where), bias.to(where)
     exact = F.linear(x, weight, bias)
     wrong = {STORED: _energy(stored.product(x) - exact)}
-    wrong |= {scheme: _energy(_product(x, weight, bias, scheme, source.group(name)) - exact) for scheme in schemes}
+    for scheme in schemes:
+        prepared = source.int8(name) if scheme == "int8" else (1, None)
+        wrong[scheme] = _energy(_product(x, weight, bias, SCHEMES[scheme], *prepared) - exact)
     return LinearError(
         shape=(weight.shape[0], weight.shape[1]),
         scheme=stored.scheme,
@@ -173,14 +176,15 @@ def _measured(
     )
 
 
-def _product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, scheme: str, group: int) -> Tensor:
+def _product(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, dtype: torch.dtype, group: int, factors_K: Tensor | None
+) -> Tensor:
     """What a weight gives that is stored as ``convert`` does it, but for the order of two roundings."""
-    dtype = SCHEMES[scheme]
     if dtype is torch.bfloat16:
         return F.linear(x_MK, weight_NK.to(dtype).float(), bias_N)
-    own = group if dtype is torch.int8 else 1
-    q, scale = quantize_rows(weight_NK, dtype, group=own)
-    return linear_w8a8(x_MK, q, scale[:, 0], bias_N, group=own)
+    smooth = None if factors_K is None else factors_K.to(x_MK)
+    q, scale = quantize_rows(weight_NK if smooth is None else weight_NK / smooth, dtype, group=group)
+    return linear_w8a8(x_MK, q, scale[:, 0], bias_N, group=group, smooth_K=smooth)
 
 
 def _energy(values: Tensor) -> float:

@@ -16,9 +16,11 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels.errors import CheckpointError, ConfigError
 from lowvram_kernels.linear import reference_w8a8
 from lowvram_kernels.rotation import rotated
+from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact
+from lowvram_quantize.original import original_of
 from lowvram_quantize.shape_artifact import write_shape_artifact
-from tests.quantize.checkpoints import quantized_rows
+from tests.quantize.checkpoints import base_of, change_dit, clone, quantized_rows
 
 ALL = ("int8", "fp8", "bf16")
 
@@ -83,9 +85,10 @@ def test_every_linear_of_the_layers_is_measured(tiny, errors):
 def test_an_error_is_that_of_the_product(tiny, original, watched, errors, name, dtype):
     x, weight, bias = watched[name].rows(), original.merged(name), original.merged(name[: -len("weight")] + "bias")
     exact = x.double() @ weight.double().t() + bias.double()
-    group = original.group(name) if dtype is torch.int8 else 1
+    group, factors = original.int8(name) if dtype is torch.int8 else (1, None)
+    weight = weight if factors is None else weight / factors
     q, scale = quantized_rows(rotated(weight, group), dtype)
-    wrong = reference_w8a8(x, q, scale, bias, group=group) - exact
+    wrong = reference_w8a8(x, q, scale, bias, group=group, smooth_K=factors) - exact
     one, scheme = errors[name], "int8" if dtype is torch.int8 else "fp8"
     assert one.rows == len(x)
     assert one.output_energy == pytest.approx(float(exact.square().sum()), rel=1e-4)
@@ -131,6 +134,19 @@ def test_artifacts_of_other_precisions(tiny, original, one_clip, errors, precisi
         assert one.error_energy[STORED] == pytest.approx(one.error_energy[precision], rel=2e-2, abs=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"smooth": False}, {"rotate": False}, {"rotate": False, "smooth": True}])
+def test_what_is_stored_is_what_would_be(tiny, tmp_path, one_clip, options):
+    """Where input channels stand out, so that it matters how they are smoothed and rotated."""
+    checkpoint = clone(tiny.checkpoint, tmp_path / "ckpt")
+    for name in ("self_attn.q", "self_attn.k", "cross_attn.q", "ffn.0"):
+        change_dit(base_of(checkpoint), f"blocks.1.{name}.weight", lambda t: t * torch.logspace(-1, 1, t.shape[1]))
+    artifact = Artifact.open(convert(checkpoint, tmp_path / "out", **options))
+    found = measure(artifact, original_of(checkpoint, **options), one_clip, schemes=("int8",), device="cpu", quiet=True)
+    for name, one in found.items():
+        assert one.error_energy[STORED] == pytest.approx(one.error_energy["int8"], rel=5e-2), name
+        assert one.relative_error() < 0.1
+
+
 def test_inputs_do_not_depend_on_where_layers_are(tiny, original, one_clip, errors):
     streamed = MemoryOptions(offload_model=True, wave=2)
     found = measure(Artifact.open(tiny.artifact("int8")), original, one_clip, schemes=(), memory=streamed, device="cpu")
@@ -161,8 +177,8 @@ class Other:
     def merged(self, name: str) -> torch.Tensor:
         return self._original.merged(name)[:-1]
 
-    def group(self, name: str) -> int:
-        return self._original.group(name)
+    def int8(self, name: str) -> tuple[int, torch.Tensor | None]:
+        return self._original.int8(name)
 
 
 def test_another_models_weights(tiny, original, one_clip):
