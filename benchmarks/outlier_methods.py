@@ -21,8 +21,9 @@ from torch import nn
 from trained_networks import Layer
 
 from lowvram_kernels.linear import linear_w8a8
-from lowvram_kernels.rotation import largest_group, matrix
+from lowvram_kernels.rotation import GROUP, largest_group, matrix
 from lowvram_kernels.rows import quantize_rows, reference_rows
+from lowvram_quantize.smoothing import smooth_factors
 
 Tensor = torch.Tensor
 Forward = Callable[[Tensor], Tensor]
@@ -55,6 +56,18 @@ def ours(layer: Layer, group: int) -> Forward:
     group = largest_group(layer.weight.shape[1], group)
     q, scale = quantize_rows(layer.weight, torch.int8, group=group)
     return lambda x: linear_w8a8(x, q, scale[:, 0], None, group=group)
+
+
+def smoothed(layer: Layer, *, measured: bool) -> Forward:
+    """Factors an input channel before, as ``convert`` chooses them: from the weight alone where a norm is in front, and
+    with activations that were ``measured`` from both. Planted ones are taken for what comes from a norm."""
+    if not measured and layer.kind in ("o", "ffn-down"):
+        return ours(layer, GROUP)
+    rms = layer.calibration.square().mean(dim=0).sqrt() if measured else None
+    factors = smooth_factors(layer.weight.norm(dim=0), rms)
+    group = largest_group(layer.weight.shape[1], GROUP)
+    q, scale = quantize_rows(layer.weight / factors, torch.int8, group=group)
+    return lambda x: linear_w8a8(x, q, scale[:, 0], None, group=group, smooth_K=factors)
 
 
 def by_matrix(layer: Layer, group: int, make: Callable[[int], Tensor]) -> Forward:
@@ -157,7 +170,7 @@ def llm_int8(layer: Layer) -> Forward:
     return linear.to("cpu").eval()
 
 
-BEFORE, DEFAULT = "int8 a token", "rotated by 256 (default)"
+BEFORE, DEFAULT, MEASURED = "int8 a token", "smoothed, rotated by 256 (default)", "smoothed by activations, rotated"
 PEERS = {
     "optimum-quanto": "optimum-quanto",
     "torchao": "torchao",
@@ -180,7 +193,9 @@ METHODS: dict[str, Method] = {
         f"rotated by {group}": Method(functools.partial(ours, group=group), f"convert --rotate {group}", runs=True)
         for group in (16, 32, 64, 128)
     },
-    DEFAULT: Method(functools.partial(ours, group=256), "convert", runs=True),
+    "rotated by 256": Method(functools.partial(ours, group=GROUP), "convert --no-smooth", runs=True),
+    DEFAULT: Method(functools.partial(smoothed, measured=False), "convert", runs=True),
+    MEASURED: Method(functools.partial(smoothed, measured=True), "convert --activations; needs calibration", runs=True),
     "optimum-quanto": Method(quanto, "the package; needs calibration", runs=True),
     "torchao": Method(torchao, "the package", runs=True),
     "comfy-kitchen ConvRot": Method(convrot, "the package", runs=True),

@@ -23,13 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outlier_methods import BEFORE, DEFAULT, METHODS, PEERS, Method, facts, installed, milliseconds, signal_to_noise
+from outlier_methods import (
+    BEFORE,
+    DEFAULT,
+    MEASURED,
+    METHODS,
+    PEERS,
+    Method,
+    facts,
+    installed,
+    milliseconds,
+    signal_to_noise,
+)
 from trained_networks import PACKAGES, Layer, minilm, whisper
 
 from lowvram.infer import machine
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.memory_costs import step_operations
 from lowvram.planning.rank_layout import whole
+from lowvram_kernels.rotation import GROUP
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.presets import PUBLISHED
 
@@ -126,6 +138,8 @@ def linear_bytes(name: str) -> int:
         total += (2 if name == "FFN-down in bf16" and depth == 13824 else 1) * depth * columns + 4 * columns
         if name.startswith(("SVD", "SmoothQuant")):
             total += 4 * depth
+        if name in (DEFAULT, MEASURED):  # factors in bf16, by default behind norms alone
+            total += 2 * depth
         if name.startswith("SVD"):
             total += 2 * int(name.split()[-1]) * (depth + columns)
     return 40 * total
@@ -148,10 +162,12 @@ def predicted(name: str) -> float | None:
     # Inputs of q k v, o, the text's q and o, and of both Linears of the feed-forward.
     values = tokens * config.num_layers * (5 * config.dim + config.ffn_dim)
     more = None
-    if name.startswith("rotated by"):
-        doublings = (int(name.split()[2])).bit_length() - 1
+    if name.startswith("rotated by") or name in (DEFAULT, MEASURED):
+        doublings = (int(name.split()[2]) if name.startswith("rotated") else GROUP).bit_length() - 1
         operations = doublings * (2.5 if doublings > 4 else 1.0)
         more = values * (operations / (rates.fp32 / 2) + max(0, doublings - 4) / SHUFFLES_A_SECOND)
+        if name == MEASURED:  # a product a value where no norm takes the factors
+            more += tokens * config.num_layers * (2 * config.dim + config.ffn_dim) / (rates.fp32 / 2)
     elif name == "FFN-down in bf16":
         more = 2 * down * config.dim * (1 / (rates.bf16 * reached["linear"]) - 1 / linear)
     elif name.startswith("SVD"):
@@ -165,18 +181,30 @@ def predicted(name: str) -> float | None:
 
 def shown(result: Mapping[str, Any]) -> dict[str, Any]:
     """What is claimed of the default, from the figures."""
-    equal = [name for name in ("optimum-quanto", "torchao", "comfy-kitchen ConvRot") if name in result["methods"]]
+    peers = [name for name in PEERS if name in result["methods"]]
+    equal = [name for name in peers if name != "bitsandbytes LLM.int8"]
     out: dict[str, Any] = {}
     for strength, kinds in result["planted"].items():
         for kind, found in kinds.items():
-            ratio = 10 ** ((found[BEFORE] - found[DEFAULT]) / 20)
-            best = max(equal, key=found.__getitem__, default=None)
-            out[f"planted {strength} {kind}"] = {"error_over_plain": ratio, "best_peer_at_8_bits": best} | (
-                {"error_over_it": 10 ** ((found[best] - found[DEFAULT]) / 20)} if best else {}
-            )
+            out[f"planted {strength} {kind}"] = {
+                own: {
+                    "error_over_plain": 10 ** ((found[BEFORE] - found[own]) / 20),
+                    "at 8 bits": over_best(found, own, equal),
+                    "of all": over_best(found, own, peers),
+                }
+                for own in (DEFAULT, MEASURED)
+            }
     for name, found in result["trained"].items():
-        out[f"{name}: worst Linear, dB over plain"] = found[DEFAULT]["all"]["worst"] - found[BEFORE]["all"]["worst"]
+        for own in (DEFAULT, MEASURED):
+            more = found[own]["all"]["worst"] - found[BEFORE]["all"]["worst"]
+            out[f"{name}: worst Linear, dB over plain, {own}"] = more
     return out
+
+
+def over_best(found: Mapping[str, float], own: str, peers: Sequence[str]) -> dict[str, Any]:
+    """The best of ``peers``, and the error of ``own`` over its."""
+    best = max(peers, key=found.__getitem__, default=None)
+    return {} if best is None else {"best_peer": best, "error_over_it": 10 ** ((found[best] - found[own]) / 20)}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
