@@ -34,6 +34,7 @@ class Measured:
 
     folder: Path | None
     by_weight: Mapping[str, Tensor]
+    sha256: str = ""
 
     @classmethod
     def of(cls, folder: str | Path | None) -> Measured:
@@ -50,7 +51,7 @@ class Measured:
         file = artifact.path / facts["file"]
         if not file.is_file() or sha256_file(file) != facts["sha256"]:
             raise CheckpointError(f"{file} is not there as it was written; calibrate {folder} again")
-        return cls(artifact.path, safetensors.torch.load_file(file))
+        return cls(artifact.path, safetensors.torch.load_file(file), facts["sha256"])
 
     @property
     def given(self) -> bool:

@@ -59,6 +59,8 @@ class ComponentPlan:
     deltas: dict[str, Update] = dataclasses.field(default_factory=dict)
     activations: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """The root mean square of each input channel [K] of the weights for which it was measured."""
+    activations_sha256: str = ""
+    """Of the file that they were read from."""
     choice: dict[str, Any] | None = None
 
     @property
@@ -111,11 +113,12 @@ def plan_dit(
     check_shapes(table, shapes, f"the DiT in {dit.parent}")
     opened = tuple(open_lora(source, table) for source in loras)
     deltas, replaced = merge_loras(opened)
-    if activations is not None and activations.given:
+    activations = activations or Measured.of(None)
+    if activations.given:
         activations.check(shapes)
-    known = {} if activations is None else activations.by_weight
+    known = activations.by_weight
     items = dit_items(config, table | replaced, precision, group, smooth=smooth, measured=known)
-    return ComponentPlan("dit", precision, values, items, opened, deltas, known)
+    return ComponentPlan("dit", precision, values, items, opened, deltas, known, activations.sha256)
 
 
 def dit_shapes(config: DiTConfig) -> Shapes:

@@ -69,6 +69,7 @@ def _component(component: Component) -> dict[str, Any]:
         "tensors": len(facts["tensors"]),
         "schemes": dict(Counter(t["scheme"] for t in facts["tensors"].values())),
         "rotated_groups": {str(group): count for group, count in sorted(_groups(component).items(), reverse=True)},
+        "activations_sha256": facts.get("activations_sha256"),
         "smoothed": sum(component.tensor_smoothed(name) for name in facts["tensors"]),
         "config": component.config,
         "choice": facts.get("choice"),
@@ -143,7 +144,9 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
     ]
     lines += _choice_lines(component["choice"])
     smoothed = component["smoothed"]
-    lines += [f"  inputs of {smoothed} weights smoothed, channel by channel"] if smoothed else []
+    by = component["activations_sha256"]
+    by = f", by measured activations, sha256 {by[:16]}" if by else ""
+    lines += [f"  inputs of {smoothed} weights smoothed, channel by channel{by}"] if smoothed else []
     groups = component["rotated_groups"].items()
     lines += [f"  inputs of {count} weights rotated in groups of {group} channels" for group, count in groups]
     return lines + [

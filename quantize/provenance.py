@@ -27,6 +27,7 @@ def component_facts(
     return {
         "file": path.name,
         "precision": plan.precision,
+        **({"activations_sha256": plan.activations_sha256} if plan.activations_sha256 else {}),
         "config": plan.config,
         **({"choice": plan.choice} if plan.choice else {}),
         "header_sha256": header_sha256,

@@ -17,6 +17,7 @@ from lowvram_kernels.errors import CheckpointError, ConfigError, InputError
 from lowvram_quantize.activations import Measured
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.inspect import describe, summary
 from tests.lowvram.test_rotated_artifact import latents
 from tests.quantize.checkpoints import base_of, change_dit, clone, contents, replace_json
 
@@ -93,6 +94,10 @@ def test_it_is_one_option(outlying, calibrated, tmp_path):
     assert result.exit_code == 0, result.output
     again = convert(outlying, tmp_path / "again", vae="fp32", text_encoder="fp32", activations=calibrated)
     assert contents(tmp_path / "out") == contents(again)
+    digest = json.loads((calibrated / MANIFEST).read_text())["calibration"]["activations"]["sha256"]
+    facts = describe(again)
+    assert facts["components"]["dit"]["activations_sha256"] == digest
+    assert f"smoothed, channel by channel, by measured activations, sha256 {digest[:16]}" in summary(facts)
 
 
 def test_calibrated_again_it_says_the_new_file_alone(outlying, calibrated, tmp_path):
