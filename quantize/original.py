@@ -15,7 +15,16 @@ from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.components import ComponentPlan, plan_dit
 from lowvram_quantize.format import Artifact, sha256_file
 from lowvram_quantize.lora import LoraSource
-from lowvram_quantize.schemes import EIGHT_BIT, MIXED, Scheme, all_finite, chosen_group, not_finite, with_rotation
+from lowvram_quantize.schemes import (
+    EIGHT_BIT,
+    MIXED,
+    Scheme,
+    all_finite,
+    chosen_group,
+    not_finite,
+    with_rotation,
+    with_smoothing,
+)
 from lowvram_quantize.smoothing import factors_of
 from lowvram_quantize.store import merged_chunks
 
@@ -94,6 +103,7 @@ class Asked:
     text_encoder: str | None = None
     rotate: bool | int | None = None
     smooth: bool | None = None
+    activations: Path | None = None
 
     def check(self, artifact: Artifact) -> None:
         """Raises: ConfigError where a finished artifact is of another precision than was asked for, or rotated or
@@ -111,7 +121,15 @@ class Asked:
             self._check_int8(artifact)
 
     def _check_int8(self, artifact: Artifact) -> None:
-        smoothed = any(facts.get("smoothed") for facts in artifact.component("dit").facts["tensors"].values())
+        tensors = artifact.component("dit").facts["tensors"]
+        smoothed = any(facts.get("smoothed") for facts in tensors.values())
+        # By weights alone no others are than those behind norms.
+        beyond = [n for n, facts in tensors.items() if facts.get("smoothed") and not with_smoothing(INT8, n).smooth]
+        if self.activations is not None and not beyond:
+            raise ConfigError(
+                f"{artifact.path} was made without --activations; leave them out to calibrate, or convert anew with "
+                "--overwrite"
+            )
         if self.smooth is not None and smoothed != self.smooth:
             raise ConfigError(
                 f"{artifact.path} has its inputs {'smoothed' if smoothed else 'not smoothed'}, and "

@@ -7,7 +7,7 @@ is there at a time, and never a second model.
 
 For whoever chooses a precision for each layer:
 
->>> source = Original(plan)    # lowvram_quantize.original; whatever has ``merged`` and ``int8`` will do
+>>> source = original_of("ckpt/Wan2.2-S2V-14B", lora=lora)   # lowvram_quantize.original; or whatever is a ``Source``
 >>> found = measure(Artifact.open(path), source, inputs, schemes=("int8", "fp8", "bf16"))
 >>> one = found["blocks.0.ffn.2.weight"]
 >>> one.error_energy["int8"], one.error_energy["fp8"], one.output_energy, math.prod(one.shape)

@@ -155,6 +155,7 @@ OTHERS = {
     "another VAE's": (["--vae", "bf16"], "vae in int8", "bf16"),
     "another text encoder's": (["--text-encoder", "nf4"], "text_encoder in int8", "nf4"),
     "another rotation": (["--rotate", "none"], "--rotate"),
+    "with activations": (["--activations", "measured"], "without --activations"),
     "another smoothing": (["--no-smooth"], "--no-smooth"),
     "a budget": (["--precision", "auto", "--max-error", "0.1"], "int8", "mixed was asked for"),
 }

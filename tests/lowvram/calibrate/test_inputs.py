@@ -46,7 +46,7 @@ def test_portraits_of_any_size(tmp_path, caplog, height, width):
     assert not any("--" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 0.7, 5.0])
+@pytest.mark.parametrize("seconds", [0.5, 5.0])
 def test_voices_of_other_lengths_make_the_same_blocks(tiny, tmp_path, seconds):
     write_wav(tmp_path / "voice.wav", synth_voice(seconds), 16000)
     found = calibration_inputs(image=tiny.portrait, audio=tmp_path / "voice.wav", size="128*128")

@@ -25,8 +25,8 @@ from tests.quantize.checkpoints import base_of, change_dit, clone, quantized_row
 ALL = ("int8", "fp8", "bf16")
 
 
-def pipeline(tiny, precision: str = "int8", **memory) -> AvatarPipeline:
-    return AvatarPipeline.from_artifact(tiny.artifact(precision), device="cpu", memory=MemoryOptions(**memory))
+def pipeline(tiny) -> AvatarPipeline:
+    return AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu")
 
 
 def latents(made: AvatarPipeline, request, watched=None) -> torch.Tensor:
@@ -52,12 +52,11 @@ def watched(tiny, one_clip) -> dict[str, Watched]:
     return observe(pipeline(tiny), one_clip, quiet=True)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
-def test_a_watched_run_is_the_run(tiny, one_clip, precision):
-    made = pipeline(tiny, precision)
+def test_a_watched_run_is_the_run(tiny, one_clip):
+    made = pipeline(tiny)
     watched = {name: Watched() for name in watchable(made.runtime.artifact.component("dit"))}
     plain = latents(made, one_clip)
-    seen = latents(pipeline(tiny, precision), one_clip, watched)
+    seen = latents(pipeline(tiny), one_clip, watched)
     assert (seen - plain).norm() < 1e-4 * plain.norm()
 
 
@@ -125,7 +124,7 @@ def test_schemes_are_as_good_as_they_are(errors):
         assert 0 <= one.relative_error("bf16") < one.relative_error("int8") < one.relative_error("fp8") < 0.1, name
 
 
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16"])
 def test_artifacts_of_other_precisions(tiny, original, one_clip, errors, precision):
     found = measure(Artifact.open(tiny.artifact(precision)), original, one_clip, device="cpu", schemes=(precision,))
     assert list(found) == list(errors)
@@ -134,7 +133,7 @@ def test_artifacts_of_other_precisions(tiny, original, one_clip, errors, precisi
         assert one.error_energy[STORED] == pytest.approx(one.error_energy[precision], rel=2e-2, abs=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"smooth": False}, {"rotate": False}, {"rotate": False, "smooth": True}])
+@pytest.mark.parametrize("options", [{}, {"rotate": False, "smooth": True}])
 def test_what_is_stored_is_what_would_be(tiny, tmp_path, one_clip, options):
     """Where input channels stand out, so that it matters how they are smoothed and rotated."""
     checkpoint = clone(tiny.checkpoint, tmp_path / "ckpt")
@@ -181,7 +180,8 @@ class Other:
         return self._original.int8(name)
 
 
-def test_another_models_weights(tiny, original, one_clip):
+def test_another_models_weights(tiny, original, one_clip, watched, monkeypatch):
+    monkeypatch.setattr("lowvram.calibrate.measure.observe", lambda *_args, **_options: dict(watched))
     with pytest.raises(CheckpointError, match=r"in the artifact and .* in the source"):
         measure(Artifact.open(tiny.artifact("int8")), Other(original), one_clip, device="cpu")
 
