@@ -7,7 +7,7 @@ latents of the bf16 run, and what is measured is the relative error of the DiT's
 units: each unit of Linears that are stored alike in int8, all else in bf16. ``sensitivity`` is the square of the
 output's relative error over the mean square of the weights'; its means by kind are the table that ``--precision auto``
 predicts with. budgets: artifacts of ``--precision auto`` with so many bytes between uniform int8 and uniform bf16, what
-was predicted of them and what is measured.
+was predicted of them and what is measured; by that table, and by what ``--measure-on`` measures on another face.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # training is not ins
 import torch
 from quality import FIRST
 
+from lowvram.calibrate.contributions import contributions
 from lowvram.compare.teacher_forcing import force, record
 from lowvram.infer import machine
 from lowvram.pipeline import AvatarPipeline
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import Artifact
+from lowvram_quantize.measure_on import IN_EVERY_STEP
+from lowvram_quantize.original import original_of
 from lowvram_quantize.sensitivity import role_of
 from lowvram_quantize.trained import write_trained
-from lowvram_quantize.units import unit_of
+from lowvram_quantize.units import unit_of, units_of
 from training.tiny_face.case import Case
 from training.tiny_face.run import machine as processor
 
@@ -71,6 +74,16 @@ class Face:
         self._case = Case(folder, FIRST, seconds)
         baseline = AvatarPipeline.from_artifact(self.converted(dit="bf16"), device="cpu")
         self._teacher = record(baseline, self._case.request(), blocks=blocks)
+
+    def parts(self) -> dict[str, float]:
+        """What ``--measure-on`` measures, of the default face and voice."""
+        lora = self._root / "LiveAvatar" / "liveavatar.safetensors"
+        original = original_of(self._root, lora=lora)
+        members = {unit: [item.name for item in own] for unit, own in units_of(original.plan.items).items()}
+        chosen = {unit: names for unit, names in members.items() if unit.startswith(IN_EVERY_STEP)}
+        artifact = Artifact.open(self.converted(dit="bf16"))
+        other = Case(self._folder, None, 2.0)
+        return contributions(artifact, original, other.request(num_clip=1), chosen, device="cpu", quiet=True)
 
     def converted(self, **options: Any) -> Path:
         lora = self._root / "LiveAvatar" / "liveavatar.safetensors"
@@ -151,21 +164,21 @@ def budgets(face: Face) -> list[dict[str, Any]]:
         return Artifact.open(artifact).component("dit").path.stat().st_size
 
     lowest, highest = (nbytes(face.converted(dit=dit)) for dit in ("int8", "bf16"))
-    rows = []
+    rows, measured = [], face.parts()
     for share in SHARES:
         target = round(lowest + share * (highest - lowest))
-        artifact = face.converted(dit="auto", target_bytes=target)
-        component = Artifact.open(artifact).component("dit")
-        rows.append(
-            {
-                "target_bytes": target,
+        row: dict[str, Any] = {"target_bytes": target}
+        for how, parts in (("table", None), ("run", measured)):
+            artifact = face.converted(dit="auto", target_bytes=target, error_parts=parts)
+            choice = Artifact.open(artifact).component("dit").facts["choice"]
+            row[how] = {
                 "bytes": nbytes(artifact),
                 "times_int8": nbytes(artifact) / lowest,
-                "predicted_error": component.facts["choice"]["predicted_error"],
+                "predicted_error": choice["predicted_error"],
                 "output_error": face.error(artifact),
             }
-        )
-        print(f"{target} bytes: {rows[-1]['output_error']:.3%}", file=sys.stderr, flush=True)
+        rows.append(row)
+        print(f"{target} bytes: {row}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -175,11 +188,13 @@ def markdown(result: dict[str, Any]) -> str:
     if "units" in result:
         lines += _of_units(result["units"])
     if "budgets" in result:
-        lines += ["| bytes, of uniform int8's | error predicted | measured |", "| ---: | ---: | ---: |"]
         lines += [
-            f"| {row['times_int8']:.2f} | {row['predicted_error']:.2%} | {row['output_error']:.2%} |"
-            for row in result["budgets"]
+            "| bytes, of uniform int8's | by the table: predicted | measured | by a run: predicted | measured |",
+            "| ---: | ---: | ---: | ---: | ---: |",
         ]
+        for row in result["budgets"]:
+            cells = [f"{row[how][of]:.2%}" for how in ("table", "run") for of in ("predicted_error", "output_error")]
+            lines.append(f"| {row['table']['times_int8']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -111,9 +111,13 @@ def convert(as_json: bool, **options: Any) -> None:
     from lowvram_quantize.convert import convert as run
     from lowvram_quantize.format import CALIBRATION
     from lowvram_quantize.inspect import describe
+    from lowvram_quantize.measure_on import to_be_measured
 
     calibration = take_calibration(options)
-    there = calibration is not None and finished(options, calibration.files)
+    amends = calibration is not None and calibration.amends
+    there = calibration is not None and amends and finished(options, calibration.files)
+    if calibration is not None and calibration.measure_on is not None and not there:
+        options["error_parts"] = calibration.parts(*to_be_measured(calibration.measure_on, options))
     if not options["lora"]:
         logging.getLogger(__name__).warning(
             "no --lora: the artifact will hold the base model, which is not the one trained to stream in 4 steps"
@@ -122,7 +126,7 @@ def convert(as_json: bool, **options: Any) -> None:
     if not there:
         with ByteProgress() as progress:
             path = run(progress=progress.update, **options)
-    if calibration is not None:
+    if calibration is not None and amends:
         with amending(path, options, check=there) as (finished_artifact, original):
             made = calibration.run(finished_artifact.artifact, original)
             files = {ACTIVATIONS: activations_file(made.channel_rms)}

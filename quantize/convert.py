@@ -87,6 +87,7 @@ def convert(
     apart: Mapping[str, str] | None = None,
     target_bytes: int | None = None,
     max_error: float | None = None,
+    error_parts: Mapping[str, float] | None = None,
     components: Iterable[str] = COMPONENTS,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -123,6 +124,8 @@ def convert(
             chosen by hand. Those that share one input have to be alike.
         target_bytes: what dit.safetensors may take, and takes but for 1 %, with auto.
         max_error: the relative error of the DiT's output that is predicted at the most, with auto: the fewest bytes.
+        error_parts: by unit of Linears the part of its int8 in the square of that error, as
+            ``lowvram.calibrate.contributions`` measures it; for those that are not there it is taken from a table.
         components: which parts to convert; a runtime needs all of them.
         overwrite: replace a finished artifact.
         progress: called with input bytes done, input bytes in all and what is being converted.
@@ -146,8 +149,8 @@ def convert(
     budget = budget_of(chosen["dit"], wanted, target_bytes, max_error)
     if budget is not None and apart:
         raise ConfigError("apart says how layers are stored, which auto chooses itself; expected one of both at most")
-    measured = Measured.of(activations)
-    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, measured, apart or {}, budget)
+    options = (Measured.of(activations), apart or {}, budget, error_parts)
+    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, *options)
     return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
 
 
@@ -210,6 +213,7 @@ def _plans(
     measured: Measured,
     apart: Mapping[str, str],
     budget: Budget | None,
+    error_parts: Mapping[str, float] | None,
 ) -> tuple[list[ComponentPlan], Chooser | None]:
     """Of all components; and of a DiT within a budget, whose plan is first and that of int8, what chooses for it."""
     plans, group, chooser = [], chosen_group(rotate), None
@@ -222,7 +226,7 @@ def _plans(
         _check_alpha(loras, dit)
         if budget is not None:
             check_budget(dit, budget, int8)
-            chooser = functools.partial(_choose, budget, int8)
+            chooser = functools.partial(_choose, budget, int8, error_parts)
         plans.append(mixed(dit, apart, int8) if apart else dit)
     if rotate and not any(plan.largest_group > 1 for plan in plans):
         what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
@@ -239,11 +243,24 @@ def _plans(
     return plans, chooser
 
 
-def _choose(budget: Budget, int8: Int8, plan: ComponentPlan, partial: Path, progress: Progress | None) -> ComponentPlan:
+def _choose(
+    budget: Budget,
+    int8: Int8,
+    error_parts: Mapping[str, float] | None,
+    plan: ComponentPlan,
+    partial: Path,
+    progress: Progress | None,
+) -> ComponentPlan:
     """Measure each Linear in each scheme, which reads its weight once more, and choose within the budget."""
     meter = _Meter(sum(item.ref.nbytes for items in units_of(plan.items).values() for item in items), progress)
     return choose(
-        plan, budget, int8, partial, _fingerprint(plan), lambda nbytes, slab: meter.add(nbytes, f"measuring {slab}")
+        plan,
+        budget,
+        int8,
+        partial,
+        _fingerprint(plan),
+        lambda nbytes, slab: meter.add(nbytes, f"measuring {slab}"),
+        error_parts,
     )
 
 

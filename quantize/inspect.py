@@ -187,8 +187,9 @@ def _choice_lines(choice: dict[str, Any] | None) -> list[str]:
     if choice is None:
         return []
     target = choice["target_bytes"]
+    how = "by what a run measured" if choice["measured"] else "by a table of kinds of layers"
     within = f"an error of {choice['max_error']:.3g}" if target is None else f"{target} bytes"
-    lines = [f"  chosen within {within}, predicted error of the output {choice['predicted_error']:.3g}"]
+    lines = [f"  chosen within {within}, predicted error of the output {choice['predicted_error']:.3g}, {how}"]
     kinds: dict[str, Counter[str]] = {}
     for unit, facts in choice["units"].items():
         kinds.setdefault(role_of(unit), Counter())[facts["scheme"]] += 1

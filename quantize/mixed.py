@@ -1,7 +1,8 @@
 """Mixed precision of the DiT: what each unit's schemes cost is measured, and chosen from within a budget.
 
 What a scheme does to a weight is measured: the squared relative error of the weight. What that does to the picture
-differs by orders of magnitude between kinds of Linears, and is taken from ``SENSITIVITY``.
+differs by orders of magnitude between kinds of Linears: it is measured on a run of the int8 artifact, or else taken
+from ``SENSITIVITY``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def check_budget(plan: ComponentPlan, budget: Budget, int8: Int8) -> None:
 
 
 def choose(
-    plan: ComponentPlan, budget: Budget, int8: Int8, folder: Path, fingerprint: str, progress: Progress
+    plan: ComponentPlan,
+    budget: Budget,
+    int8: Int8,
+    folder: Path,
+    fingerprint: str,
+    progress: Progress,
+    parts: Mapping[str, float] | None = None,
 ) -> ComponentPlan:
     """The DiT that ``plan`` would convert to int8, with its Linears in what is best within the budget.
 
@@ -48,6 +55,7 @@ def choose(
         folder: of the unfinished artifact, where what was measured is kept for the next run.
         fingerprint: of everything that decides it.
         progress: called for each weight.
+        parts: by unit what its int8 adds to the square of the relative error of the output, where that was measured.
 
     Raises:
         ConfigError: the budget cannot be met.
@@ -55,19 +63,19 @@ def choose(
         OutputError: the folder cannot be written.
     """
     errors = measured(plan, int8, folder / JOURNAL, fingerprint, progress)
-    table = {
-        unit: {
-            scheme: Choice(
-                sum(stored_bytes(plan, item, scheme, int8) for item in items),
-                SENSITIVITY[role_of(unit)] * sum(errors[item.name][scheme] for item in items) / len(items),
-            )
+    table = {}
+    for unit, items in units_of(plan.items).items():
+        of = {scheme: sum(errors[item.name][scheme] for item in items) / len(items) for scheme in SCHEMES}
+        sensitivity = SENSITIVITY[role_of(unit)]
+        if parts is not None and unit in parts and of["int8"]:
+            sensitivity = parts[unit] / of["int8"]
+        table[unit] = {
+            scheme: Choice(sum(stored_bytes(plan, item, scheme, int8) for item in items), sensitivity * of[scheme])
             for scheme in SCHEMES
         }
-        for unit, items in units_of(plan.items).items()
-    }
     found = allocate(table, _size_of(plan, int8), budget)
     log.info("the DiT's units: %s; predicted error %.3g", dict(Counter(found.schemes.values())), found.error)
-    return dataclasses.replace(_stored(plan, found.schemes, int8), choice=_facts(budget, found, table))
+    return dataclasses.replace(_stored(plan, found.schemes, int8), choice=_facts(budget, found, table, parts))
 
 
 def measured(plan: ComponentPlan, int8: Int8, journal: Path, fingerprint: str, progress: Progress) -> Errors:
@@ -113,13 +121,16 @@ def _stored(plan: ComponentPlan, schemes: Schemes, int8: Int8) -> ComponentPlan:
     return mixed(plan, names, int8)
 
 
-def _facts(budget: Budget, found: Allocation, table: Mapping[str, Mapping[str, Choice]]) -> dict[str, Any]:
+def _facts(
+    budget: Budget, found: Allocation, table: Mapping[str, Mapping[str, Choice]], parts: Mapping[str, float] | None
+) -> dict[str, Any]:
     """For the manifest: what was asked, what is predicted, and of each unit what it is stored as and what its schemes
     would add to the square of the error."""
     return {
         "target_bytes": budget.target_bytes,
         "max_error": budget.max_error,
         "predicted_error": found.error,
+        "measured": parts is not None,
         "units": {
             unit: {"scheme": found.schemes[unit], "error_parts": {s: choice.error for s, choice in choices.items()}}
             for unit, choices in table.items()

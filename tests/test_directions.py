@@ -83,7 +83,7 @@ ROOMS = {
         "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
         "recorder", "schedule",
     },
-    "calibrate": {"compare", "denoise", "devices", "media", "offload", "pipeline", "progress", "request"},
+    "calibrate": {"compare", "denoise", "devices", "media", "offload", "pipeline", "progress", "request", "schedule"},
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule",

@@ -101,6 +101,12 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="An artifact that was made with --calibrate: how large its Linears' inputs were decides those factors "
             "too.",
         ),
+        click.option(
+            "--measure-on",
+            type=FILE,
+            help="With auto: an artifact of the same source in bf16, which is run on a short video to measure what "
+            "int8 costs in each layer; otherwise a table says so.",
+        ),
         click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
         click.option(
             "--calibrate",

@@ -230,6 +230,18 @@ class Rollout:
         for index, latent in latents.items():
             self._under_way[index].latent = latent
 
+    def forget_derived(self) -> None:
+        """Layers of the DiT are others from here on: what they made of times, text and voice is made again. Between two
+        passes only."""
+        if self.graphs is not None:
+            self.graphs.drop()
+        self._of_text.clear()
+        for time in (*self.times, self.zero_time):
+            time.derived.clear()
+        for flight in self._under_way.values():
+            if flight.audio.derived is not None:
+                flight.audio.derived.clear()
+
     def advance_with_nothing(self, blocks: Iterable[Block]) -> None:
         """What the other ranks wait for in an ``advance`` of these blocks that this rank could not finish."""
         sizes = [(block.frames * math.prod(self.settings.grid), block.frames) for block in blocks]
