@@ -1,8 +1,8 @@
 """Contributions: what the int8 of single layers costs the DiT's output, measured on a short run in full precision.
 
 The first block of a video is made as ``infer`` does, from an artifact that is not quantized. Then one unit of Linears
-after the other is put in int8, and every step of the block is taken again, from the latent that it began with and with
-the sink as it was: how far the output moves is what the unit's int8 costs. Errors of units add up as if they had
+after the other is put in int8, the sink is filled and every step of the block is taken again, from the latent that it
+began with: how far the output moves is what the unit's int8 costs. Errors of units add up as if they had
 nothing to do with each other (``benchmarks/sensitivity.py`` shows how well), so that each has a part in the square of
 the error of the whole. It cannot be done the other way, one unit restored in an int8 artifact: all that is quantized
 behind it is rounded otherwise then, which moves the output more than most units do.
@@ -126,6 +126,7 @@ class _Block:
         self._int8, self._units, self._progress = int8, units, progress
         self._before: dict[int, Tensor] = {}
         self._seen: dict[int, Tensor] = {}
+        self._sink_is_exact = True
         self.parts: dict[str, float] = {}
 
     def begun(self, rollout: Rollout, _blocks: int) -> None:
@@ -133,6 +134,8 @@ class _Block:
 
         def advance(items: Any) -> None:
             ((block, step),) = items
+            if not self._sink_is_exact:  # memory ran out while it was measured, and this is done again
+                self._fill_sink(rollout, exactly=True)
             before = rollout.latents()[block.index]
             real([(block, step)])
             self._before[step] = before
@@ -154,12 +157,20 @@ class _Block:
         for index, (unit, names) in enumerate(self._units.items()):
             self._progress.update(index)
             with _in_int8(rollout, names, self._int8):
+                self._fill_sink(rollout, exactly=False)
                 for step, latent in self._before.items():
                     rollout.begin_again({block.index: latent})
                     advance([(block, step)])
             moved = sum(_energy(self._seen[step] - velocity) for step, velocity in whole.items())
             yield unit, moved / size if size else 0.0
+        self._fill_sink(rollout, exactly=True)
         self._progress.update(len(self._units))
+
+    def _fill_sink(self, rollout: Rollout, *, exactly: bool) -> None:
+        self._sink_is_exact = False
+        assert rollout.filled_from is not None
+        rollout.prefill(*rollout.filled_from)
+        self._sink_is_exact = exactly
 
 
 @contextlib.contextmanager

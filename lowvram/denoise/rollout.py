@@ -138,6 +138,7 @@ class Rollout:
         self._of_text: dict[Any, Any] = {}
         self._remember(placement)
         self._under_way: dict[int, _UnderWay] = {}
+        self.filled_from: tuple[Tensor, Tensor] | None = None
 
     def _remember(self, placement: Placement) -> None:
         """Make room for sink and rings."""
@@ -159,7 +160,9 @@ class Rollout:
 
     @torch.inference_mode()
     def prefill(self, reference_C1hw: Tensor, motion_CFhw: Tensor) -> None:
-        """Fill the sink from reference [C, 1, h, w] and motion latents [C, 19, h, w]; replaces what it held."""
+        """Fill the sink from reference [C, 1, h, w] and motion latents [C, 19, h, w]; replaces what it held. They are
+        kept for whoever changes layers and fills it again."""
+        self.filled_from = (reference_C1hw, motion_CFhw)
         reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
         x = self.sequence.own(self.dit.embed_conditions(reference, motion), 1)
         rope = condition_rope(*self.settings.grid, self.dit.config.head_dim).to(self.device)
