@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lowvram_models.config import DiTConfig
 from lowvram_quantize.components import dit_shapes
+from lowvram_quantize.schemes import dit_scheme
 
 # Name -> pattern of tensors -> how they are stored. What shares its input is stored alike.
 MIXES: dict[str, dict[str, str]] = {
@@ -38,8 +39,9 @@ MIXES: dict[str, dict[str, str]] = {
 
 
 def apart(config: Mapping[str, object], mix: str) -> dict[str, str]:
-    """Tensors of a DiT of that configuration -> how they are stored."""
-    names = dit_shapes(DiTConfig.from_dict(dict(config)))
+    """Weights of a DiT of that configuration -> how they are stored."""
+    every = dit_shapes(DiTConfig.from_dict(dict(config)))
+    names = [name for name in every if dit_scheme(name, "int8").kind == "rows"]
     found = {}
     for pattern, precision in MIXES[mix].items():
         found |= dict.fromkeys((name for name in names if re.fullmatch(pattern, name)), precision)
