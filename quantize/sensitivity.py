@@ -2,8 +2,9 @@
 
 A table of priors: measured on the tiny trained face by ``python benchmarks/sensitivity.py``, one unit of Linears at a
 time in int8, all else in bf16, against bf16: the square of the output's relative error over the mean square of the
-weights' relative errors, the mean of all layers. Its attention to text hardly moves the face's output, which says nothing
-of a model that heeds its prompt; that has the values of the attention to the voice here. Whether the 14B is like it is not measured.
+weights' relative errors, the mean of all layers. Its attention to text hardly moves the face's output, which says
+nothing of a model that heeds its prompt; that has the values of the attention to the voice here. Whether the 14B is
+like it is not measured.
 """
 
 from __future__ import annotations
