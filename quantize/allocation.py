@@ -44,9 +44,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.target_bytes is None) == (self.max_error is None):
+            given = "neither was" if self.target_bytes is None else "both were"
             raise ConfigError(
-                f"target_bytes is {self.target_bytes} and max_error {self.max_error}; expected one of both, which says "
-                "what --precision auto has to stay within: --target-bytes 17GB, or --max-error 0.02"
+                "--precision auto stays within --target-bytes, as 17GB, or within --max-error, as 0.02; expected one "
+                f"of both, and {given} given"
             )
         if self.target_bytes is not None and self.target_bytes <= 0:
             raise ConfigError(f"--target-bytes is {self.target_bytes}; expected more than 0")

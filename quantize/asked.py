@@ -32,9 +32,10 @@ def budget_of(dit: str, wanted: tuple[str, ...], target_bytes: int | None, max_e
     if dit == AUTO and "dit" in wanted:
         return Budget(target_bytes=target_bytes, max_error=max_error)
     if target_bytes is not None or max_error is not None:
+        given = "--max-error" if target_bytes is None else "--target-bytes"
         raise ConfigError(
-            f"target_bytes is {target_bytes} and max_error {max_error} for a DiT in {dit}; they are what --precision "
-            "auto stays within: give that, or leave them out"
+            f"{given} was given for a DiT in {dit}; it is what --precision auto stays within: give that, or leave "
+            "it out"
         )
     return None
 

@@ -203,7 +203,7 @@ def test_the_source_is_read_twice_at_most(tiny, uniform, tmp_path, monkeypatch):
         (["--target-bytes", "1GB"], 2, "--target-bytes is 1000000000, but the DiT's file takes"),
         (["--target-bytes", "much"], 2, "--target-bytes is 'much'"),
         (["--max-error", "0"], 2, "--max-error is 0.0"),
-        ([], 2, "--target-bytes 17GB, or --max-error 0.02"),
+        ([], 2, "--target-bytes, as 17GB, or within --max-error, as 0.02"),
         (["--max-error", "0.004"], 0, ""),
     ],
 )
