@@ -162,7 +162,9 @@ class _Search:
 
 
 def _worth(choices: Mapping[str, Choice]) -> list[str]:
-    ordered = sorted(choices, key=lambda scheme: (choices[scheme].nbytes, choices[scheme].error, SCHEMES.index(scheme)))
+    # Nothing is taken that errs more than int8: fp8 may save a few bytes of factors, and is slow on older cards.
+    better = [scheme for scheme in choices if scheme == "int8" or choices[scheme].error < choices["int8"].error]
+    ordered = sorted(better, key=lambda scheme: (choices[scheme].nbytes, choices[scheme].error, SCHEMES.index(scheme)))
     kept = ordered[:1]
     for scheme in ordered[1:]:
         if choices[scheme].error < choices[kept[-1]].error:

@@ -102,6 +102,12 @@ def test_fp8_is_taken_where_it_errs_less_for_the_same_bytes():
     assert list(found.schemes.values()) == ["fp8", "int8", "int8"]
 
 
+def test_fp8_is_not_taken_for_the_few_bytes_that_int8_has_beside_its_weights():
+    table = {"unit": {"int8": Choice(110, 0.1), "fp8": Choice(104, 0.2), "bf16": Choice(200, 0.0)}}
+    assert within_error(table, size_in(table), 10.0).schemes == {"unit": "int8"}
+    assert within_bytes(table, size_in(table), HEADER + 110).schemes == {"unit": "int8"}
+
+
 def test_units_that_do_not_add_up_to_the_target(caplog):
     """Two large ones: what is nearest below is taken, and said."""
     table = table_of([10_000, 10_000], [(0.1, 1, 0), (0.2, 1, 0)])
