@@ -103,13 +103,14 @@ def ranks_of(layout: str) -> int:
     return int(LAYOUTS[layout][0].removeprefix("--gpus="))
 
 
-def write_model(folder: Path, voice_s: float = 60.0) -> list[str]:
-    """A tiny artifact, a portrait and a voice; the arguments of ``infer`` that name them."""
+def write_model(folder: Path, voice_s: float = 60.0, **widths: int) -> list[str]:
+    """A tiny artifact, a portrait and a voice; the arguments of ``infer`` that name them. ``widths`` are those of
+    ``write_checkpoint`` that are to be others."""
     from lowvram.media.samples import draw_portrait, synth_voice, write_wav
     from lowvram_quantize.convert import convert
     from lowvram_quantize.synthetic import write_checkpoint
 
-    write_checkpoint(folder / "ckpt")
+    write_checkpoint(folder / "ckpt", **widths)
     convert(folder / "ckpt", folder / "artifact", precision="int8")
     draw_portrait(128, 128).save(folder / "portrait.png")
     write_wav(folder / "voice.wav", synth_voice(voice_s), 16000)

@@ -10,19 +10,26 @@ import pytest
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
-@pytest.fixture
-def faults(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
-    import faults
+@pytest.fixture(scope="module")
+def faults():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+        import faults
 
-    return faults
+        return faults
+
+
+@pytest.fixture(scope="module")
+def model(faults, tmp_path_factory):
+    """Once for all runs, and with the narrowest VAE: what it draws is not looked at, that its frames play is."""
+    return faults.write_model(tmp_path_factory.mktemp("model"), vae_base_dim=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "victim"), [("2 stages", 0), ("2 Ulysses ranks", 0)], ids=["another", "the-writer"])
-def test_a_killed_rank_ends_the_run(faults, tmp_path, layout, victim):
+def test_a_killed_rank_ends_the_run(faults, model, tmp_path, layout, victim):
     fault = faults.Fault(layout=layout, victim=victim, signal="SIGKILL", running=True, after_s=0.5)
-    found = faults.one(fault, faults.write_model(tmp_path), tmp_path)
+    found = faults.one(fault, model, tmp_path)
     assert found["wrong"] == [], found
     assert found["frames_after"] > 0
     assert found["seconds"] < 30
