@@ -170,12 +170,13 @@ def llm_int8(layer: Layer) -> Forward:
     return linear.to("cpu").eval()
 
 
+LLM_INT8 = "bitsandbytes LLM.int8 (large columns in 16 bit)"
 BEFORE, DEFAULT, MEASURED = "int8 a token", "smoothed, rotated by 256 (default)", "smoothed by activations, rotated"
 PEERS = {
     "optimum-quanto": "optimum-quanto",
     "torchao": "torchao",
     "comfy-kitchen ConvRot": "comfy-kitchen",
-    "bitsandbytes LLM.int8": "bitsandbytes",
+    LLM_INT8: "bitsandbytes",
 }
 METHODS: dict[str, Method] = {
     "int8 a tensor": Method(per_tensor),
@@ -199,7 +200,7 @@ METHODS: dict[str, Method] = {
     "optimum-quanto": Method(quanto, "the package; needs calibration", runs=True),
     "torchao": Method(torchao, "the package", runs=True),
     "comfy-kitchen ConvRot": Method(convrot, "the package", runs=True),
-    "bitsandbytes LLM.int8": Method(llm_int8, "the package; large columns in 16 bit", runs=True),
+    LLM_INT8: Method(llm_int8, "the package; large columns in 16 bit", runs=True),
 }
 
 

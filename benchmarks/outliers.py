@@ -26,6 +26,7 @@ import torch
 from outlier_methods import (
     BEFORE,
     DEFAULT,
+    LLM_INT8,
     MEASURED,
     METHODS,
     PEERS,
@@ -182,7 +183,7 @@ def predicted(name: str) -> float | None:
 def shown(result: Mapping[str, Any]) -> dict[str, Any]:
     """What is claimed of the default, from the figures."""
     peers = [name for name in PEERS if name in result["methods"]]
-    equal = [name for name in peers if name != "bitsandbytes LLM.int8"]
+    equal = [name for name in peers if name != LLM_INT8]
     out: dict[str, Any] = {}
     for strength, kinds in result["planted"].items():
         for kind, found in kinds.items():
