@@ -84,8 +84,23 @@ def test_the_default_halves_the_error_of_planted_outliers(monkeypatch, strength,
     assert 10 ** ((found[plain] - found[default]) / 20) < 0.5
 
 
+@pytest.mark.parametrize("strength", [16, 64, 256])
+def test_measured_activations_beat_what_is_known_without(monkeypatch, strength):
+    """Heavy outliers, of which weights say nothing; and LLM.int8, which multiplies them in 16 bit."""
+    import outlier_methods
+    import outliers
+
+    monkeypatch.setattr(outliers, "PLANTED", (64, 1024, 64))
+    names = (outlier_methods.DEFAULT, outlier_methods.LLM_INT8, outlier_methods.MEASURED)
+    found = outliers.planted(strength, {name: outlier_methods.METHODS[name] for name in names})
+    for kind in ("large", "balanced"):
+        default, llm_int8, measured = (found[kind][name] for name in names)
+        assert measured > max(default, llm_int8) + 0.1
+    assert found["balanced"][outlier_methods.DEFAULT] > found["balanced"][outlier_methods.LLM_INT8]
+
+
 def test_methods_keep_what_they_are_meant_to_keep():
-    from outlier_methods import METHODS, signal_to_noise
+    from outlier_methods import LLM_INT8, MEASURED, METHODS, signal_to_noise
     from trained_networks import Layer
 
     draw = torch.Generator().manual_seed(1)
@@ -100,7 +115,7 @@ def test_methods_keep_what_they_are_meant_to_keep():
     }
     # What stays in 16 bit, or is as large as the others behind SmoothQuant's scale, is not what the error comes from.
     plain = found["int8 a token"]
-    for name in ("FFN-down in bf16", "SmoothQuant 0.5", "SVD of rank 32", "bitsandbytes LLM.int8"):
+    for name in ("FFN-down in bf16", "SmoothQuant 0.5", "SVD of rank 32", LLM_INT8, MEASURED):
         assert found[name] > plain + 10, name
     assert found["SmoothQuant, best"] > found["SmoothQuant 0.5"] - 0.5
     assert found["SVD of rank 32"] > found["SVD of rank 16"]
