@@ -45,11 +45,20 @@ def wanted(layer: nn.Module, dtype: torch.dtype) -> Wanted:
     return Wanted(dtype=layer.weight.dtype if computes else dtype, group=layer.group)
 
 
-def smoothed(layer: nn.Module, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset of the norm before a layer, times the factors that its inputs are smoothed by: it costs no pass
-    over activations. Factors are powers of two, so that no bit is lost."""
-    factors = layer.smooth_scale if isinstance(layer, QuantizedLinear) else None
-    return (gain, offset) if factors is None else (gain * factors, offset * factors)
+def smoothing(layer: nn.Module) -> Tensor | None:
+    """The factors [K] that a layer's inputs are smoothed by, if any. A norm before it takes them in its gain and
+    offset, so that they cost no pass over activations; they are powers of two, of which a product loses no bit."""
+    return layer.smooth_scale if isinstance(layer, QuantizedLinear) else None
+
+
+def modulated(layer: nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain (1 + scale) and offset (shift) of the norm before a layer, smoothed for it; in as many launches without."""
+    factors = smoothing(layer)
+    return (
+        (1 + scale, shift.contiguous())
+        if factors is None
+        else (torch.addcmul(factors, scale, factors), shift * factors)
+    )
 
 
 def rows_for(layer: nn.Module, x_LD: Tensor, made: dict[Any, Any]) -> Rows:
@@ -115,7 +124,7 @@ class FusedInjector(nn.Module):
             return found
         attention: Any = self.injector[index]
         shift, scale = self.injector_adain_layers[index].modulation(audio.clip[actor])  # type: ignore[operator]
-        gain, offset = smoothed(attention.q, 1 + scale, shift.contiguous())
+        gain, offset = modulated(attention.q, scale, shift)
         tokens = audio.frame[actor]
         rows: dict[Any, Any] = {}
         k, v = linears(
@@ -152,7 +161,7 @@ class FusedBlock(nn.Module):
     def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
         """[L, D] float32 -> [L, D] float32."""
         dtype, eps = inputs.text.dtype, self.eps
-        shift1, gain1, gate1, shift2, gain2, gate2, middle = self._modulation(inputs.time)
+        shift1, gain1, gate1, shift2, gain2, gate2, *middle = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
         h: Rows = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
@@ -181,19 +190,18 @@ class FusedBlock(nn.Module):
         del hidden
         return add_gated(x, y, gate2, out=x)
 
-    def _modulation(self, time: TimeEmbedding) -> tuple[Any, ...]:
+    def _modulation(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
         """(shift, gain, gate) twice, [D] float32 each, and gain and offset of the norm before the cross-attention where
         they are not the stored ones; smoothed for the layers behind them. Computed in the first call at that timestep.
         Nothing of it lies where the layer's weights do: other layers' come there."""
-        vectors: tuple[Any, ...] | None = time.derived.get(self)
+        vectors: tuple[Tensor, ...] | None = time.derived.get(self)
         if vectors is None:
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time.blocks).unbind(0)
-            gain1, shift1 = smoothed(self.self_attn.q, 1 + scale1, shift1)
-            gain2, shift2 = smoothed(self.ffn[0], 1 + scale2, shift2)
-            stored = (self.norm3.weight, self.norm3.bias)
-            made = smoothed(self.cross_attn.q, *stored)
-            middle = None if made[0] is stored[0] else made
-            vectors = time.derived[self] = (shift1, gain1, gate1, shift2, gain2, gate2, middle)
+            gain1, shift1 = modulated(self.self_attn.q, scale1, shift1)
+            gain2, shift2 = modulated(self.ffn[0], scale2, shift2)
+            factors = smoothing(self.cross_attn.q)
+            middle = () if factors is None else (self.norm3.weight * factors, self.norm3.bias * factors)
+            vectors = time.derived[self] = (shift1, gain1, gate1, shift2, gain2, gate2, *middle)
         return vectors
 
 

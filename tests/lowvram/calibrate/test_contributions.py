@@ -98,7 +98,7 @@ def test_convert_measures_and_chooses(tiny, tmp_path):
     [
         (["--measure-on", "bf16"], "--measure-on is for --precision auto"),
         (["--dit", "bf16", "--precision", "auto", "--measure-on", "bf16"], "--measure-on is for --precision auto"),
-        (["--precision", "auto", "--measure-on", "bf16"], "--target-bytes 17GB, or --max-error 0.02"),
+        (["--precision", "auto", "--measure-on", "bf16"], "--target-bytes, as 17GB, or within --max-error, as 0.02"),
         (["--precision", "auto", "--max-error", "0.01", "--measure-on", "int8"], "expected one in bf16"),
         (["--precision", "auto", "--max-error", "0.01", "--measure-on", "nothing"], "nothing"),
         (["--precision", "auto", "--max-error", "0.01", "--measure-on", "bf16", "--lora-alpha", "3"], "other LoRAs"),
