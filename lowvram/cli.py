@@ -115,7 +115,8 @@ def convert(as_json: bool, **options: Any) -> None:
 
     calibration = take_calibration(options)
     amends = calibration is not None and calibration.amends
-    there = calibration is not None and amends and finished(options, calibration.files)
+    asked = options | {"measure_on": calibration.measure_on if calibration else None}
+    there = calibration is not None and amends and finished(asked, calibration.files)
     if calibration is not None and calibration.measure_on is not None and not there:
         options["error_parts"] = calibration.parts(*to_be_measured(calibration.measure_on, options))
     if not options["lora"]:

@@ -28,8 +28,9 @@ from lowvram_kernels import choices
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError, OutputError
 from lowvram_models.constants import FPS
 from lowvram_quantize.claims import reading
-from lowvram_quantize.format import MANIFEST, Artifact, sha256_file
+from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.places import real
+from lowvram_quantize.slabs import sha256_file
 
 log = logging.getLogger(__name__)
 

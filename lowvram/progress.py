@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -21,6 +21,9 @@ from rich.progress import (
 
 from lowvram.byte_sizes import gib
 from lowvram.recorder import Recorder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
 
 EVERY_S = 10.0
 
@@ -48,7 +51,22 @@ class LoggedProgress(Progress):
         self.console.print("  ".join(filter(None, words)), highlight=False, markup=False, soft_wrap=True)
 
 
-class RunProgress:
+class _Shown:
+    """A context manager that shows ``_progress`` meanwhile."""
+
+    _progress: LoggedProgress
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class RunProgress(_Shown):
     """Context manager around a run on ``device``; ``update`` after each block. Does nothing when not enabled."""
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
@@ -67,15 +85,6 @@ class RunProgress:
             "encoding portrait, voice and prompt", total=1, speed="", memory=memory(device)
         )
 
-    def __enter__(self) -> RunProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def update(self, recorder: Recorder) -> None:
         last = recorder.blocks[-1]
         done = sum(block.frames for block in recorder.blocks)
@@ -90,7 +99,7 @@ class RunProgress:
         )
 
 
-class BlockProgress:
+class BlockProgress(_Shown):
     """Context manager around blocks that are denoised and not shown, or other ``units``, on ``device``; ``update``
     after each. Does nothing when not enabled."""
 
@@ -107,15 +116,6 @@ class BlockProgress:
         )
         self._task = self._progress.add_task(what, total=total, units=units, memory=memory(device))
 
-    def __enter__(self) -> BlockProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def update(self, done: int) -> None:
         self._progress.show(self._task, completed=done, memory=memory(self._device))
 
@@ -128,7 +128,7 @@ def memory(device: torch.device) -> str:
     return text
 
 
-class ByteProgress:
+class ByteProgress(_Shown):
     """Context manager for ``convert``: bytes of input done, speed and time left, on stderr."""
 
     def __init__(self) -> None:
@@ -141,15 +141,6 @@ class ByteProgress:
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task("reading the checkpoint", total=None)
-
-    def __enter__(self) -> ByteProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def update(self, done_bytes: int, total_bytes: int, what: str) -> None:
         self._progress.show(self._task, completed=done_bytes, total=total_bytes, description=what)

@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.format import CALIBRATION, Artifact, sha256_file
+from lowvram_quantize.format import CALIBRATION, Artifact
 from lowvram_quantize.schemes import dit_scheme, with_smoothing
+from lowvram_quantize.slabs import sha256_file
 
 Tensor = torch.Tensor
 ACTIVATIONS = "activations"

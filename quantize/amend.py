@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lowvram_quantize.asked import Asked
 from lowvram_quantize.claims import replacing, writing
 from lowvram_quantize.format import MANIFEST, Artifact
-from lowvram_quantize.original import Asked, Original, original_as
+from lowvram_quantize.original import Original, original_as
 from lowvram_quantize.places import real, takes_files
 from lowvram_quantize.publish import check_inputs
 from lowvram_quantize.writer import disk_errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -12,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lowvram_kernels.errors import ConfigError, OutputError
 from lowvram_quantize.activations import Measured
 from lowvram_quantize.allocation import Budget
 from lowvram_quantize.asked import COMPONENTS, budget_of, lora_sources, precisions_of, wanted_of
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.claims import writing
-from lowvram_quantize.components import PLANNERS, ComponentPlan, Item, plan_dit
+from lowvram_quantize.components import ComponentPlan, Item
 from lowvram_quantize.copied import (
     AUDIO_ENCODER,
     TOKENIZER,
@@ -27,29 +25,23 @@ from lowvram_quantize.copied import (
     copy_audio_encoder,
     copy_tokenizer,
 )
-from lowvram_quantize.format import (
-    FORMAT_VERSION,
-    Slab,
-    TensorSpec,
-    sha256_file,
-)
-from lowvram_quantize.format import sha256_range as sha256_range
+from lowvram_quantize.format import FORMAT_VERSION
 from lowvram_quantize.layout import lay_out, metadata_of
 from lowvram_quantize.lora import LoraSource
-from lowvram_quantize.mixed import check_budget, choose
+from lowvram_quantize.mixed import choose
 from lowvram_quantize.places import real
+from lowvram_quantize.plans import Settings, plans_of
 from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
 from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
-from lowvram_quantize.schemes import chosen_group
+from lowvram_quantize.slabs import Slab, TensorSpec, sha256_file, sha256_range
 from lowvram_quantize.smoothing import factors_of, fingerprint
 from lowvram_quantize.store import write_item
-from lowvram_quantize.units import Int8, mixed, units_of
+from lowvram_quantize.units import units_of
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
-Chooser = Callable[[ComponentPlan, Path, Progress | None], ComponentPlan]
 
 
 @dataclasses.dataclass
@@ -146,29 +138,27 @@ def convert(
     given["--activations"] = None if activations is None else Path(activations)
     check_inputs(out, [*given.items(), *(("--lora", source.path) for source in loras)])
     check_target(out, overwrite=overwrite)
-    budget = budget_of(chosen["dit"], wanted, target_bytes, max_error)
-    if budget is not None and apart:
-        raise ConfigError("apart says how layers are stored, which auto chooses itself; expected one of both at most")
-    options = (Measured.of(activations), apart or {}, budget, error_parts)
-    plan = functools.partial(_plans, checkpoint, wanted, chosen, loras, rotate, smooth, *options)
-    return _make(out, plan, checkpoint, wanted, progress, overwrite=overwrite)
+    settings = Settings(
+        wanted=wanted,
+        precisions=chosen,
+        loras=loras,
+        rotate=rotate,
+        smooth=smooth,
+        measured=Measured.of(activations),
+        apart=apart or {},
+        budget=budget_of(chosen["dit"], wanted, target_bytes, max_error),
+        error_parts=error_parts,
+    )
+    return _make(out, checkpoint, settings, progress, overwrite=overwrite)
 
 
-def _make(
-    out: Path,
-    plan: Callable[[], tuple[list[ComponentPlan], Chooser | None]],
-    checkpoint: Checkpoint,
-    wanted: tuple[str, ...],
-    progress: Progress | None,
-    *,
-    overwrite: bool,
-) -> Path:
+def _make(out: Path, checkpoint: Checkpoint, settings: Settings, progress: Progress | None, *, overwrite: bool) -> Path:
     """Write beside ``out``, alone, what comes there once it is complete."""
     place = real(out)  # what is unfinished lies beside a link's target, on the same disk
     with writing(place, "lowvram convert"):
         check_target(place, overwrite=overwrite)  # another run may just have finished it
-        plans, choose_within = plan()
-        folders = _check_folders(checkpoint, wanted)
+        plans = plans_of(checkpoint, settings)
+        folders = _check_folders(checkpoint, settings.wanted)
         # Where what was named holds links, it is what they lead to that must not go.
         files = [file for each in plans for file in each.source_files]
         files += [file for folder in folders for file in folder.iterdir() if file.is_file()]
@@ -176,9 +166,9 @@ def _make(
         partial = partial_of(place)
         with disk_errors(partial, 0):
             partial.mkdir(exist_ok=True)
-        if choose_within is not None:
-            plans = [choose_within(plans[0], partial, progress), *plans[1:]]
-        publish(partial, place, _write(plans, checkpoint, partial, wanted, progress))
+        if settings.budget is not None:
+            plans = [_chosen(plans[0], settings, settings.budget, partial, progress), *plans[1:]]
+        publish(partial, place, _write(plans, checkpoint, partial, settings.wanted, progress))
     return place
 
 
@@ -203,76 +193,20 @@ def _write(
         return manifest_of(plans, facts, files, hashes, checkpoint.base)
 
 
-def _plans(
-    checkpoint: Checkpoint,
-    wanted: tuple[str, ...],
-    chosen: dict[str, str],
-    loras: list[LoraSource],
-    rotate: bool | int | None,
-    smooth: bool | None,
-    measured: Measured,
-    apart: Mapping[str, str],
-    budget: Budget | None,
-    error_parts: Mapping[str, float] | None,
-) -> tuple[list[ComponentPlan], Chooser | None]:
-    """Of all components; and of a DiT within a budget, whose plan is first and that of int8, what chooses for it."""
-    plans, group, chooser = [], chosen_group(rotate), None
-    int8 = Int8(group=group, smooth=group > 1 or measured.given if smooth is None else smooth)
-    if "dit" in wanted:
-        file, precision = checkpoint.file("dit"), "int8" if budget else chosen["dit"]
-        dit = plan_dit(
-            file, checkpoint.config(file), precision, loras, group=group, smooth=int8.smooth, activations=measured
-        )
-        _check_alpha(loras, dit)
-        if budget is not None:
-            check_budget(dit, budget, int8)
-            chooser = functools.partial(_choose, budget, int8, error_parts)
-        plans.append(mixed(dit, apart, int8) if apart else dit)
-    if rotate and not any(plan.largest_group > 1 for plan in plans):
-        what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
-        raise ConfigError(
-            f"--rotate was given for an artifact {what}; expected a DiT in int8 with Linears of an even width, whose "
-            "inputs it rotates: leave it out, or convert the DiT to int8"
-        )
-    if (smooth or measured.given) and not any(plan.smoothed for plan in plans):
-        given = "--activations were" if measured.given else "--smooth was"
-        what = f"whose DiT is {chosen['dit']}" if plans else "without a DiT"
-        what += ", not smoothed" if smooth is False else ""
-        raise ConfigError(f"{given} given for an artifact {what}; expected a DiT in int8: leave it out")
-    plans += [plan(checkpoint.file(name), chosen[name]) for name, plan in PLANNERS.items() if name in wanted]
-    return plans, chooser
-
-
-def _choose(
-    budget: Budget,
-    int8: Int8,
-    error_parts: Mapping[str, float] | None,
-    plan: ComponentPlan,
-    partial: Path,
-    progress: Progress | None,
+def _chosen(
+    plan: ComponentPlan, settings: Settings, budget: Budget, partial: Path, progress: Progress | None
 ) -> ComponentPlan:
     """Measure each Linear in each scheme, which reads its weight once more, and choose within the budget."""
     meter = _Meter(sum(item.ref.nbytes for items in units_of(plan.items).values() for item in items), progress)
     return choose(
         plan,
         budget,
-        int8,
+        settings.int8,
         partial,
         _fingerprint(plan),
         lambda nbytes, slab: meter.add(nbytes, f"measuring {slab}"),
-        error_parts,
+        settings.error_parts,
     )
-
-
-def _check_alpha(sources: list[LoraSource], plan: ComponentPlan) -> None:
-    given = next((source.alpha for source in sources if source.alpha is not None), None)
-    if given is not None and not any(lora.option_used for lora in plan.loras):
-        stated = sorted({alpha for lora in plan.loras for alpha in lora.alphas.values()})
-        own = f"states its own ({', '.join(f'{a:g}' for a in stated[:3])})" if stated else "has nothing that it scales"
-        raise ConfigError(
-            f"--lora-alpha is {given:g}, but the LoRA {own}: "
-            "leave --lora-alpha out, or scale the LoRA as --lora path:weight"
-        )
 
 
 def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: Path) -> dict[str, Any]:
@@ -356,4 +290,4 @@ def _copy_folders(checkpoint: Checkpoint, folder: Path, wanted: tuple[str, ...])
     }
 
 
-__all__ = ["COMPONENTS", "OutputError", "convert"]
+__all__ = ["COMPONENTS", "convert"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.format import read_header
+from lowvram_quantize.slabs import read_header
 from lowvram_quantize.source import TensorTable
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowvram_quantize.components import ComponentPlan, Item
-from lowvram_quantize.format import FORMAT, Slab, TensorSpec, header_bytes, plan_slabs
+from lowvram_quantize.format import FORMAT
+from lowvram_quantize.slabs import Slab, TensorSpec, header_bytes, plan_slabs
 from lowvram_quantize.store import stored_specs
 
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowvram_kernels.errors import CheckpointError, ConfigError
-from lowvram_quantize.asked import AUTO, PRECISIONS, lora_sources
+from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.activations import Measured
+from lowvram_quantize.asked import lora_sources
 from lowvram_quantize.checkpoint import Checkpoint, Named
 from lowvram_quantize.components import ComponentPlan, plan_dit
-from lowvram_quantize.format import Artifact, sha256_file
+from lowvram_quantize.format import Artifact
 from lowvram_quantize.lora import LoraSource
-from lowvram_quantize.schemes import (
-    EIGHT_BIT,
-    MIXED,
-    Scheme,
-    all_finite,
-    chosen_group,
-    not_finite,
-    with_rotation,
-    with_smoothing,
-)
+from lowvram_quantize.schemes import all_finite, not_finite
+from lowvram_quantize.slabs import sha256_file
 from lowvram_quantize.smoothing import factors_of
 from lowvram_quantize.store import merged_chunks
+from lowvram_quantize.units import Int8
 
 Tensor = torch.Tensor
-INT8 = Scheme("int8", "rows", EIGHT_BIT["int8"])
 _REPLACE = "give what it was made from, or convert it anew with --overwrite"
 
 
@@ -93,61 +85,6 @@ class Original:
                 raise CheckpointError(f"{artifact.path} was not made from {file} as it is now; {_REPLACE}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Options of ``convert`` that say what an artifact holds, as they were given."""
-
-    precision: str = "int8"
-    dit: str | None = None
-    vae: str | None = None
-    text_encoder: str | None = None
-    rotate: bool | int | None = None
-    smooth: bool | None = None
-    activations: Path | None = None
-
-    def check(self, artifact: Artifact) -> None:
-        """Raises: ConfigError where a finished artifact is of another precision than was asked for, or rotated or
-        smoothed otherwise."""
-        for name, precision in artifact.precisions().items():
-            wanted = getattr(self, name) or self.precision
-            if wanted == AUTO:
-                wanted = MIXED if name == "dit" else "int8"
-            if wanted in (*PRECISIONS, "nf4", MIXED) and wanted != precision:
-                raise ConfigError(
-                    f"{artifact.path} holds a {name} in {precision}, and {wanted} was asked for; give the options that "
-                    "it was made with to calibrate it, or convert it anew with --overwrite"
-                )
-        if "dit" in artifact.precisions():
-            self._check_int8(artifact)
-
-    def _check_int8(self, artifact: Artifact) -> None:
-        tensors = artifact.component("dit").facts["tensors"]
-        smoothed = any(facts.get("smoothed") for facts in tensors.values())
-        # By weights alone no others are than those behind norms.
-        beyond = [n for n, facts in tensors.items() if facts.get("smoothed") and not with_smoothing(INT8, n).smooth]
-        if self.activations is not None and not beyond:
-            raise ConfigError(
-                f"{artifact.path} was made without --activations; leave them out to calibrate, or convert anew with "
-                "--overwrite"
-            )
-        if self.smooth is not None and smoothed != self.smooth:
-            raise ConfigError(
-                f"{artifact.path} has its inputs {'smoothed' if smoothed else 'not smoothed'}, and "
-                f"--{'' if self.smooth else 'no-'}smooth was given; leave it out to calibrate, or convert anew with "
-                "--overwrite"
-            )
-        if self.rotate is None:
-            return
-        component, most = artifact.component("dit"), chosen_group(self.rotate)
-        for name, shape in ((s.name, s.shape) for slab in component.slab_names for s in component.slab_specs(slab)):
-            group = component.tensor_group(name)
-            if component.tensor_scheme(name) == "int8" and with_rotation(INT8, shape, most).group != group:
-                raise ConfigError(
-                    f"{artifact.path} has inputs of {name} rotated in groups of {group}, which is not what --rotate "
-                    "says; leave it out to calibrate, or convert anew with --overwrite"
-                )
-
-
 def original_of(
     ckpt_dir: str | Path | None,
     *,
@@ -156,23 +93,28 @@ def original_of(
     lora_alpha: float | None = None,
     rotate: bool | int | None = None,
     smooth: bool | None = None,
+    activations: str | Path | None = None,
 ) -> Original:
-    """What ``convert`` reads the DiT from; ``named`` are files that go before ``ckpt_dir``'s, ``rotate`` and ``smooth``
-    as there.
+    """What ``convert`` reads the DiT from; ``named`` are files that go before ``ckpt_dir``'s, ``rotate``, ``smooth``
+    and ``activations`` as there.
 
     Raises:
         CheckpointError, ConfigError: as of ``convert``.
     """
     checkpoint = Checkpoint(None if ckpt_dir is None else Path(ckpt_dir), named or Named())
     file = checkpoint.file("dit")
-    group, loras = chosen_group(rotate), lora_sources(lora, lora_alpha)
-    turned = group > 1 if smooth is None else smooth
-    return Original(plan_dit(file, checkpoint.config(file), "int8", loras, group=group, smooth=turned))
+    loras, measured = lora_sources(lora, lora_alpha), Measured.of(activations)
+    int8 = Int8.of(rotate, smooth, measured=measured.given)
+    return Original(
+        plan_dit(
+            file, checkpoint.config(file), "int8", loras, group=int8.group, smooth=int8.smooth, activations=measured
+        )
+    )
 
 
 def original_as(options: Mapping[str, Any]) -> Original:
     """The same of ``convert``'s options by their names."""
     parts = ("dit_file", "vae_file", "text_encoder_file", "audio_encoder_dir", "tokenizer_dir")
     named = Named.of(*(options[part] for part in parts))
-    taken = {name: options[name] for name in ("lora", "lora_alpha", "rotate", "smooth")}
+    taken = {name: options[name] for name in ("lora", "lora_alpha", "rotate", "smooth", "activations")}
     return original_of(options["ckpt_dir"], named=named, **taken)

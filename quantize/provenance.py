@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_quantize.components import ComponentPlan
-from lowvram_quantize.format import FORMAT, FORMAT_VERSION, LARGEST_GROUPS, SMOOTHED_VERSION, Slab
+from lowvram_quantize.format import FORMAT, FORMAT_VERSION, LARGEST_GROUPS, SMOOTHED_VERSION
+from lowvram_quantize.slabs import Slab
 from lowvram_quantize.source import TensorRef
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes")

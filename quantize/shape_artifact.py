@@ -36,12 +36,13 @@ from lowvram_quantize.components import (
     vae_shapes,
 )
 from lowvram_quantize.copied import AUDIO_ENCODER, TOKENIZER
-from lowvram_quantize.format import SMOOTH_SCALE, Slab, TensorSpec, header_bytes
+from lowvram_quantize.format import SMOOTH_SCALE
 from lowvram_quantize.layout import lay_out, metadata_of
 from lowvram_quantize.presets import PRESETS, Preset
 from lowvram_quantize.provenance import component_facts, origin
 from lowvram_quantize.publish import check_target, publish
 from lowvram_quantize.schemes import MIXED, Scheme
+from lowvram_quantize.slabs import Slab, TensorSpec, header_bytes
 from lowvram_quantize.source import TensorRef
 from lowvram_quantize.store import stored_specs
 from lowvram_quantize.synthetic import distribution, write_tokenizer, write_wav2vec2_config

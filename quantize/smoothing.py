@@ -11,13 +11,13 @@ s^2 = |w| takes it that they are so to the half.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from lowvram_quantize.components import ComponentPlan, Item
 from lowvram_quantize.store import merged_rows
+from lowvram_quantize.units import unit_of
 
 Tensor = torch.Tensor
 
@@ -25,7 +25,6 @@ Tensor = torch.Tensor
 _ROWS, _STRETCHES = 320, 8
 # Channels outside of these, over the median, are taken for dead.
 _FAINT, _MOST = 2.0**-10, 2.0**10
-_SHARED = re.compile(r"(blocks\.\d+\.self_attn)\.[qkv]\.weight")
 
 
 def factors_of(plan: ComponentPlan, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def factors_of(plan: ComponentPlan, items: Sequence[Item]) -> dict[str, Tensor]:
     by_input: dict[str, list[Item]] = {}
     for item in items:
         if item.scheme.smooth:
-            by_input.setdefault(_input(item.name), []).append(item)
+            by_input.setdefault(unit_of(item.name), []).append(item)
     found: dict[str, Tensor] = {}
     for sharing in by_input.values():
         squares = sum(_column_squares(plan, item) for item in sharing)
@@ -59,12 +58,6 @@ def _over_median(x_K: Tensor) -> Tensor:
     if not median > 0:
         return torch.ones_like(x_K)
     return (x_K / median).clamp_(_FAINT, _MOST)
-
-
-def _input(name: str) -> str:
-    """What is the same for weights that are multiplied with the same rows."""
-    shared = _SHARED.fullmatch(name)
-    return shared[1] if shared else name
 
 
 def _column_squares(plan: ComponentPlan, item: Item) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lowvram_kernels.errors import CheckpointError
-from lowvram_quantize.format import DTYPES, read_header
+from lowvram_quantize.slabs import DTYPES, read_header
 from lowvram_quantize.strange import refuse_strange
 
 Tensor = torch.Tensor

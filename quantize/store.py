@@ -9,9 +9,10 @@ import torch
 
 from lowvram_kernels.rotation import rotated
 from lowvram_quantize.components import Item
-from lowvram_quantize.format import SMOOTH_SCALE, TensorSpec
+from lowvram_quantize.format import SMOOTH_SCALE
 from lowvram_quantize.lora_updates import Update
 from lowvram_quantize.schemes import CHUNK_VALUES, NF4_BLOCK, all_finite, not_finite, quantize_chunk
+from lowvram_quantize.slabs import TensorSpec
 
 Tensor = torch.Tensor
 # Writes values at a byte offset of the stored tensor of that name.

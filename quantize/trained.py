@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lowvram_kernels.errors import CheckpointError, OutputError
-from lowvram_quantize.format import sha256_file
+from lowvram_quantize.slabs import sha256_file
 from lowvram_quantize.synthetic import (
     BASE_FOLDER,
     DIT_FILE,

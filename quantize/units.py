@@ -16,7 +16,15 @@ from lowvram_kernels.errors import ConfigError
 from lowvram_kernels.rotation import GROUP, rotated
 from lowvram_quantize.components import ComponentPlan, Item
 from lowvram_quantize.lora_updates import Update
-from lowvram_quantize.schemes import EIGHT_BIT, MIXED, dit_scheme, quantize_chunk, with_rotation, with_smoothing
+from lowvram_quantize.schemes import (
+    EIGHT_BIT,
+    MIXED,
+    chosen_group,
+    dit_scheme,
+    quantize_chunk,
+    with_rotation,
+    with_smoothing,
+)
 from lowvram_quantize.store import merged_chunks, stored_specs
 
 Tensor = torch.Tensor
@@ -46,6 +54,16 @@ class Int8:
 
     group: int = GROUP
     smooth: bool = True
+
+    @classmethod
+    def of(cls, rotate: bool | int | None, smooth: bool | None, *, measured: bool) -> Int8:
+        """As ``convert`` is asked for it; by default smoothed where rotated or where activations were ``measured``.
+
+        Raises:
+            ConfigError: so many channels cannot be rotated together.
+        """
+        group = chosen_group(rotate)
+        return cls(group=group, smooth=group > 1 or measured if smooth is None else smooth)
 
 
 Table = Mapping[str, Mapping[str, Choice]]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lowvram_kernels.errors import OutputError
-from lowvram_quantize.format import Slab, header_bytes, sha256_range
+from lowvram_quantize.slabs import Slab, header_bytes, sha256_range
 
 Tensor = torch.Tensor
 log = logging.getLogger(__name__)

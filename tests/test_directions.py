@@ -21,7 +21,7 @@ ALLOWED = {
     "quantize": {"lowvram_quantize", "lowvram_models", "lowvram_kernels"},
     "lowvram": {
         "lowvram",
-        *(f"lowvram_quantize.{name}" for name in ("format", "claims", "places")),
+        *(f"lowvram_quantize.{name}" for name in ("format", "slabs", "claims", "places")),
         "lowvram_models",
         "lowvram_kernels",
     },

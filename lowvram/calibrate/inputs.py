@@ -13,7 +13,7 @@ from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.request import Inputs, Request, read_inputs
 from lowvram_kernels.errors import OutputError
 from lowvram_models.constants import SPEECH_RATE_HZ
-from lowvram_quantize.format import sha256_file
+from lowvram_quantize.slabs import sha256_file
 
 PROMPT = "A person speaks to the camera"
 SIZE = "256*256"

@@ -29,7 +29,8 @@ from lowvram.parallel.rank_env import RankEnv
 from lowvram.request import Request
 from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_quantize.claims import reading
-from lowvram_quantize.format import Artifact, sha256_file
+from lowvram_quantize.format import Artifact
+from lowvram_quantize.slabs import sha256_file
 
 if TYPE_CHECKING:
     from lowvram.compare.reference import Reference

@@ -114,12 +114,16 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Run the artifact on a short video and note in its manifest what each layer's output loses; of a "
             "finished one in --out, which stays as it is, too.",
         ),
-        click.option("--calibrate-image", type=FILE, help="With --calibrate: your portrait, instead of a drawn one."),
-        click.option("--calibrate-audio", type=FILE, help="With --calibrate: your voice, likewise."),
-        click.option("--calibrate-prompt", help="With --calibrate: what is to be seen, or @FILE that says it."),
-        click.option("--calibrate-size", help="With --calibrate: the area of the video; 256*256 if it is not given."),
-        click.option("--device", help="With --calibrate: auto, which is the default, cpu, cuda or cuda:N."),
-        click.option("--vram-budget", help="With --calibrate: GPU memory to stay within, as 22.15GiB."),
+        click.option(
+            "--calibrate-image",
+            type=FILE,
+            help="With --calibrate or --measure-on: your portrait, instead of a drawn one.",
+        ),
+        click.option("--calibrate-audio", type=FILE, help="With either: your voice, likewise."),
+        click.option("--calibrate-prompt", help="With either: what is to be seen, or @FILE that says it."),
+        click.option("--calibrate-size", help="With either: the area of the video; 256*256 if it is not given."),
+        click.option("--device", help="With either: auto, which is the default, cpu, cuda or cuda:N."),
+        click.option("--vram-budget", help="With either: GPU memory to stay within, as 22.15GiB."),
         click.option("--json", "as_json", is_flag=True, help="Print what inspect --json does, instead of the folder."),
     ]
     return declared(options, command)

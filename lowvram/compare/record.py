@@ -21,8 +21,9 @@ from lowvram.outputs import Outputs, check_apart, check_folder
 from lowvram.pipeline import AvatarPipeline, Request
 from lowvram_kernels.errors import InputError
 from lowvram_quantize.claims import replacing, writing
-from lowvram_quantize.format import MANIFEST, sha256_file
+from lowvram_quantize.format import MANIFEST
 from lowvram_quantize.places import real, within
+from lowvram_quantize.slabs import sha256_file
 
 _UNFINISHED = "unfinished"
 _COPIES = {"image": "portrait", "audio": "voice"}

@@ -19,7 +19,7 @@ from lowvram.compare.trajectories import Trajectory
 from lowvram.compare.vae_errors import Likeness
 from lowvram.pipeline import Request
 from lowvram_kernels.errors import InputError, LowvramError
-from lowvram_quantize.format import sha256_file
+from lowvram_quantize.slabs import sha256_file
 
 FORMAT, VERSION = "lowvram reference", 1
 BLOCKS, VIDEO, REPORT = "blocks", "baseline.mp4", "baseline.json"

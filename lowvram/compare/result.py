@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.compare.metrics import FrameScore, TensorScore, mean_psnr
 from lowvram.compare.sources import Frames, Source, Stage
 from lowvram_kernels.errors import ConfigError
-from lowvram_quantize.format import sha256_file
+from lowvram_quantize.slabs import sha256_file
 
 if TYPE_CHECKING:
     from lowvram.compare.ring_errors import RingErrors

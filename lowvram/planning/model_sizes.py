@@ -14,7 +14,8 @@ import torch
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
-from lowvram_quantize.format import Artifact, Component, read_header
+from lowvram_quantize.format import Artifact, Component
+from lowvram_quantize.slabs import read_header
 
 EIGHT_BIT = ("int8", "fp8")
 # What the DiT's Linears run over: a block's tokens, the text's, a block's tokens of audio, its latent frames.

@@ -15,12 +15,11 @@ from safetensors import safe_open
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_quantize.convert import convert
-from lowvram_quantize.format import (
-    MANIFEST,
+from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.slabs import (
     PAD,
     SLAB_ALIGNMENT,
     TENSOR_ALIGNMENT,
-    Artifact,
     TensorSpec,
     header_bytes,
     plan_slabs,

@@ -14,9 +14,10 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels.errors import CheckpointError, ConfigError, InputError
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
 from lowvram_quantize.convert import convert
-from lowvram_quantize.format import PAD, Artifact
+from lowvram_quantize.format import Artifact
 from lowvram_quantize.inspect import describe, summary
 from lowvram_quantize.shape_artifact import RandomFill, write_shape_artifact
+from lowvram_quantize.slabs import PAD
 from lowvram_quantize.source import open_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -14,9 +14,9 @@ from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.rotation import rotated
 from lowvram_quantize import store
 from lowvram_quantize.components import Item
-from lowvram_quantize.format import TensorSpec
 from lowvram_quantize.lora_updates import Delta
 from lowvram_quantize.schemes import EIGHT_BIT, KEPT, Scheme
+from lowvram_quantize.slabs import TensorSpec
 from lowvram_quantize.source import open_safetensors
 from lowvram_quantize.store import stored_specs, write_item
 from tests.quantize.checkpoints import quantized_rows, refusal

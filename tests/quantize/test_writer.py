@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from lowvram_kernels.errors import OutputError
-from lowvram_quantize.format import TensorSpec, plan_slabs
+from lowvram_quantize.slabs import TensorSpec, plan_slabs
 from lowvram_quantize.writer import SlabWriter, disk_errors
 from tests.quantize.checkpoints import FullDisk, refusal
 

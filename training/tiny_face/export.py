@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import vae_names
 from lowvram_quantize import trained
-from lowvram_quantize.format import sha256_file
 from lowvram_quantize.lora import DEFAULT_ALPHA
 from lowvram_quantize.presets import dit_config
+from lowvram_quantize.slabs import sha256_file
 from lowvram_quantize.synthetic import LORA_SUFFIXES
 from lowvram_quantize.synthetic_encoders import vae_shapes
 from training.tiny_face import latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lowvram_quantize.activations import Measured
 from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.inspect import describe, summary
+from lowvram_quantize.original import original_of
 from tests.lowvram.test_rotated_artifact import latents
 from tests.quantize.checkpoints import base_of, change_dit, clone, contents, replace_json
 
@@ -133,8 +135,6 @@ def test_of_another_model_it_is_refused(outlying, calibrated, tmp_path, name, va
     data = safetensors.torch.save(changed(safetensors.torch.load_file(file), name, value))
     file.unlink()
     file.write_bytes(data)
-    import hashlib
-
     digest = hashlib.sha256(data).hexdigest()
     replace_json(path / MANIFEST, lambda m: m["calibration"]["activations"].update(sha256=digest))
     with pytest.raises(CheckpointError, match=f"another model: its activations {said}"):
@@ -178,3 +178,11 @@ def test_of_what_was_not_calibrated_it_is_refused(tiny, outlying, tmp_path):
 def test_the_artifact_may_not_be_the_one_that_is_made(outlying, calibrated):
     with pytest.raises(InputError, match="--activations"):
         convert(outlying, calibrated, activations=calibrated, overwrite=True)
+
+
+def test_what_is_measured_on_takes_them_too(outlying, calibrated):
+    """``--measure-on`` puts layers in int8 as ``convert`` will store them."""
+    original = original_of(outlying, activations=calibrated)
+    _, factors = original.int8("blocks.0.ffn.2.weight")
+    assert factors is not None
+    assert (factors[LARGE] < factors.median()).all()
