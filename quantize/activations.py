@@ -31,11 +31,13 @@ def activations_file(measured: Mapping[str, Tensor]) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured, and the artifact's folder that has it; of no artifact nothing was."""
+    """What was measured, and the artifact's folder that has it; of no artifact nothing was. ``sources``: names and bytes
+    of the files that the artifact was made from."""
 
     folder: Path | None
     by_weight: Mapping[str, Tensor]
     sha256: str = ""
+    sources: frozenset[tuple[str, int]] = frozenset()
 
     @classmethod
     def of(cls, folder: str | Path | None) -> Measured:
@@ -52,7 +54,8 @@ class Measured:
         file = artifact.path / facts["file"]
         if not file.is_file() or sha256_file(file) != facts["sha256"]:
             raise CheckpointError(f"{file} is not there as it was written; calibrate {folder} again")
-        return cls(artifact.path, safetensors.torch.load_file(file), facts["sha256"])
+        sources = frozenset((Path(each["file"]).name, each["bytes"]) for each in artifact.manifest["sources"])
+        return cls(artifact.path, safetensors.torch.load_file(file), facts["sha256"], sources)
 
     @property
     def given(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 from lowvram_kernels.errors import ConfigError
@@ -13,6 +14,8 @@ from lowvram_quantize.components import PLANNERS, ComponentPlan, plan_dit
 from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.mixed import check_budget
 from lowvram_quantize.units import Int8, mixed
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ def _dit(checkpoint: Checkpoint, settings: Settings) -> ComponentPlan:
         activations=settings.measured,
     )
     _check_alpha(settings.loras, plan)
+    _check_sources(settings.measured, plan)
     if settings.budget is not None:
         check_budget(plan, settings.budget, int8)
     return mixed(plan, settings.apart, int8) if settings.apart else plan
@@ -87,6 +91,18 @@ def _check_effects(settings: Settings, plans: list[ComponentPlan]) -> None:
         given = "--activations were" if settings.measured.given else "--smooth was"
         dit += ", not smoothed" if settings.smooth is False else ""
         raise ConfigError(f"{given} given for an artifact {dit}; expected a DiT in int8: leave it out")
+
+
+def _check_sources(measured: Measured, plan: ComponentPlan) -> None:
+    """Of a fine-tuned model's activations the channels may be others; say so, and take them."""
+    others = [f.name for f in plan.source_files if (f.name, f.stat().st_size) not in measured.sources]
+    if measured.given and others:
+        log.warning(
+            "--activations: %s was not made from %s; what was measured there is taken all the same. If it is of another "
+            "model, calibrate an artifact of this one",
+            measured.folder,
+            ", ".join(others[:3]),
+        )
 
 
 def _check_alpha(sources: list[LoraSource], plan: ComponentPlan) -> None:

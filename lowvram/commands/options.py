@@ -14,6 +14,7 @@ from lowvram.commands.shared_options import FILE, declared, rank_options, reques
 RINGS = click.Choice(["auto", "int8", "bf16"])
 PRECISIONS = click.Choice(["int8", "fp8", "bf16", "fp32"])
 OR_AUTO = click.Choice([*PRECISIONS.choices, "auto"])
+Option = Callable[..., Any]
 
 
 class Rotation(click.Choice):
@@ -35,7 +36,20 @@ class Bytes(click.ParamType):
 
 def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``convert`` reads, what it makes of it, and where."""
-    options: list[Callable[..., Any]] = [
+    options: list[Option] = [
+        *_read(),
+        click.option("--out", type=FILE, required=True, help="Folder to make."),
+        *_stored(),
+        click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
+        *_calibrated(),
+        click.option("--json", "as_json", is_flag=True, help="Print what inspect --json does, instead of the folder."),
+    ]
+    return declared(options, command)
+
+
+def _read() -> list[Option]:
+    """Checkpoint and LoRAs."""
+    return [
         click.option(
             "--ckpt-dir", type=FILE, help="The published Wan2.2-S2V-14B folder, its parent, or repackaged files."
         ),
@@ -56,7 +70,12 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Merged in float32 before quantizing; repeatable.",
         ),
         click.option("--lora-alpha", type=float, help="For a LoRA that states none; default: 64, LiveAvatar's."),
-        click.option("--out", type=FILE, required=True, help="Folder to make."),
+    ]
+
+
+def _stored() -> list[Option]:
+    """In what the components are stored, and what is done to the DiT's int8 before."""
+    return [
         click.option(
             "--precision",
             type=OR_AUTO,
@@ -107,7 +126,12 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With auto: an artifact of the same source in bf16, which is run on a short video to measure what "
             "int8 costs in each layer; otherwise a table says so.",
         ),
-        click.option("--overwrite", is_flag=True, help="Replace a finished artifact in --out."),
+    ]
+
+
+def _calibrated() -> list[Option]:
+    """The short video that an artifact is run on."""
+    return [
         click.option(
             "--calibrate",
             is_flag=True,
@@ -124,9 +148,7 @@ def convert_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibrate-size", help="With either: the area of the video; 256*256 if it is not given."),
         click.option("--device", help="With either: auto, which is the default, cpu, cuda or cuda:N."),
         click.option("--vram-budget", help="With either: GPU memory to stay within, as 22.15GiB."),
-        click.option("--json", "as_json", is_flag=True, help="Print what inspect --json does, instead of the folder."),
     ]
-    return declared(options, command)
 
 
 def demo_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -102,6 +102,13 @@ def test_it_is_one_option(outlying, calibrated, tmp_path):
     assert f"smoothed, channel by channel, by measured activations, sha256 {digest[:16]}" in summary(facts)
 
 
+def test_of_other_files_it_is_taken_and_said(tiny, outlying, calibrated, tmp_path, caplog):
+    convert(outlying, tmp_path / "same", components=("dit",), activations=calibrated)
+    assert "--activations" not in caplog.text
+    convert(outlying, tmp_path / "other", components=("dit",), activations=calibrated, lora=tiny.lora, lora_alpha=2.0)
+    assert f"{calibrated} was not made from {tiny.lora.name}" in caplog.text
+
+
 def test_calibrated_again_it_says_the_new_file_alone(outlying, calibrated, tmp_path):
     path = clone(calibrated, tmp_path / "artifact")
     before = json.loads((path / MANIFEST).read_text())["calibration"]["activations"]["file"]
