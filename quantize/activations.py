@@ -31,8 +31,8 @@ def activations_file(measured: Mapping[str, Tensor]) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured, and the artifact's folder that has it; of no artifact nothing was. ``sources``: names and bytes
-    of the files that the artifact was made from."""
+    """What was measured, and the artifact's folder that has it; of no artifact nothing was. ``sources``: names and
+    bytes of the files that the artifact was made from."""
 
     folder: Path | None
     by_weight: Mapping[str, Tensor]

@@ -98,8 +98,8 @@ def _check_sources(measured: Measured, plan: ComponentPlan) -> None:
     others = [f.name for f in plan.source_files if (f.name, f.stat().st_size) not in measured.sources]
     if measured.given and others:
         log.warning(
-            "--activations: %s was not made from %s; what was measured there is taken all the same. If it is of another "
-            "model, calibrate an artifact of this one",
+            "--activations: %s was not made from %s; what was measured there is taken all the same. If it is of "
+            "another model, calibrate an artifact of this one",
             measured.folder,
             ", ".join(others[:3]),
         )
