@@ -174,14 +174,15 @@ class CausalDiT(nn.Module):
         reference = _tokens(self.patch_embedding(reference_C1hw[None])) + mask[1]
         return torch.cat([reference, self.frame_packer(motion_CFhw) + mask[2]]).float()
 
-    def layer(self, index: int, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
-        """Block ``index`` and, where the config says so, the audio injection behind it. [L, D] float32 -> same."""
+    def layer(self, index: int, x_LD: Any, inputs: LayerInputs, memory: AttentionMemory) -> Any:
+        """Block ``index`` and, where the config says so, the audio injection behind it. [L, D] float32 -> same.
+
+        What the residual is between two layers is the business of the blocks, where a runtime has swapped its own."""
         x_LD = self.blocks[index](x_LD, inputs, memory)
         if inputs.audio is None or index not in self.config.audio_inject_layers:
             return x_LD
         which = self.config.audio_inject_layers.index(index)
-        heard: Tensor = self.audio_injector(x_LD, inputs.audio, inputs.actor_masks, which)
-        return heard
+        return self.audio_injector(x_LD, inputs.audio, inputs.actor_masks, which)
 
     def unpatchify(self, x_LP: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """What the head gives for the tokens of ``grid`` = (frames, rows, columns) -> velocity [C, F, h, w]."""

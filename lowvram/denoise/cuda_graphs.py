@@ -123,7 +123,8 @@ class LayerGraphs:
         return lane
 
     def through(self, lane: Lane, key: Key, x_LD: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        """A layer's [L, D] from its input [L, D]: eagerly the first time, which compiles and sets up what it needs.
+        """A layer's [L, D] from its input [L, D], which it may change: eagerly the first time, which compiles and sets
+        up what it needs.
 
         What comes back may be the lane's ``x_LD``, which the next call through the lane changes.
 
@@ -137,6 +138,7 @@ class LayerGraphs:
             return out
         if x_LD is not lane.x_LD:
             lane.x_LD.copy_(x_LD)
+        # A layer that changes its input copies nothing here: it comes back itself.
         captured = captured or self._captured(lane, key, lambda: lane.x_LD.copy_(layer(lane.x_LD)))
         if captured is None:
             return layer(lane.x_LD)

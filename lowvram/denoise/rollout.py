@@ -17,6 +17,7 @@ import torch
 from lowvram.denoise.cuda_graphs import Lane, LayerGraphs
 from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink, Window
 from lowvram.denoise.kv_format import kv_format
+from lowvram.loading.residual import Residual, joined
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
@@ -81,7 +82,7 @@ class _Call:
 
     block: Block
     step: int
-    x_LD: Tensor
+    x: Tensor | Residual
     inputs: LayerInputs
     rope: Rope
     window: Window
@@ -97,8 +98,9 @@ class Rollout:
     ``graphs`` replay layers that stay on the device, from the third clip on.
     ``on_prediction(block, step, velocity)`` sees every output of the DiT, ``on_latent(block, step, latent)`` what each
     step begins with and, with the step behind the last one, what a block ends with: what it returns takes its place.
-    ``on_layer(block, step, count, x_LD)`` sees this rank's tokens when they have gone through ``count`` layers, from 0;
-    what ``on_attention(block, step, layer, memory)`` returns is attended to in the place of a layer's ``memory``.
+    ``on_layer(block, step, count, x_LD)`` sees this rank's tokens when they have gone through ``count`` layers, from 0,
+    and copies what it keeps of them; what ``on_attention(block, step, layer, memory)`` returns is attended to in the
+    place of a layer's ``memory``.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Rollout:
         kept for whoever changes layers and fills it again."""
         self.filled_from = (reference_C1hw, motion_CFhw)
         reference, motion = (t.to(self.device, self.dtype) for t in (reference_C1hw, motion_CFhw))
-        x = self.sequence.own(self.dit.embed_conditions(reference, motion), 1)
+        x: Tensor | Residual = self.sequence.own(self.dit.embed_conditions(reference, motion), 1)
         rope = condition_rope(*self.settings.grid, self.dit.config.head_dim).to(self.device)
         own = own_rope(self.sequence, rope, 1)
         time = dataclasses.replace(self.zero_time, derived={})  # not to be kept: a sink is rarely filled
@@ -216,7 +218,7 @@ class Rollout:
             self.layers.enter(layer)
             for call in calls:
                 self._show(call, layer)
-                call.x_LD = self._through(layer, call)
+                call.x = self._through(layer, call)
             self.layers.leave(layer)
         for call in calls:
             self._show(call, self.layers.count)
@@ -285,7 +287,9 @@ class Rollout:
 
     def _show(self, call: _Call, layers: int) -> None:
         if self.on_layer is not None:
-            self.on_layer(call.block, call.step, layers, call.x_LD)
+            x_LD = joined(call.x)
+            self.on_layer(call.block, call.step, layers, x_LD)
+            call.x = x_LD
 
     def _call(self, flight: _UnderWay, step: int) -> _Call:
         block = flight.block
@@ -294,7 +298,7 @@ class Rollout:
         return _Call(
             block=block,
             step=step,
-            x_LD=self.sequence.own(x_LD, block.frames),
+            x=self.sequence.own(x_LD, block.frames),
             inputs=LayerInputs(
                 time=self.times[step],
                 text=self.text,
@@ -317,25 +321,30 @@ class Rollout:
         for call in calls:
             if call.block.clip == 0:  # it sees a part of the ring
                 continue
-            call.lane = lane = self.graphs.lane(call.step, call.x_LD, call.inputs, call.sink_rope)
+            x_LD = joined(call.x)
+            call.lane = lane = self.graphs.lane(call.step, x_LD, call.inputs, call.sink_rope)
             if lane is not None:
-                call.x_LD, call.inputs, call.sink_rope = lane.x_LD, lane.inputs, lane.sink_rope
+                x_LD, call.inputs, call.sink_rope = lane.x_LD, lane.inputs, lane.sink_rope
+            call.x = x_LD
 
-    def _through(self, layer: int, call: _Call) -> Tensor:
+    def _through(self, layer: int, call: _Call) -> Tensor | Residual:
         cell = (call.step, layer)
         memory: AttentionMemory = RingMemory(self.rings, self.sink, cell, call.window, call.sink_rope)
         if self.on_attention is not None:
             memory = self.on_attention(call.block, call.step, layer, memory)
         shared = self.sequence.around(memory, call.rope, call.block.frames)
 
-        def run(x_LD: Tensor) -> Tensor:
-            return self.dit.layer(layer, x_LD, call.inputs, shared)
+        def run(x: Tensor | Residual) -> Tensor | Residual:
+            through: Tensor | Residual = self.dit.layer(layer, x, call.inputs, shared)
+            return through
 
         if self.graphs is None or call.lane is None:
-            return run(call.x_LD)
+            return run(call.x)
         if not (self.layers.resident(layer) and self.rings.on_device(cell)):
-            return run(call.x_LD)
-        return self.graphs.through(call.lane, (layer, call.window.slot), call.x_LD, run)
+            return run(call.x)
+        # What a graph takes and gives stands at one address, and is changed there.
+        key = (layer, call.window.slot)
+        return self.graphs.through(call.lane, key, joined(call.x), lambda x_LD: joined(run(Residual(x_LD))))
 
     def _own_masks(self, masks_AFT1: Tensor) -> Tensor:
         frames = masks_AFT1.shape[1]
@@ -360,7 +369,7 @@ class Rollout:
 
     def _stepped(self, call: _Call) -> Tensor:
         grid = (call.block.frames, *self.settings.grid)
-        patches = self.dit.head(call.x_LD, call.inputs.time, self.dtype)
+        patches = self.dit.head(joined(call.x), call.inputs.time, self.dtype)
         velocity = self.dit.unpatchify(self.sequence.whole(patches, math.prod(grid), call.block.frames), grid)
         if self.on_prediction is not None:
             self.on_prediction(call.block, call.step, velocity)

@@ -13,11 +13,12 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import nn
 
+from lowvram.loading.residual import Residual, normed
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.linear import linears_q8
 from lowvram_kernels.modules import NormRope, QuantizedLinear, fold_gelu
-from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
+from lowvram_kernels.norm import add_gated_norm_rows
 from lowvram_kernels.rope import Projection, norm_both
 from lowvram_kernels.rows import NAMES, quantize_rows
 from lowvram_models.attention import AttentionMemory, HeadNorm
@@ -95,26 +96,28 @@ def projection(norm: HeadNorm | NormRope, x_LD: Tensor) -> Projection:
 
 
 class FusedInjector(nn.Module):
-    """Computes what ``AudioInjector`` does, from the same parameters under the same names; may change ``x``."""
+    """Computes what ``AudioInjector`` does, from the same parameters under the same names."""
 
     def __init__(self, plain: AudioInjector):
         super().__init__()
         self.injector, self.injector_adain_layers = plain.injector, plain.injector_adain_layers
 
-    def forward(self, x_LD: Tensor, audio: AudioTokens, masks_AFT1: Tensor | None, index: int) -> Tensor:
-        """[L, D] float32 -> the same with what is heard added."""
+    def forward(
+        self, x: Tensor | Residual, audio: AudioTokens, masks_AFT1: Tensor | None, index: int
+    ) -> Tensor | Residual:
+        """[L, D] float32 -> the same with what is heard to be added to it."""
         attention: Any = self.injector[index]
         frames, dtype, heard = audio.frame.shape[1], audio.frame.dtype, None
         for actor in range(len(audio.frame)):
             gain, offset, k, v = self._of_actor(audio, index, actor)
-            rows = norm_rows(x_LD, gain, offset, eps=ADAIN_EPS, **wanted(attention.q, dtype))
+            x, *rows = normed(x, gain, offset, eps=ADAIN_EPS, **wanted(attention.q, dtype))
             q = attention.norm_q(linear(attention.q, rows, dtype))
             y = attention.attention(q.view(frames, -1, *q.shape[1:]), k, v)
-            y = attention.o(y.reshape(x_LD.shape))
+            y = attention.o(y.reshape(x.shape))
             if masks_AFT1 is not None:
                 y = y * masks_AFT1[actor].flatten(0, 1)
             heard = y if heard is None else heard.float() + y
-        return x_LD if heard is None else add_gated(x_LD, heard, None, out=x_LD)
+        return x if heard is None or isinstance(x, Residual) else Residual(x, heard, None)
 
     def _of_actor(self, audio: AudioTokens, index: int, actor: int) -> tuple[Tensor, ...]:
         """Gain and offset [F, D] of the norm, keys and values [F, 5, N, H] of the attention."""
@@ -142,7 +145,8 @@ class FusedBlock(nn.Module):
     """Computes what ``Block`` does, from the same parameters under the same names.
 
     The input of the self-attention's three projections is normalised, modulated and quantized once for all of them;
-    residual, gate and the next norm go in one pass. Shapes as there.
+    residual, gate and the next norm go in one pass, the last one in that of whatever comes behind the block.
+    Shapes as there.
     """
 
     def __init__(self, block: DiTBlock):
@@ -158,13 +162,15 @@ class FusedBlock(nn.Module):
         _check_shared_input(self.self_attn.q, self.self_attn.k, self.self_attn.v)
         fold_gelu(self.ffn)
 
-    def forward(self, x_LD: Tensor, inputs: LayerInputs, memory: AttentionMemory) -> Tensor:
-        """[L, D] float32 -> [L, D] float32."""
+    def forward(self, residual: Tensor | Residual, inputs: LayerInputs, memory: AttentionMemory) -> Residual:
+        """[L, D] float32 -> [L, D] float32. A tensor is not changed, a residual is taken."""
         dtype, eps = inputs.text.dtype, self.eps
         shift1, gain1, gate1, shift2, gain2, gate2, *middle = self._modulation(inputs.time)
         mine, text, wide, narrow = self.self_attn, self.cross_attn, self.ffn[0], self.ffn[2]
         # What is not needed any more is let go at once: these are the largest tensors of a run beside its memory.
-        h: Rows = norm_rows(x_LD, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
+        x, *h = normed(residual, gain1, shift1, eps=eps, **wanted(mine.q, dtype))
+        room = x if isinstance(residual, Residual) else None
+        del residual
         q, k, v = linears([(layer, h) for layer in (mine.q, mine.k, mine.v)], dtype)
         del h
         heads = (ProjectedHeads(mine.norm_q, q), ProjectedHeads(mine.norm_k, k))
@@ -172,7 +178,7 @@ class FusedBlock(nn.Module):
         y = mine.o(_joined(memory.attend(*heads, v, inputs.rope)))
         del q, k, v, heads
         gain, offset = middle or (self.norm3.weight, self.norm3.bias)
-        x, *h = add_gated_norm_rows(x_LD, y, gate1, gain, offset, eps=eps, **wanted(text.q, dtype))
+        x, *h = add_gated_norm_rows(x, y, gate1, gain, offset, eps=eps, **wanted(text.q, dtype), out=room)
         del y
         # Anew in every step, as the queries are: kept for 40 layers they would take 420 MB of the card (2 * 512 * 5120
         # numbers of 2 bytes each), to spare less than 3 % of a layer's products.
@@ -188,7 +194,7 @@ class FusedBlock(nn.Module):
         del h
         y = narrow(hidden)
         del hidden
-        return add_gated(x, y, gate2, out=x)
+        return Residual(x, y, gate2)
 
     def _modulation(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
         """(shift, gain, gate) twice, [D] float32 each, and gain and offset of the norm before the cross-attention where

@@ -126,7 +126,8 @@ def layer_workspace(
         norms=full + rms_norm,  # cross-attention's, with the new residual beside it
         attend=4 * half + exchange + max(rotation, laid_out),  # the layer's input, q, k, v
         feed_forward=full + feed_forward,
-        audio=full + rms_norm if audio else 0,  # the new residual, to which is added what was heard
+        # The new residual, and what the feed-forward gave: PyTorch holds it while it norms their sum.
+        audio=full + half + rms_norm if audio else 0,
     )
 
 
@@ -142,7 +143,9 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -
     times = (work.sample_steps + 1) * 7 * config.dim * FLOAT32_BYTES
     # Six modulations, four of them smoothed or with 1 added, and the middle norm's gain and offset in 2 bytes.
     times += len(share.steps) * config.num_layers * 11 * config.dim * FLOAT32_BYTES
-    return wave * (rope + residual + audio) + text + times
+    # Of blocks that wait for the layer, what it gave and the next pass adds stands beside their residual.
+    waiting = max(0, wave - 1) * share.block_tokens * config.dim * work.value_bytes
+    return wave * (rope + residual + audio) + waiting + text + times
 
 
 def rotated_keys(config: DiTConfig, work: Workload, kv: str, share: Share) -> int:

@@ -37,10 +37,10 @@ def counted(counts_module, tmp_path_factory):
 
 # (launches, dispatcher calls). The first step of a block is the largest: there what depends on its audio is made.
 CEILINGS = {
-    ("int8", "plain layer"): (20, 55),
-    ("int8", "audio layer"): (36, 110),
-    ("plain", "plain layer"): (31, 80),
-    ("plain", "audio layer"): (47, 135),
+    ("int8", "plain layer"): (19, 55),
+    ("int8", "audio layer"): (34, 110),
+    ("plain", "plain layer"): (30, 80),
+    ("plain", "audio layer"): (45, 135),
 }
 
 

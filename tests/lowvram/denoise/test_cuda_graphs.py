@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -115,6 +116,19 @@ def in_lanes(kernels: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     return {key: calls + of_audio.get(key[0], 0) * anew * ("by 8" not in key[1]) for key, calls in kernels.items()}
 
 
+def sums_and_norms(kernels: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """The same with every fused pass counted as the sum and the norm that it is: a graph's last sum is a pass of its
+    own, because what it gives has to stand at one address, and the next layer norms what is summed already."""
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    for (operation, kind), calls in kernels.items():
+        if operation == "add_gated_norm_rows":
+            found["add_gated", "torch"] += calls
+            found["norm_rows", kind] += calls
+        else:
+            found[operation, kind] += calls
+    return dict(found)
+
+
 def conditions(config: DiTConfig) -> Conditions:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -135,7 +149,7 @@ def test_replays_give_the_same_latents_and_counts(tiny, monkeypatch, precision, 
     faked(monkeypatch, pools := Pools())
     replayed = run(tiny, placement, graphs=True, precision=precision)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
+    assert sums_and_norms(replayed.runtime.kernels) == in_lanes(sums_and_norms(plain.runtime.kernels))
     # The first clip is eager, the second warms up, the third captures and replays.
     assert (replayed.facts["captured"], replayed.facts["replayed"]) == (GRAPHS, GRAPHS * (CLIPS - 2))
     assert replayed.facts["capture_s"] > 0
@@ -148,7 +162,7 @@ def test_what_comes_from_the_host_is_not_captured(tiny, monkeypatch):
     faked(monkeypatch, Pools())
     replayed = run(tiny, placement, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
+    assert sums_and_norms(replayed.runtime.kernels) == in_lanes(sums_and_norms(plain.runtime.kernels))
     assert replayed.facts["captured"] == 3 * 2  # of (step, layer) (0, 1), (0, 3) and (1, 3), two blocks each
 
 
@@ -176,7 +190,7 @@ def test_moving_weights_and_rings_begins_anew(tiny, monkeypatch):
     monkeypatch.setattr(Denoiser, "_advance", advance)
     replayed = run(tiny, graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
+    assert sums_and_norms(replayed.runtime.kernels) == in_lanes(sums_and_norms(plain.runtime.kernels))
     assert len(replayed.run.rung.placement.streamed_layers) == 1
     assert len(pools) == 2
     assert pools[1].graphs
@@ -206,10 +220,11 @@ def test_memory_that_runs_out_in_a_capture_ends_all_graphs(tiny, monkeypatch, ca
     faked(monkeypatch, pools := Pools(fails_at))
     replayed = run(tiny, Placement(wave=wave), graphs=True)
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels.keys() == plain.runtime.kernels.keys()
-    most = in_lanes(plain.runtime.kernels)  # lanes end with the graphs
-    for key, calls in plain.runtime.kernels.items():
-        assert calls <= replayed.runtime.kernels[key] <= most[key], key
+    least, found = (sums_and_norms(made.runtime.kernels) for made in (plain, replayed))
+    most = in_lanes(least)  # lanes end with the graphs
+    assert found.keys() == least.keys()
+    for key, calls in least.items():
+        assert calls <= found[key] <= most[key], key
     assert (len(pools), pools.captures) == (1, fails_at + 1)
     assert replayed.run.ladder.events == ["cuda_graphs: layers run without graphs from here on"]
     assert replayed.run.rung.placement == Placement(wave=wave)
@@ -319,6 +334,6 @@ def test_on_the_card(tiny, precision, kv, wave):
     plain = run(tiny, placement, graphs=False, precision=precision, device="cuda")
     replayed = run(tiny, placement, graphs=True, precision=precision, device="cuda")
     assert torch.equal(replayed.latents, plain.latents)
-    assert replayed.runtime.kernels == in_lanes(plain.runtime.kernels)
+    assert sums_and_norms(replayed.runtime.kernels) == in_lanes(sums_and_norms(plain.runtime.kernels))
     assert (replayed.facts["captured"], replayed.facts["replayed"]) == (GRAPHS * 3 // 4, GRAPHS * 3 // 4 * (CLIPS - 2))
     assert replayed.run.ladder.events == []

@@ -12,6 +12,7 @@ from lowvram.denoise.kv_cache import RingMemory, Rings, RingShape, Sink
 from lowvram.denoise.kv_format import kv_format
 from lowvram.loading import fused_block
 from lowvram.loading.fused_block import FusedBlock, fuse
+from lowvram.loading.residual import joined
 from lowvram.offload.copy_engine import Engine
 from lowvram.pipeline import AvatarPipeline
 from lowvram_kernels import choices
@@ -119,7 +120,7 @@ def both(dit: CausalDiT) -> tuple[torch.nn.Module, torch.nn.Module]:
 def run(block: torch.nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Memory]:
     memory = Memory(kind, dtype)
     with torch.inference_mode():
-        return block(residual(), inputs(dtype), memory.second()), memory
+        return joined(block(residual(), inputs(dtype), memory.second())), memory
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8"])
@@ -154,11 +155,11 @@ def test_factors_are_kept_in_no_weight_of_a_layer_that_may_be_replaced():
     _, fused = both(model(torch.int8, smooth=True))
     given = inputs()
     with torch.inference_mode():
-        first = fused(residual(), given, Memory("plain").second())
+        first = joined(fused(residual(), given, Memory("plain").second()))
         vectors = given.time.derived[fused]
         for parameter in fused.parameters():
             assert all(parameter.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in vectors)
-        second = fused(residual(), given, Memory("plain").second())
+        second = joined(fused(residual(), given, Memory("plain").second()))
     assert torch.equal(first, second)
 
 
@@ -204,7 +205,7 @@ def test_neither_the_residual_nor_the_text_is_written_to(dtype):
     _, fused = both(model(dtype))
     x, given = residual(), inputs()
     with torch.inference_mode():
-        out = fused(x, given, Memory("plain").second())
+        out = joined(fused(x, given, Memory("plain").second()))
     assert torch.equal(x, residual())
     assert torch.equal(given.text, inputs().text)
     assert out.data_ptr() != x.data_ptr()
@@ -217,7 +218,7 @@ def test_the_sink_keeps_keys_before_rope(kind):
     for block in (plain, fused):
         sink = Sink(kv_format(kind, HEADS, HEAD_DIM, torch.float32), 1, SINK_TOKENS, torch.device("cpu"))
         with torch.inference_mode():
-            out = block(residual(SINK_TOKENS), inputs(tokens=SINK_TOKENS), sink.recorder(0))
+            out = joined(block(residual(SINK_TOKENS), inputs(tokens=SINK_TOKENS), sink.recorder(0)))
         kept.append((out, *sink.read(0, torch.float32)))
     for ours, theirs in zip(kept[1], kept[0], strict=True):
         assert relative_error(ours, theirs) < (1e-6 if kind == "plain" else 1e-3)

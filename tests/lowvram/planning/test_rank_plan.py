@@ -202,7 +202,7 @@ def test_weights_in_float32_are_planned_as_they_are_bound(sizes):
 @pytest.mark.parametrize(
     ("card", "gib", "size", "streamed", "hosted", "seconds"),
     [
-        ("rtx3060", 11.0, "384*256", 20, 158, 4.8),
+        ("rtx3060", 11.0, "384*256", 20, 159, 4.8),
         ("rtx4080", 14.5, "704*384", 18, 154, 5.1),
         ("rtx4090", 22.15, "704*384", 0, 137, 3.0),
         ("rtx4090", 22.15, "720*400", 0, 140, 3.3),
