@@ -214,7 +214,7 @@ class AvatarPipeline:
             allowed=runtime.memory.fallback,
             empty_cache=runtime.engine.empty_cache,
         )
-        self._latest = run = Run(runtime=runtime, ladder=ladder, plan=found.plan)
+        self._latest = run = Run(runtime=runtime, ladder=ladder, plan=found.plan, with_graphs=found.cuda_graphs)
         return run
 
     def _steps(self, request: Request) -> range:

@@ -130,12 +130,14 @@ class Runtime:
 class Run:
     """One video's run: a runtime, the ladder that memory pressure steps it down, and what was planned for it.
 
-    ``graphs`` has how many CUDA graphs were captured, the seconds of it, and their replays; it is empty without graphs.
+    ``with_graphs``: layers that stay on the device are to be replayed as CUDA graphs; ``graphs`` has how many were
+    captured, the seconds of it, and their replays; it is empty without graphs.
     """
 
     runtime: Runtime
     ladder: Ladder
     plan: Plan | None = None
+    with_graphs: bool = False
     graphs: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property

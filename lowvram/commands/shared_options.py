@@ -202,7 +202,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--kv", type=click.Choice(["auto", "int8", "bf16"]), default="auto", help="KV rings and sink."),
         click.option("--wave", default="auto", help="Steps that share a pass over the layers: auto, 1 to the steps."),
         click.option("--no-fallback", is_flag=True, help="Out of memory, fail at once instead of going on slower."),
-        switch("--cuda-graphs", False, "Replay layers that stay on the GPU as CUDA graphs, from the third clip on."),
+        switch("--cuda-graphs", None, "Replay what stays on the GPU as CUDA graphs; default: where selftest saw it."),
         switch("--allow-quality-loss", False, "Out of memory, also shorten clips, shrink the picture, drop steps."),
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
         click.option("--no-selftest", is_flag=True, help="Do not examine a GPU that is new here; see selftest."),

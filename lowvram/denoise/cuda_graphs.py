@@ -93,8 +93,9 @@ class Lane:
 
 class LayerGraphs:
     """All graphs of one rollout. ``capture`` is asked anew for each pool of memory; ``gave_up`` is told why, where
-    memory ran out in a capture: from then on layers run without graphs. How many were captured, the seconds of it, and
-    their replays stand in ``facts``."""
+    memory ran out in a capture: from then on layers run without graphs. So it is with a layer that cannot be captured,
+    unless graphs were ``asked`` for. How many were captured, the seconds of it, and their replays stand in ``facts``.
+    """
 
     def __init__(
         self,
@@ -102,8 +103,10 @@ class LayerGraphs:
         engine: Engine,
         gave_up: Callable[[str], object],
         facts: dict[str, float] | None = None,
+        *,
+        asked: bool = True,
     ):
-        self._new_pool, self._engine, self._gave_up = capture, engine, gave_up
+        self._new_pool, self._engine, self._gave_up, self._asked = capture, engine, gave_up, asked
         self._capture: Capture | None = None
         self._lanes: dict[object, Lane] = {}
         self._off = False
@@ -129,7 +132,7 @@ class LayerGraphs:
         What comes back may be the lane's ``x_LD``, which the next call through the lane changes.
 
         Raises:
-            DeviceError: the layer cannot be captured.
+            DeviceError: the layer cannot be captured, and graphs were asked for.
         """
         captured = lane.captured.get(key)
         if self._off or (captured is None and key not in lane.seen):
@@ -146,17 +149,17 @@ class LayerGraphs:
         return lane.x_LD
 
     def _captured(self, lane: Lane, key: Key, work: Work) -> Captured | None:
-        """None where memory ran out: all graphs are gone then."""
+        """None where memory ran out, or what nobody asked for does not go: all graphs are gone then."""
         begin = time.perf_counter()
         self._capture = self._capture or self._new_pool()
         try:
             with trace_kernels() as kernels, holding() as held:
                 replay = self._capture(work)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if self._asked and not is_out_of_memory(error):
                 raise DeviceError(
-                    f"layer {key[0]} could not be captured as a CUDA graph ({error}); leave --cuda-graphs out, and "
-                    "what was written before is kept"
+                    f"layer {key[0]} could not be captured as a CUDA graph ({error}); go on with --cuda-graphs "
+                    "false, and what was written before is kept"
                 ) from error
             reason = first_sentences(error)
         else:
@@ -194,8 +197,10 @@ def layer_graphs(
     cells: Iterable[Cell],
     gave_up: Callable[[str], object],
     facts: dict[str, float],
+    *,
+    asked: bool = True,
 ) -> LayerGraphs | None:
-    """Graphs for a rollout over ``cells``, or None and a warning where there is nothing to capture."""
+    """Graphs for a rollout over ``cells``; None, and a warning if they were ``asked`` for, where nothing is captured."""
     device, why = engine.device, ""
     if device.type != "cuda":
         why = f"on {device.type}: there is nothing to capture"
@@ -204,9 +209,10 @@ def layer_graphs(
     elif all(cell[1] in placement.streamed_layers or cell in placement.host_rings for cell in cells):
         why = "here: every layer, or its KV ring, comes from the host"
     if why:
-        log.warning("--cuda-graphs has no effect %s", why)
+        if asked:
+            log.warning("--cuda-graphs has no effect %s", why)
         return None
-    return LayerGraphs(lambda: CudaCapture(device), engine, gave_up, facts)
+    return LayerGraphs(lambda: CudaCapture(device), engine, gave_up, facts, asked=asked)
 
 
 def _changing(x_LD: Tensor, inputs: LayerInputs, sink_rope: Rope) -> list[Tensor | None]:

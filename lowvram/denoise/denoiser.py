@@ -70,18 +70,21 @@ class Denoiser:
                 placement=self._run.rung.placement,
                 sequence=self._team.sequence,
                 steps=self.steps,
-                graphs=self._graphs(dit.config.num_layers) if runtime.memory.cuda_graphs else None,
+                graphs=self._graphs(dit.config.num_layers) if self._run.with_graphs else None,
             )
             drop_start(dit, component)
             return rollout
 
     def _graphs(self, layers: int) -> LayerGraphs | None:
         run, cells = self._run, [(step, layer) for step in self.steps for layer in range(layers)]
+        asked = run.runtime.memory.cuda_graphs is not None
         gave_up = functools.partial(
-            run.ladder.went_without, "cuda_graphs", words="layers run without graphs from here on"
+            run.ladder.went_without if asked else run.ladder.let_go,
+            "cuda_graphs",
+            words="layers run without graphs from here on",
         )
         engine, sequence = run.runtime.engine, self._team.sequence
-        return layer_graphs(engine, sequence, run.rung.placement, cells, gave_up, run.graphs)
+        return layer_graphs(engine, sequence, run.rung.placement, cells, gave_up, run.graphs, asked=asked)
 
     def fill_sink(self, reference: Tensor) -> None:
         """Fill the sink from the reference [C, 1, h, w] and the conditions' motion latents."""

@@ -215,6 +215,11 @@ class Ladder:
         self._check_allowed(what, reason)
         self._say(what, reason, words)
 
+    def let_go(self, what: str, reason: str, words: str) -> None:
+        """Note what was given up that nobody had asked for."""
+        self.events.append(f"{what}: {words}")
+        log.warning("%s is given up (%s): %s", what, reason, words)
+
     def _check_allowed(self, what: str, reason: str) -> None:
         if not self._allowed:
             raise _out_of_memory(what, reason, "--no-fallback forbids to go on slower")

@@ -54,15 +54,16 @@ class PlanOptions:
     ``kv`` is how rings and sink are kept: auto (int8 where the DiT is 8-bit), int8, or bf16 (which stands for the dtype
     that is computed in, float32 on a CPU). ``wave``: steps of different blocks that share a pass over the layers, 1 to
     the number of steps. ``offload_model``: all layers on the host, ``offload_kv_cache``: all rings. ``cuda_graphs``
-    replays layers that stay on the GPU from the third clip on, and takes memory for it. ``t5_cpu`` lets the text
-    encoder compute on the host, whether or not it fits on the device.
+    replays layers that stay on the GPU from the third clip on, and takes memory for it; None: where the card was seen
+    to replay right, and where that memory moves nothing to the host. ``t5_cpu`` lets the text encoder compute on the
+    host, whether or not it fits on the device.
     """
 
     kv: str = "auto"
     wave: int | str = "auto"
     offload_model: bool = False
     offload_kv_cache: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     t5_cpu: bool = False
 
     def __post_init__(self) -> None:

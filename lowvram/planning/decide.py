@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import psutil
 import torch
 
-from lowvram.offload.placement import MemoryOptions, Placement, placement_on_cpu
+from lowvram.offload.placement import MemoryOptions, Placement, PlanOptions, placement_on_cpu
+from lowvram.offload.replaying import trusted
 from lowvram.planning.library_memory import MODULES_BYTES
 from lowvram.planning.measure import card_at_hand, free_bytes
 from lowvram.planning.members import Machines
@@ -17,6 +19,7 @@ from lowvram.planning.planner import TeamPlan, plan, plan_team
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.planning.rank_plan import Plan
 from lowvram.planning.workload import Workload
+from lowvram_kernels.errors import OutOfMemoryError
 from lowvram_quantize.format import Artifact
 
 
@@ -34,9 +37,10 @@ class Ranks(Protocol):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decision:
     """A rank's placement, the plan that it comes from where one was made, and the bytes that torch's allocator may take
-    for it, None for any; ``team`` has the plans of all ranks."""
+    for it, None for any; ``team`` has the plans of all ranks. ``cuda_graphs``: layers are replayed as CUDA graphs."""
 
     placement: Placement
+    cuda_graphs: bool = False
     plan: Plan | None = None
     team: TeamPlan | None = None
     cap_bytes: int | None = None
@@ -66,11 +70,14 @@ def decide(
     config = artifact.component("dit").config
     team.layout.check(sample_steps=work.sample_steps, heads=config["num_heads"], tokens_per_frame=work.tokens_per_frame)
     if options.placement is not None:
-        return Decision(placement=options.placement, cap_bytes=options.vram_budget)
+        return Decision(
+            placement=options.placement, cuda_graphs=bool(options.cuda_graphs), cap_bytes=options.vram_budget
+        )
     if device.type != "cuda":
         stage = team.role.stage
         steps = range(0) if stage is None else team.layout.steps(stage, work.sample_steps)
-        return Decision(placement=placement_on_cpu(options, config["num_layers"], steps, work.sample_steps))
+        placement = placement_on_cpu(options, config["num_layers"], steps, work.sample_steps)
+        return Decision(placement=placement, cuda_graphs=bool(options.cuda_graphs))
     if machines is not None:
         # What is free by now: groups of ranks are made, and have taken their part.
         free = free_bytes(device)
@@ -78,14 +85,43 @@ def decide(
         told = team.share("room", allowed_bytes(free, options.vram_budget, held))
         there = dataclasses.replace(machines, vram_bytes=told, grouped=True)
         planned = plan_team(artifact, work, team.layout, there, options)
-        mine = planned.ranks[team.role.rank]
-        return Decision(placement=mine.placement, plan=mine, team=planned, cap_bytes=held + allocator_bytes(mine))
+        mine, graphs = _graphs_too(
+            options,
+            device,
+            planned.ranks[team.role.rank],
+            lambda asked: plan_team(artifact, work, team.layout, there, asked).ranks[team.role.rank],
+        )
+        cap = held + allocator_bytes(mine)
+        return Decision(placement=mine.placement, cuda_graphs=graphs, plan=mine, team=planned, cap_bytes=cap)
     card = card_at_hand(device)
     held = torch.cuda.memory_reserved(device)
     allowed = allowed_bytes(card.usable_bytes, options.vram_budget, held)
     ram = options.ram_budget or psutil.virtual_memory().available
-    found = plan(artifact, work, options, vram_bytes=allowed, ram_bytes=ram, card=card)
-    return Decision(placement=found.placement, plan=found, cap_bytes=held + allocator_bytes(found))
+
+    def planned_for(asked: PlanOptions) -> Plan:
+        return plan(artifact, work, asked, vram_bytes=allowed, ram_bytes=ram, card=card)
+
+    found, graphs = _graphs_too(options, device, planned_for(options), planned_for)
+    return Decision(placement=found.placement, cuda_graphs=graphs, plan=found, cap_bytes=held + allocator_bytes(found))
+
+
+def _graphs_too(
+    options: MemoryOptions, device: torch.device, planned: Plan, plan_again: Callable[[PlanOptions], Plan]
+) -> tuple[Plan, bool]:
+    """The plan, and whether layers are replayed as CUDA graphs. Where nobody said so, they are if the card was seen to
+    replay right, and if their memory is there without moving anything to the host: what a launch costs is little where
+    the host runs ahead of the card, and copies cost more."""
+    if options.cuda_graphs is not None:
+        return planned, options.cuda_graphs
+    if not trusted(device) or options.offload_model or options.offload_kv_cache:
+        return planned, False
+    try:
+        having = plan_again(dataclasses.replace(options, cuda_graphs=True))
+    except OutOfMemoryError:
+        return planned, False
+    if having.placement != planned.placement or not having.device.graphs:
+        return planned, False
+    return having, True
 
 
 def allowed_bytes(free: int, budget: int | None, held: int) -> int:

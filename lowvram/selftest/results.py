@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 
+from lowvram.offload.replaying import trust
 from lowvram_kernels.choices import OPERATIONS, prefer, switch_off
 
 log = logging.getLogger(__name__)
 
 Status = Literal["passed", "failed", "skipped"]
+REPLAYS = "tiny model: layers replayed as CUDA graphs"
+"""The check of what it says."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +90,12 @@ class Preferred:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """``stuck`` are failures that no other backend makes good."""
+    """``stuck`` are failures that no other backend makes good; ``replays``: layers came out the same as CUDA graphs."""
 
     off: tuple[SwitchedOff, ...]
     preferred: tuple[Preferred, ...]
     stuck: tuple[Result, ...]
+    replays: bool = False
 
     def apply(self, device: torch.device) -> None:
         """Let this process's runs on the device go by it. What is switched off is said."""
@@ -101,6 +105,8 @@ class Verdict:
             log.warning("%s: %s; %s", device, one, one.advice)
         for fast in self.preferred:
             prefer(fast.operation, fast.backend, device, fast.reason)
+        if self.replays:
+            trust(device)
         for result in self.stuck:
             log.warning("%s: %s failed: %s", device, result.subject.name, result.message)
 
@@ -123,7 +129,8 @@ def judge(results: Sequence[Result]) -> Verdict:
             off.append(SwitchedOff(operation=operation, backend=backend, reason=reason, instead=good[0]))
         if (fast := _fastest(operation, own, good)) is not None:
             preferred.append(fast)
-    return Verdict(off=tuple(off), preferred=tuple(preferred), stuck=tuple(stuck))
+    replays = any(result.subject.name == REPLAYS and result.status == "passed" for result in results)
+    return Verdict(off=tuple(off), preferred=tuple(preferred), stuck=tuple(stuck), replays=replays)
 
 
 def _passed(results: Sequence[Result], backend: str) -> bool:

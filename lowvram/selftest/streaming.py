@@ -21,7 +21,7 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram.request import Request
 from lowvram.schedule import Block
 from lowvram.selftest.checks import Check
-from lowvram.selftest.results import Result, Subject
+from lowvram.selftest.results import REPLAYS, Result, Subject
 from lowvram_models.config import DiTConfig
 from lowvram_models.constants import LATENT_CHANNELS, MOTION_LATENTS
 from lowvram_quantize.format import Artifact
@@ -43,7 +43,7 @@ def moving_checks(device: torch.device) -> Iterator[Check]:
     subject = Subject(name="tiny model: on the device, and streamed from the host")
     yield Check(subject=subject, run=functools.partial(placements, subject, device))
     if device.type == "cuda":
-        subject = Subject(name="tiny model: layers replayed as CUDA graphs")
+        subject = Subject(name=REPLAYS)
         yield Check(subject=subject, run=functools.partial(graphs, subject, device))
 
 

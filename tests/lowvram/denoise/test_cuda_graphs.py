@@ -58,8 +58,8 @@ class Pools(list):
 def faked(monkeypatch, pools: Pools) -> None:
     """Let runs have graphs on a CPU, from ``pools``."""
 
-    def graphs(engine, sequence, placement, cells, gave_up, facts) -> LayerGraphs:
-        return LayerGraphs(pools, engine, gave_up, facts)
+    def graphs(engine, sequence, placement, cells, gave_up, facts, *, asked) -> LayerGraphs:
+        return LayerGraphs(pools, engine, gave_up, facts, asked=asked)
 
     monkeypatch.setattr(denoiser_module, "layer_graphs", graphs)
 
@@ -88,16 +88,18 @@ def run(
     precision="fp32",
     device="cpu",
     fallback=True,
+    asked=True,
 ) -> Made:
-    """``CLIPS`` clips of random conditions through a denoiser."""
+    """``CLIPS`` clips of random conditions through a denoiser; graphs ``asked`` for, or had all the same."""
     runtime = Runtime(
         Artifact.open(tiny.artifact(precision)),
         torch.device(device),
         "auto",
-        MemoryOptions(cuda_graphs=graphs, fallback=fallback),
+        MemoryOptions(cuda_graphs=graphs if asked else None, fallback=fallback),
     )
     rung = Rung(placement=placement, online_decode=True)
-    one = Run(runtime=runtime, ladder=Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=fallback))
+    ladder = Ladder(rung, layers=LAYERS, steps=range(STEPS), allowed=fallback)
+    one = Run(runtime=runtime, ladder=ladder, with_graphs=graphs)
     request = tiny.request(sample_steps=STEPS, infer_frames=FRAMES, cond_rope_distance="random")
     denoiser = Denoiser(
         one, request, SIZE, conditions(DiTConfig.from_dict(runtime.dit_config)), SingleRank(), range(STEPS)
@@ -231,6 +233,22 @@ def test_memory_that_runs_out_in_a_capture_ends_all_graphs(tiny, monkeypatch, ca
     assert sum("9.00 GiB): layers run without graphs" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("error", ["CUDA out of memory. Tried to allocate 9.00 GiB.", "operation not permitted"])
+def test_graphs_that_nobody_asked_for_end_aloud_whatever_fails(tiny, monkeypatch, caplog, error):
+    """Also where --no-fallback forbids to go on slower: what was asked for goes on as it would have without."""
+    plain = run(tiny, graphs=False)
+    faked(monkeypatch, pools := Pools())
+
+    def fails() -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(pools, "_count", fails)
+    replayed = run(tiny, graphs=True, asked=False, fallback=False)
+    assert torch.equal(replayed.latents, plain.latents)
+    assert replayed.run.ladder.events == ["cuda_graphs: layers run without graphs from here on"]
+    assert sum(error.rstrip(".").split(". ")[0] in record.getMessage() for record in caplog.records) == 1
+
+
 def test_no_fallback_takes_no_run_without_graphs(tiny, monkeypatch):
     faked(monkeypatch, Pools(fails_at=3))
     with pytest.raises(OutOfMemoryError, match=r"cuda_graphs: .*9\.00 GiB; --no-fallback"):
@@ -312,17 +330,31 @@ def test_a_run_on_a_cpu_warns_and_goes_on(tiny, caplog):
     assert "no effect on cpu" in caplog.text
 
 
+def test_nothing_is_said_of_graphs_that_nobody_asked_for(tiny, caplog):
+    assert run(tiny, graphs=True, asked=False).facts is None
+    assert "cuda-graphs" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["offload_model", "offload_kv_cache"])
 def test_graphs_of_what_never_stays_are_refused(name):
     with pytest.raises(ConfigError, match=f"--{name} takes all"):
         MemoryOptions(cuda_graphs=True, **{name: True})
 
 
-@pytest.mark.parametrize("given", [[], ["--cuda-graphs"], ["--cuda_graphs", "True"]], ids=str)
-def test_the_option_reaches_the_run(given):
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], None),
+        (["--cuda-graphs"], True),
+        (["--cuda_graphs", "True"], True),
+        (["--cuda_graphs", "False"], False),
+    ],
+    ids=str,
+)
+def test_the_option_reaches_the_run(given, wanted):
     command = request_options(click.Command("infer", callback=lambda **options: memory_options(options).cuda_graphs))
     command.context_settings = SETTINGS
-    assert command.main(given, standalone_mode=False) is bool(given)
+    assert command.main(given, standalone_mode=False) is wanted
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from lowvram.offload import replaying
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.parallel.team import SingleRank
 from lowvram.planning import CARDS, Workload, measure
@@ -112,6 +113,43 @@ def test_what_is_to_be_offloaded_is(artifact, card):
     assert len(placement.streamed_layers) == 40
     assert len(placement.host_rings) == 160
     assert (placement.kv, placement.wave) == ("plain", 2)
+
+
+@pytest.fixture
+def seen_to_replay():
+    """The card passed the selftest's check of graphs."""
+    replaying.trust(GPU)
+    yield
+    replaying.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "having"),
+    [
+        ({}, True),  # 70 GiB: everything stays, and there is room beside
+        ({"cuda_graphs": False}, False),
+        ({"vram_budget": 20 * GIB}, False),  # the room for graphs would move rings to the host
+        ({"offload_model": True, "ram_budget": 64 * GIB}, False),
+        ({"offload_kv_cache": True, "ram_budget": 64 * GIB}, False),
+        ({"cuda_graphs": True, "vram_budget": 20 * GIB}, True),  # asked for, whatever it moves
+    ],
+    ids=str,
+)
+def test_layers_are_replayed_where_that_was_seen_to_be_right_and_moves_nothing(
+    artifact, card, seen_to_replay, options, having
+):
+    found = decide(artifact, WORK, GPU, MemoryOptions(**({"ram_budget": 48 * GIB} | options)), SingleRank())
+    assert found.cuda_graphs is having
+    assert (found.plan.device.graphs > 0) is having
+    without = MemoryOptions(**({"ram_budget": 48 * GIB} | options | {"cuda_graphs": False}))
+    if "cuda_graphs" not in options:
+        assert found.placement == decide(artifact, WORK, GPU, without, SingleRank()).placement
+
+
+def test_a_card_that_nobody_examined_replays_nothing_unless_asked(artifact, card):
+    assert not decide(artifact, WORK, GPU, MemoryOptions(ram_budget=48 * GIB), SingleRank()).cuda_graphs
+    asked = MemoryOptions(ram_budget=48 * GIB, cuda_graphs=True)
+    assert decide(artifact, WORK, GPU, asked, SingleRank()).cuda_graphs
 
 
 def test_a_placement_by_hand_is_taken_as_it_is(artifact, card):

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from lowvram.selftest.results import Result, Subject, judge
+from lowvram.offload import replaying
+from lowvram.selftest.results import REPLAYS, Result, Subject, judge
 from lowvram_kernels import choices
 
 CARD = torch.device("cuda", 0)
@@ -67,6 +68,20 @@ def test_a_failure_that_is_no_kernels_is_not_gone_around():
 def test_the_fastest_right_backend_is_preferred(triton, torch_, preferred):
     verdict = judge([result(seconds=triton), result(backend="torch", seconds=torch_)])
     assert [one.backend for one in verdict.preferred] == ([preferred] if preferred else [])
+
+
+@pytest.mark.parametrize("status", ["passed", "failed", "skipped", None])
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])
+def test_a_card_is_trusted_with_graphs_only_where_they_were_seen_to_be_right(status, device):
+    results = [result(), result(backend="torch")]
+    results += [Result(subject=Subject(name=REPLAYS), status=status)] if status else []
+    replaying.reset()
+    try:
+        judge(results).apply(torch.device(device))
+        assert replaying.trusted(torch.device("cuda:0")) is (status == "passed")
+        assert replaying.trusted(torch.device("cuda:1")) is (status == "passed" and device == "cuda")
+    finally:
+        replaying.reset()
 
 
 def test_small_shapes_and_wrong_results_do_not_decide_what_is_fast():
