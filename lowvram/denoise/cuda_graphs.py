@@ -200,7 +200,7 @@ def layer_graphs(
     *,
     asked: bool = True,
 ) -> LayerGraphs | None:
-    """Graphs for a rollout over ``cells``; None, and a warning if they were ``asked`` for, where nothing is captured."""
+    """Graphs for a rollout over ``cells``; None, and a warning if ``asked`` for them, where nothing is captured."""
     device, why = engine.device, ""
     if device.type != "cuda":
         why = f"on {device.type}: there is nothing to capture"

@@ -65,7 +65,7 @@ class Job:
         return stage_peaks(self.sizes, self.work, placement, parts, self.text_device, self.share)
 
     def device_parts(self, placement: Placement) -> DeviceParts:
-        return device_parts(self.sizes, self.work, placement, self.share, cuda_graphs=self.options.cuda_graphs)
+        return device_parts(self.sizes, self.work, placement, self.share, cuda_graphs=bool(self.options.cuda_graphs))
 
     def peak(self, placement: Placement) -> int:
         return max(self.stage_peaks(placement).values())
