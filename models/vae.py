@@ -11,20 +11,17 @@ per-channel mean and standard deviation of the VAE's config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.autoencoders import autoencoder_kl_wan as wan
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanEncoder3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 from lowvram_models.constants import FRAMES_PER_LATENT, MOTION_FRAMES, PIXELS_PER_LATENT
-from lowvram_models.vae_layers import lighten
-from lowvram_models.vae_tiles import Slot, decode_in_strips
-
-CACHED_INPUTS = 2
-"""A causal convolution of temporal width 3 needs its last two inputs again."""
+from lowvram_models.vae_layers import Slot, lighten
+from lowvram_models.vae_order import channels_last
+from lowvram_models.vae_parts import EncoderStage, decoder_head, decoder_tail, encoder_stages, num_slots
+from lowvram_models.vae_tiles import decode_in_strips
 
 
 def build_vae(base_dim: int = 96) -> AutoencoderKLWan:
@@ -44,6 +41,9 @@ class StreamingVAE:
     ``dtype`` is what the network computes in. It is said here and never read from the weights, because quantized
     convolutions hold integers. Inputs are cast to it; latents and frames come back in float32. The VAE and the inputs
     have to be on the same device.
+
+    Everything between is channels-last, the convolutions' weights too: those that do not lie so yet are copied here.
+    Measured on one core of an AMD EPYC with AVX2, that takes 0.77 of the time at base width 8 and 256 x 384 pixels.
     """
 
     def __init__(self, vae: AutoencoderKLWan, *, dtype: torch.dtype = torch.float32) -> None:
@@ -52,7 +52,11 @@ class StreamingVAE:
         # Real numbers even where the VAE was built under a "meta" context.
         self._mean = torch.tensor(vae.config["latents_mean"], dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
         self._std = torch.tensor(vae.config["latents_std"], dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
-        self._stages = _encoder_stages(vae.encoder)
+        self._stages = encoder_stages(vae.encoder)
+        # What ``lowvram_quantize`` stores, and the loader puts in its order, is in it already.
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.data = channels_last(module.weight.data)
 
     def normalise(self, latent: Tensor) -> Tensor:
         """The encoder's own latent [16, T_lat, h, w] as (latent - mean) / std, float32."""
@@ -90,7 +94,7 @@ class StreamingVAE:
         state = EncoderState.empty(self._stages)
         latents = [self._encode_chunk(frame[:, None], state)]
         # What the first stage that still changes gets in every later chunk.
-        constant = frame[None, :, None].to(self.dtype).expand(-1, -1, FRAMES_PER_LATENT, -1, -1).contiguous()
+        constant = channels_last(frame[None, :, None].to(self.dtype).expand(-1, -1, FRAMES_PER_LATENT, -1, -1))
         for _ in range((num_frames - 1) // FRAMES_PER_LATENT):
             constant, moments = self._encode_constant(constant, state)
             latents.append(self._latent(moments))
@@ -102,7 +106,7 @@ class StreamingVAE:
 
     def _encode_chunk(self, chunk: Tensor, state: EncoderState) -> Tensor:
         """One chunk [3, 1 or 4, H, W] to one latent frame [16, 1, h, w], not normalised; updates ``state``."""
-        x = chunk[None].to(self.dtype)
+        x = channels_last(chunk[None].to(self.dtype))
         for stage, slots in zip(self._stages, state.slots, strict=True):
             x = stage.run(x, slots)
             _own_storage(slots)
@@ -147,7 +151,7 @@ class StreamingDecoder:
         self._vae = vae
         self._latents_per_call = latents_per_call
         self.strips = 1
-        self.state = DecoderState(slots=[None] * _num_slots(vae.vae.decoder))
+        self.state = DecoderState(slots=[None] * num_slots(vae.vae.decoder))
 
     @torch.no_grad()
     def prime(self, latent: Tensor) -> None:
@@ -169,7 +173,9 @@ class StreamingDecoder:
 
         Raises ValueError unless latents have 16 channels and the height and width of those seen before.
         """
-        return torch.cat([self._run(piece).float() for piece in self._pieces(latent)], dim=1)
+        # Joined as they lie, pixel by pixel.
+        pieces = [self._run(piece).permute(1, 2, 3, 0).float() for piece in self._pieces(latent)]
+        return torch.cat(pieces).permute(3, 0, 1, 2)
 
     def _pieces(self, latent: Tensor) -> list[Tensor]:
         _check_latent(latent, self._vae.vae.config["z_dim"])
@@ -181,18 +187,20 @@ class StreamingDecoder:
     def _run(self, latent: Tensor) -> Tensor:
         """[16, k, h, w] to clamped frames in the compute dtype; updates the cache."""
         vae, state = self._vae.vae, self.state
-        z = self._vae.denormalise(latent)[None].to(self._vae.dtype)
-        first = state.num_latents == 0
-
-        def run(z: Tensor, slots: list[Slot]) -> Tensor:
-            frames = vae.decoder(vae.post_quant_conv(z), feat_cache=slots, feat_idx=[0], first_chunk=first)
-            _own_storage(slots)
-            return frames
-
+        z = channels_last(self._vae.denormalise(latent)[None].to(self._vae.dtype))
+        x = decoder_head(vae.decoder, vae.post_quant_conv(z), state.slots, position := [0])
         if self.strips == 1:
-            frames = run(z, state.slots)
+            frames = decoder_tail(vae.decoder, x, state.slots, position)
         else:
-            frames, state.slots = decode_in_strips(run, z, state.slots, self.strips)
+
+            def run(x: Tensor, slots: list[Slot]) -> Tensor:
+                frames = decoder_tail(vae.decoder, x, slots, [0])
+                _own_storage(slots)
+                return frames
+
+            done = position[0]
+            frames, state.slots[done:] = decode_in_strips(run, x, state.slots[done:], self.strips)
+        _own_storage(state.slots)
         state.num_latents += latent.shape[1]
         return frames[0].clamp_(-1.0, 1.0)
 
@@ -221,49 +229,11 @@ class EncoderState:
         return cls(slots=[[None] * stage.num_slots for stage in stages])
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderStage:
-    """A part of the encoder that keeps its own slots: ``run(x, slots) -> y`` replaces them in place."""
-
-    run: Callable[[Tensor, list[Slot]], Tensor]
-    num_slots: int
-
-
-def _encoder_stages(encoder: WanEncoder3d) -> list[EncoderStage]:
-    """The encoder of diffusers (``WanEncoder3d.forward``) cut into its parts, in order."""
-
-    def block(module: nn.Module) -> EncoderStage:
-        run = lambda x, slots: module(x, feat_cache=slots, feat_idx=[0])  # noqa: E731
-        return EncoderStage(run=run, num_slots=_num_slots(module))
-
-    def conv_in(x: Tensor, slots: list[Slot]) -> Tensor:
-        return _cached_conv(encoder.conv_in, x, slots)
-
-    def conv_out(x: Tensor, slots: list[Slot]) -> Tensor:
-        return _cached_conv(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x)), slots)
-
-    middle = [block(module) for module in (*encoder.down_blocks, encoder.mid_block)]
-    return [EncoderStage(run=conv_in, num_slots=1), *middle, EncoderStage(run=conv_out, num_slots=1)]
-
-
-def _cached_conv(conv: nn.Module, x: Tensor, slots: list[Slot]) -> Tensor:
-    past = slots[0]
-    seen = torch.cat([past, x[:, :, -CACHED_INPUTS:]], dim=2) if isinstance(past, Tensor) else x
-    slots[0] = seen[:, :, -CACHED_INPUTS:]
-    return conv(x, past)
-
-
-def _num_slots(module: nn.Module) -> int:
-    """How many causal convolutions look back; those of temporal width 1 have nothing to remember."""
-    convs = (m for m in module.modules() if isinstance(m, wan.WanCausalConv3d))
-    return sum(conv.kernel_size[0] > 1 for conv in convs)
-
-
 def _own_storage(slots: list[Slot]) -> None:
     """Copy cached tensors that are views of larger ones: a view would keep a whole chunk's activations alive."""
     for index, slot in enumerate(slots):
         if isinstance(slot, Tensor) and slot.untyped_storage().nbytes() > slot.numel() * slot.element_size():
-            slots[index] = slot.clone(memory_format=torch.contiguous_format)
+            slots[index] = slot.clone(memory_format=torch.channels_last_3d)
 
 
 def _same_slots(before: list[Slot], after: list[Slot]) -> bool:

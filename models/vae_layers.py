@@ -1,4 +1,8 @@
-"""Three layers of diffusers' Wan VAE, computing the same with less memory and time, under the same parameter names."""
+"""Layers of diffusers' Wan VAE, computing the same with less memory and time, under the same parameter names.
+
+Activations are channels-last throughout: all channels of a pixel lie side by side, the order that convolutions of GPUs
+want. ``channels_last`` brings a tensor into it, and every layer here keeps what it is given in that order.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,15 @@ import torch
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lowvram_models.vae_order import channels_last, frames, pictures, steps_of
+
+# The library stores a string in the slot of a temporal upsampler that has seen one latent frame only.
+Slot = Tensor | str | None
+FIRST = "Rep"
+
+CACHED_INPUTS = 2
+"""A causal convolution of temporal width 3 needs its last two inputs again."""
 
 
 def lighten(vae: nn.Module) -> None:
@@ -20,13 +33,11 @@ def lighten(vae: nn.Module) -> None:
             columns, _, rows, *_ = _around(module)
             module.__class__ = CausalConv3d
             module.padding = (0, rows, columns)
-        elif type(module) is wan.WanRMS_norm:
-            module.__class__ = ChannelNorm
-        elif type(module) is wan.WanUpsample:
-            module.__class__ = Upsample
         elif type(module) is nn.SiLU:
             # It always follows a norm, whose output nobody else holds.
             module.inplace = True
+        elif type(module) in _LIGHTER:
+            module.__class__ = _LIGHTER[type(module)]
 
 
 class CausalConv3d(wan.WanCausalConv3d):
@@ -38,9 +49,10 @@ class CausalConv3d(wan.WanCausalConv3d):
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x [B, C, T, H, W] after the inputs ``cache_x`` [B, C, 0..2, H, W] -> [B, C', T / stride, H, W]."""
         missing = _around(self)[4]
+        x = channels_last(x)
         if cache_x is not None and missing:
             missing -= cache_x.shape[2]
-            x = torch.cat([cache_x, x], dim=2)
+            x = torch.cat([channels_last(cache_x), x], dim=2)
         if missing:
             x = functional.pad(x, (0, 0, 0, 0, missing, 0))
         return self._conv_forward(x, self.weight, self.bias)
@@ -64,7 +76,10 @@ def conv3d(
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return functional.conv3d(x, weight, bias, stride, padding)
+    found = functional.conv3d(x, weight, bias, stride, padding)
+    # What a GPU gives lies like its input. PyTorch's "meta" device does not know that of three dimensions; of what has
+    # no values it can be said.
+    return found.as_strided(found.shape, steps_of(found.shape)) if found.is_meta else found
 
 
 class ChannelNorm(wan.WanRMS_norm):
@@ -91,3 +106,102 @@ class Upsample(wan.WanUpsample):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.interpolate(x, scale_factor=self.scale_factor, mode=self.mode)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of pictures that are channels-last, those of one picture or one pixel too."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(channels_last(input), weight, bias)
+
+
+class ResidualBlock(wan.WanResidualBlock):
+    """The library's two convolutions behind norms; the shortcut is added in place, and what they need again is kept
+    channels-last."""
+
+    def forward(self, x: Tensor, feat_cache: list[Slot], feat_idx: list[int]) -> Tensor:  # type: ignore[override]
+        """x [B, C, T, H, W] -> [B, C', T, H, W]; replaces two slots from ``feat_idx`` on, and moves it behind them."""
+        shortcut = self.conv_shortcut(x)
+        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            x = self.nonlinearity(norm(x))
+            x = cached_conv(conv, x, feat_cache, feat_idx)
+        return x.add_(shortcut)
+
+
+class AttentionBlock(wan.WanAttentionBlock):
+    """The library's attention over the pixels of each frame. Channels-last, they are rows as attention takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> a new tensor of its shape."""
+        _, channels, _, height, width = x.shape
+        qkv = self.to_qkv(self.norm(pictures(x))).permute(0, 2, 3, 1).flatten(1, 2)  # [B T, H W, 3 C]
+        q, k, v = qkv[:, None].chunk(3, dim=-1)
+        seen = functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        rows = seen.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        return frames(self.proj(rows), x.shape[0]).add_(x)
+
+
+class Resample(wan.WanResample):
+    """The library's resampling. Where it doubles the frames it stacks the halves of a convolution's channels, which
+    puts channels before frames again; here they become frames as they lie."""
+
+    def forward(self, x: Tensor, feat_cache: list[Slot], feat_idx: list[int]) -> Tensor:  # type: ignore[override]
+        """x [B, C, T, H, W] -> [B, C / 2, T or 2 T, 2 H, 2 W], or [B, C, T or T / 2, H / 2, W / 2]. Replaces a slot at
+        ``feat_idx`` and moves that on, where it works in time."""
+        if self.mode == "upsample3d":
+            x = self._twice(x, feat_cache, feat_idx)
+        x = frames(self.resample(pictures(x)), x.shape[0])
+        return self._half(x, feat_cache, feat_idx) if self.mode == "downsample3d" else x
+
+    def _twice(self, x: Tensor, slots: list[Slot], position: list[int]) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2 T, H, W]; of a video's first latent frame x itself."""
+        index = position[0]
+        position[0] += 1
+        past = slots[index]
+        if past is None:
+            slots[index] = FIRST
+            return x
+        batch, channels, count, height, width = x.shape
+        before = past if isinstance(past, Tensor) else None
+        slots[index] = remembered(x, torch.zeros_like(x[:, :, -1:]) if before is None else before)
+        both = self.time_conv(x, before).permute(0, 2, 3, 4, 1).unflatten(4, (2, channels))  # [B, T, H, W, 2, C]
+        later = both.permute(0, 1, 4, 2, 3, 5).contiguous()
+        return channels_last(later.view(batch, 2 * count, height, width, channels).permute(0, 4, 1, 2, 3))
+
+    def _half(self, x: Tensor, slots: list[Slot], position: list[int]) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T / 2, H, W]; of a video's first frame x itself."""
+        index = position[0]
+        position[0] += 1
+        past, slots[index] = slots[index], x[:, :, -1:].clone()
+        if not isinstance(past, Tensor):
+            return x
+        found: Tensor = self.time_conv(torch.cat([channels_last(past), x], dim=2))
+        return found
+
+
+_LIGHTER: dict[type, type] = {
+    wan.WanRMS_norm: ChannelNorm,
+    wan.WanUpsample: Upsample,
+    wan.WanResidualBlock: ResidualBlock,
+    wan.WanAttentionBlock: AttentionBlock,
+    wan.WanResample: Resample,
+    nn.Conv2d: Conv2d,
+}
+
+
+def cached_conv(conv: nn.Module, x: Tensor, slots: list[Slot], position: list[int]) -> Tensor:
+    """``conv`` behind the inputs that its slot has of before; keeps those that it will need, and moves on."""
+    index = position[0]
+    position[0] += 1
+    past, slots[index] = slots[index], remembered(x, slots[index])
+    found: Tensor = conv(x, past if isinstance(past, Tensor) else None)
+    return found
+
+
+def remembered(x: Tensor, past: Slot) -> Tensor:
+    """The last two frames of x [B, C, T, H, W] behind those of ``past``, in memory of their own; one frame where there
+    are no more."""
+    kept = x[:, :, -CACHED_INPUTS:].clone()
+    if kept.shape[2] < CACHED_INPUTS and isinstance(past, Tensor):
+        return torch.cat([channels_last(past[:, :, -1:]), channels_last(kept)], dim=2)
+    return kept

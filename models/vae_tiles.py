@@ -1,8 +1,9 @@
 """Decoding a latent frame in strips, one after another: a share of the memory, for some pixels computed twice.
 
-A strip is decoded with a margin of its neighbours on either side and cut back afterwards. Convolutions see all that
-they need within the margin, nearly; the decoder's one attention layer looks over the strip and not over the whole
-frame, so the frames are close to those of the whole and not the same.
+What works at the latents' own resolution takes a 64th of the pixels and looks over the whole frame: it is never cut.
+Behind it come convolutions alone. A strip is decoded with a margin of its neighbours that is as wide as all of them
+look together, and cut back afterwards: the frames are those of the whole, but for the rounding of convolutions that
+add in another order in another shape.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-MARGIN = 8
-"""Latents. The convolutions at the latent's own resolution, where one pixel weighs most, reach about this far."""
+from lowvram_models.vae_layers import Slot
 
-# The library stores a string in the slot of a temporal upsampler that has seen one latent frame only.
-Slot = Tensor | str | None
+MARGIN = 7
+"""Latents. From the first upsampling on a pixel depends on so many to either side: each resolution has a convolution
+behind the upsampling and three blocks of two (7 pixels at 2, 4 and 8 times the latents' resolution), and one more makes
+the picture: 7 / 2 + 7 / 4 + 8 / 8 = 6.25."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +41,19 @@ def strips(length: int, count: int, margin: int = MARGIN) -> Iterator[Strip]:
 
 
 def decode_in_strips(
-    run: Callable[[Tensor, list[Slot]], Tensor], z: Tensor, slots: list[Slot], count: int
+    run: Callable[[Tensor, list[Slot]], Tensor], x: Tensor, slots: list[Slot], count: int
 ) -> tuple[Tensor, list[Slot]]:
-    """``run(z, slots) -> frames``, which replaces ``slots``, on strips along the longer side of z [B, C, T, h, w].
+    """``run(x, slots) -> frames``, which replaces ``slots``, on strips along the longer side of x [B, C, T, h, w].
 
-    Returns the frames [B, 3, T', 8 h, 8 w] and the slots that running on the whole would have left, nearly.
+    Returns the frames [B, 3, T', 8 h, 8 w] and the slots that running on the whole would have left.
     """
-    side = 3 if z.shape[3] > z.shape[4] else 4
-    length = z.shape[side]
+    side = 3 if x.shape[3] > x.shape[4] else 4
+    length = x.shape[side]
     frames: Tensor | None = None
     kept: list[Slot] = [None] * len(slots)
     for strip in strips(length, count):
         own: list[Slot] = [_cut(slot, side, length, strip.begin, strip.end) for slot in slots]
-        part = run(z.narrow(side, strip.begin, strip.end - strip.begin), own)
+        part = run(x.narrow(side, strip.begin, strip.end - strip.begin), own)
         frames = _placed(frames, part, side, length, strip)
         for index, slot in enumerate(own):
             old = kept[index]
@@ -74,7 +76,7 @@ def _placed(whole: Tensor | None, part: Tensor, side: int, length: int, strip: S
     if whole is None:
         shape = list(part.shape)
         shape[side] = length * scale
-        whole = torch.empty(shape, dtype=part.dtype, device=part.device)
+        whole = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last_3d)
     width = (strip.last - strip.first) * scale
     inner = part.narrow(side, (strip.first - strip.begin) * scale, width)
     whole.narrow(side, strip.first * scale, width).copy_(inner)

@@ -23,6 +23,7 @@ from lowvram_quantize.presets import PUBLISHED
 from lowvram_quantize.schemes import (
     Scheme,
     dit_scheme,
+    is_convolution,
     text_encoder_scheme,
     vae_scheme,
     with_rotation,
@@ -38,12 +39,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One tensor to convert: ``name`` in the artifact, where it comes from, how and in which slab it is stored."""
+    """One tensor to convert: ``name`` in the artifact, where it comes from, how and in which slab it is stored; whether
+    it is a convolution's weight that is stored ``channels_last``."""
 
     name: str
     ref: TensorRef
     scheme: Scheme
     slab: str
+    channels_last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,11 @@ class ComponentPlan:
     def smoothed(self) -> bool:
         """Whether any tensor is."""
         return any(item.scheme.smooth for item in self.items)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether any tensor is stored so."""
+        return any(item.channels_last for item in self.items)
 
     @property
     def largest_group(self) -> int:
@@ -168,8 +176,11 @@ def vae_shapes(base_dim: int) -> Shapes:
 
 
 def vae_items(config: dict[str, int], sources: TensorTable, precision: str) -> list[Item]:
-    """The VAE's tensors, all in one slab."""
-    return [Item(n, sources[n], vae_scheme(n, s, precision), SHARED) for n, s in vae_shapes(**config).items()]
+    """The VAE's tensors, all in one slab, and the weights of its convolutions as it computes with them."""
+    return [
+        Item(name, sources[name], vae_scheme(name, shape, precision), SHARED, is_convolution(name, shape))
+        for name, shape in vae_shapes(**config).items()
+    ]
 
 
 def plan_text_encoder(file: Path, precision: str) -> ComponentPlan:

@@ -253,6 +253,8 @@ def _fingerprint(plan: ComponentPlan) -> str:
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
     schemes = [
         [item.name, dataclasses.astuple(item.scheme), item.ref.kind, item.ref.name, item.ref.shape]
+        # Not said where it is not so: what another version has begun of such a component goes on.
+        + (["channels_last"] if item.channels_last else [])
         for item in plan.items
     ]
     loras = [

@@ -32,8 +32,16 @@ ROTATED_VERSION = 2
 LARGE_GROUPS_VERSION = 3
 # Of one with weights that were smoothed, as well: their inputs are to be multiplied by factors that stand beside them.
 SMOOTHED_VERSION = 4
+# Of one with the weights of convolutions in the order in which they are computed with, as well.
+CHANNELS_LAST_VERSION = 5
 # The largest group of rotated channels that a version has; see ``lowvram_kernels.rotation``.
-LARGEST_GROUPS = {FORMAT_VERSION: 1, ROTATED_VERSION: SYLVESTER, LARGE_GROUPS_VERSION: GROUP, SMOOTHED_VERSION: GROUP}
+LARGEST_GROUPS = {
+    FORMAT_VERSION: 1,
+    ROTATED_VERSION: SYLVESTER,
+    LARGE_GROUPS_VERSION: GROUP,
+    SMOOTHED_VERSION: GROUP,
+    CHANNELS_LAST_VERSION: GROUP,
+}
 SMOOTH_SCALE = "smooth_scale"
 """How the factors are called, beside a layer's ``weight``."""
 MANIFEST = "manifest.json"
@@ -49,7 +57,8 @@ class Component:
         self.config: dict[str, Any] = facts["config"]
         header, self._data_offset = read_header(path)
         header.pop("__metadata__", None)
-        self._slabs = {slab.name: slab for slab in _slabs_of(path, header, facts["slabs"])}
+        ordered = {name for name in facts["tensors"] if self.tensor_channels_last(name)}
+        self._slabs = {slab.name: slab for slab in _slabs_of(path, header, facts["slabs"], ordered)}
 
     @property
     def precision(self) -> str:
@@ -87,6 +96,10 @@ class Component:
         """Whether a weight was divided by factors, by which its inputs are multiplied."""
         return bool(self.facts["tensors"].get(name, {}).get("smoothed", False))
 
+    def tensor_channels_last(self, name: str) -> bool:
+        """Whether a convolution's weight lies in the order in which it is computed with."""
+        return bool(self.facts["tensors"].get(name, {}).get("channels_last", False))
+
     def read_slab(self, slab: str, out: Tensor | None = None) -> Tensor:
         """A slab as uint8 [nbytes]: mapped from the file, or copied to ``out`` (on any device) if that is given."""
         found = self._slab(slab)
@@ -95,10 +108,7 @@ class Component:
 
     def views(self, slab: str, buffer: Tensor) -> dict[str, Tensor]:
         """The tensors of a slab as views of ``buffer``, which holds the slab's bytes on any device."""
-        return {
-            spec.name: buffer[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
-            for spec in self.slab_specs(slab)
-        }
+        return {spec.name: _view(buffer, spec) for spec in self.slab_specs(slab)}
 
     def verify(self) -> None:
         """Raises: CheckpointError naming the file and the slab whose bytes are not those that were written."""
@@ -127,21 +137,36 @@ class Component:
         return self._slabs[name]
 
 
-def _slabs_of(path: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Slab]:
+def _view(buffer: Tensor, spec: TensorSpec) -> Tensor:
+    stored = buffer[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.stored_shape)
+    return stored.movedim(-1, 1) if spec.channels_last else stored
+
+
+def _slabs_of(
+    path: Path, header: dict[str, Any], entries: list[dict[str, Any]], channels_last: set[str]
+) -> Iterator[Slab]:
     tensors = sorted(((e["data_offsets"][0], name, e) for name, e in header.items()), reverse=True)
     for entry in entries:
         begin, end = entry["offset"], entry["offset"] + entry["nbytes"]
         specs = []
         while tensors and tensors[-1][0] < end:
             offset, name, facts = tensors.pop()
-            specs.append(_spec(path, name, facts, offset - begin))
+            specs.append(_spec(path, name, facts, offset - begin, channels_last=name in channels_last))
         yield Slab(name=entry["name"], offset=begin, nbytes=entry["nbytes"], tensors=tuple(specs))
 
 
-def _spec(path: Path, name: str, facts: dict[str, Any], offset: int) -> TensorSpec:
+def _spec(path: Path, name: str, facts: dict[str, Any], offset: int, *, channels_last: bool) -> TensorSpec:
     if facts["dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {facts['dtype']}; known are {', '.join(DTYPES)}")
-    return TensorSpec(name=name, dtype=DTYPES[facts["dtype"]], shape=tuple(facts["shape"]), offset=offset)
+    dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
+    if channels_last:
+        if len(shape) not in (4, 5):
+            raise CheckpointError(
+                f"{path}: {name} of {len(shape)} dimensions would lie channels-last; expected the 4 or 5 of a "
+                "convolution's weight: convert again"
+            )
+        shape = (shape[0], shape[-1], *shape[1:-1])
+    return TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, channels_last=channels_last)
 
 
 def of_weights(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -242,5 +267,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format version {version!r}; this lowvram reads {FORMAT_VERSION} to {max(LARGEST_GROUPS)}: "
             "convert again, or use the lowvram that wrote it"
         )
-    check_manifest(file, manifest, LARGEST_GROUPS[version], smoothed=version >= SMOOTHED_VERSION)
+    check_manifest(
+        file,
+        manifest,
+        LARGEST_GROUPS[version],
+        smoothed=version >= SMOOTHED_VERSION,
+        channels_last=version >= CHANNELS_LAST_VERSION,
+    )
     return manifest

@@ -20,10 +20,10 @@ _SHOWN = 5
 
 def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Facts of an artifact, ready for JSON: versions, sources, LoRA, and for each component precision, bytes, schemes,
-    slabs, rotated groups (channels in a group -> weights), smoothed weights, what a mixed one was chosen from, and
-    relative weight errors (norm; the worst and the mean of a slab's quantized tensors). Where it was calibrated, the
-    manifest's ``calibration``, and its ``output_error``: mean and worst of the relative errors at the outputs of the
-    DiT's Linears.
+    slabs, rotated groups (channels in a group -> weights), smoothed and channels-last weights, what a mixed one was
+    chosen from, and relative weight errors (norm; the worst and the mean of a slab's quantized tensors). Where it was
+    calibrated, the manifest's ``calibration``, and its ``output_error``: mean and worst of the relative errors at the
+    outputs of the DiT's Linears.
 
     Args:
         path: the artifact's folder.
@@ -71,6 +71,7 @@ def _component(component: Component) -> dict[str, Any]:
         "rotated_groups": {str(group): count for group, count in sorted(_groups(component).items(), reverse=True)},
         "activations_sha256": facts.get("activations_sha256"),
         "smoothed": sum(component.tensor_smoothed(name) for name in facts["tensors"]),
+        "channels_last": sum(component.tensor_channels_last(name) for name in facts["tensors"]),
         "config": component.config,
         "choice": facts.get("choice"),
         "relative_error": _worst(errors),
@@ -147,6 +148,8 @@ def _component_lines(name: str, component: dict[str, Any]) -> list[str]:
     by = component["activations_sha256"]
     by = f", by measured activations, sha256 {by[:16]}" if by else ""
     lines += [f"  inputs of {smoothed} weights smoothed, channel by channel{by}"] if smoothed else []
+    last = component["channels_last"]
+    lines += [f"  weights of {last} convolutions channels-last, as they are computed with"] if last else []
     groups = component["rotated_groups"].items()
     lines += [f"  inputs of {count} weights rotated in groups of {group} channels" for group, count in groups]
     return lines + [

@@ -39,9 +39,11 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 
 
-def check_manifest(file: Path, manifest: Any, largest_group: int, *, smoothed: bool = True) -> None:
-    """``largest_group``: of the channels that its format version may have rotated together; ``smoothed``: whether it
-    may have smoothed weights.
+def check_manifest(
+    file: Path, manifest: Any, largest_group: int, *, smoothed: bool = True, channels_last: bool = True
+) -> None:
+    """``largest_group``: of the channels that its format version may have rotated together; ``smoothed`` and
+    ``channels_last``: whether it may have such weights.
 
     Raises: CheckpointError where the manifest, or a part of it, is not as ``convert`` writes it.
     """
@@ -49,6 +51,7 @@ def check_manifest(file: Path, manifest: Any, largest_group: int, *, smoothed: b
     for component in manifest["components"].values():
         _check_rotation(file, component["tensors"], largest_group)
         _check_smoothing(file, component["tensors"], smoothed)
+        _check_order(file, component["tensors"], channels_last)
         for facts in component["tensors"].values():
             if "from" in facts:
                 _check_part(file, "from", facts["from"])
@@ -96,6 +99,15 @@ def _check_smoothing(file: Path, tensors: dict[str, dict[str, Any]], known: bool
             raise CheckpointError(
                 f"{file} is damaged: {name} ({facts['scheme']}) says smoothed: {facts['smoothed']!r}; expected "
                 f"{'true, in int8' if known else 'none in its format version'}: convert again"
+            )
+
+
+def _check_order(file: Path, tensors: dict[str, dict[str, Any]], known: bool) -> None:
+    for name, facts in tensors.items():
+        if "channels_last" in facts and (facts["channels_last"] is not True or not known):
+            raise CheckpointError(
+                f"{file} is damaged: {name} says channels_last: {facts['channels_last']!r}; expected "
+                f"{'true' if known else 'none in its format version'}: convert again"
             )
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_quantize.components import ComponentPlan
-from lowvram_quantize.format import FORMAT, FORMAT_VERSION, LARGEST_GROUPS, SMOOTHED_VERSION
+from lowvram_quantize.format import (
+    CHANNELS_LAST_VERSION,
+    FORMAT,
+    FORMAT_VERSION,
+    LARGEST_GROUPS,
+    SMOOTHED_VERSION,
+)
 from lowvram_quantize.slabs import Slab
 from lowvram_quantize.source import TensorRef
 
@@ -51,6 +57,8 @@ def _tensor_facts(plan: ComponentPlan, errors: dict[str, float]) -> dict[str, di
             facts[item.name]["rotated_group"] = item.scheme.group
         if item.scheme.smooth:
             facts[item.name]["smoothed"] = True
+        if item.channels_last:
+            facts[item.name]["channels_last"] = True
         if item.name in errors:
             facts[item.name]["relative_error"] = errors[item.name]
     return facts
@@ -82,6 +90,7 @@ def origin(plans: list[ComponentPlan]) -> dict[str, Any]:
     """The manifest's first fields: format (the lowest version that has what the plans have) and what writes it."""
     group = max((plan.largest_group for plan in plans), default=1)
     lowest = SMOOTHED_VERSION if any(plan.smoothed for plan in plans) else FORMAT_VERSION
+    lowest = CHANNELS_LAST_VERSION if any(plan.channels_last for plan in plans) else lowest
     return {
         "format": FORMAT,
         "format_version": min(v for v, largest in LARGEST_GROUPS.items() if group <= largest and v >= lowest),

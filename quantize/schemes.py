@@ -122,12 +122,17 @@ def with_smoothing(scheme: Scheme, name: str, *, measured: bool = False) -> Sche
     return dataclasses.replace(scheme, smooth=smooth)
 
 
+def is_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the VAE is a convolution's weight; norms have as many dimensions."""
+    return name.endswith(".weight") and len(shape) >= 4
+
+
 def vae_scheme(name: str, shape: tuple[int, ...], precision: str) -> Scheme:
     """All convolutions in 8 bit, dequantized at use. Biases and norms stay in the float32 that they are published in:
     they are 0.1 % of the bytes."""
     if precision in KEPT:
         return Scheme(precision, "kept", KEPT[precision])
-    if name.endswith(".weight") and len(shape) >= 4:
+    if is_convolution(name, shape):
         return Scheme(f"{precision}_weight_only", "rows", EIGHT_BIT[precision])
     return Scheme("fp32", "kept", torch.float32)
 

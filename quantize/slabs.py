@@ -41,12 +41,19 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A tensor in a slab; ``offset`` counts bytes from the slab's start."""
+    """A tensor in a slab; ``offset`` counts bytes from the slab's start. ``channels_last``: dimension 1 of ``shape``
+    lies innermost, in the order that convolutions want."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = 0
+    channels_last: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the order of its bytes, which is what the file's header says."""
+        return (self.shape[0], *self.shape[2:], self.shape[1]) if self.channels_last else self.shape
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +106,7 @@ def header_bytes(slabs: Sequence[Slab], metadata: dict[str, str]) -> bytes:
             begin = slab.offset + spec.offset
             header[spec.name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
+                "shape": list(spec.stored_shape),
                 "data_offsets": [begin, begin + spec.nbytes],
             }
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -27,10 +27,10 @@ def stored_specs(item: Item) -> list[TensorSpec]:
     """What an item is stored as: its values and, quantized, their scales and the factors of its inputs."""
     name, shape, scheme = item.name, item.ref.shape, item.scheme
     if scheme.kind == "kept":
-        return [TensorSpec(name=name, dtype=scheme.dtype, shape=shape)]
+        return [TensorSpec(name=name, dtype=scheme.dtype, shape=shape, channels_last=item.channels_last)]
     if scheme.kind == "rows":
         specs = [
-            TensorSpec(name=name, dtype=scheme.dtype, shape=shape),
+            TensorSpec(name=name, dtype=scheme.dtype, shape=shape, channels_last=item.channels_last),
             TensorSpec(name=f"{name}_scale", dtype=torch.float32, shape=shape[:1]),
         ]
         factors = TensorSpec(name=_factors_name(name), dtype=torch.bfloat16, shape=shape[1:])
@@ -79,7 +79,7 @@ def _write_kept(item: Item, delta: Update | None, write: Write) -> None:
     for chunk in merged_chunks(item, delta):
         if not all_finite(chunk):
             raise not_finite(item.name)
-        write(item.name, done * itemsize, chunk.to(item.scheme.dtype))
+        write(item.name, done * itemsize, _as_they_lie(item, chunk.to(item.scheme.dtype)))
         done += chunk.numel()
 
 
@@ -91,11 +91,16 @@ def _write_rows(item: Item, delta: Update | None, write: Write, data: str, scale
         # The error of a rotated weight is that of the weight turned back: a rotation keeps norms.
         chunk = rotated(chunk if factors is None else chunk / factors, item.scheme.group)
         q, scales[row : row + len(chunk)], chunk_off, chunk_size = quantize_chunk(chunk, item.scheme.dtype, item.name)
-        write(data, done, q)
+        write(data, done, _as_they_lie(item, q))
         row, done = row + len(chunk), done + q.numel()
         off, size = off + chunk_off, size + chunk_size
     write(scale, 0, scales)
     return math.sqrt(off / size) if size else 0.0
+
+
+def _as_they_lie(item: Item, rows: Tensor) -> Tensor:
+    """Rows [rows, width] in the order of their bytes in the artifact."""
+    return rows.view(len(rows), *item.ref.shape[1:]).movedim(1, -1) if item.channels_last else rows
 
 
 def _write_nf4(item: Item, write: Write) -> float:

@@ -68,7 +68,11 @@ class SlabWriter:
             return 0
         lines = self._journal_path.read_bytes().splitlines(keepends=True)
         if not lines or lines[0] != f"{fingerprint}\n".encode() or not self._is_laid_out():
-            log.warning("%s was begun from other files or with other options: starting over", self.path)
+            log.warning(
+                "%s was begun from other files, with other options or by a lowvram that lays it out otherwise: "
+                "starting over",
+                self.path,
+            )
             return 0
         kept = len(lines[0])
         for line in lines[1:]:

@@ -33,7 +33,7 @@ NF4_BLOCK = 64
 
 
 def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
-    """The VAE with its convolutions' weights as stored: dequantized at use where they are 8-bit."""
+    """The VAE with its convolutions' weights as stored, but channels-last: dequantized at use where they are 8-bit."""
     # diffusers takes two seconds to import: a rank that neither encodes nor decodes does not pay them.
     from lowvram_models.vae import StreamingVAE, build_vae
 
@@ -41,7 +41,7 @@ def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> St
     with torch.device("meta"):
         model = build_vae(component.config["base_dim"])
     swap_quantized(model, component)
-    load_slabs(model, component, device, dtype)
+    load_slabs(model, component, device, dtype, last=True)
     return StreamingVAE(model.eval().requires_grad_(False), dtype=dtype)
 
 

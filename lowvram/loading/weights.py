@@ -16,6 +16,7 @@ from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
 from lowvram_models.dit import CausalDiT
 from lowvram_models.names import SHARED, START
+from lowvram_models.vae_order import channels_last, last_of
 from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
@@ -99,11 +100,38 @@ def converted(name: str, stored: torch.dtype, dtype: torch.dtype) -> bool:
     return not (stored in (torch.int8, torch.float8_e4m3fn) or name.endswith(".weight_scale") or stored is dtype)
 
 
-def load_slabs(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
-    """Load every slab of a component."""
+def load_slabs(
+    model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype, *, last: bool = False
+) -> None:
+    """Load every slab of a component; with ``last``, weights of convolutions channels-last, as newer artifacts have
+    them."""
     check_complete(model, component)
     for slab in component.slab_names:
-        bind(model, component.views(slab, component.read_slab(slab).to(device)), dtype)
+        views = component.views(slab, component.read_slab(slab).to(device))
+        if last:
+            views = {
+                name: turned(view, owned=device.type != "cpu") if _of_convolution(model, name) else view
+                for name, view in views.items()
+            }
+        bind(model, views, dtype)
+
+
+def _of_convolution(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), nn.Conv2d | nn.Conv3d)
+
+
+def turned(weight: Tensor, *, owned: bool) -> Tensor:
+    """A convolution's weight [N, K, ...] channels-last. One that lies otherwise is turned in its own memory where that
+    is ``owned``: as a part of a slab on a device, which stays as long as any of it is used, so that copies would come
+    on top. The host's slabs are a file that cannot be written to."""
+    ordered = channels_last(weight)
+    if not owned or weight.is_contiguous(memory_format=last_of(weight)):
+        return ordered
+    rows, channels, *kernel = weight.shape
+    memory = weight.view(rows, *kernel, channels)
+    memory.copy_(ordered.movedim(1, -1))
+    return channels_last(memory.movedim(-1, 1))
 
 
 def check_complete(model: nn.Module, component: Component) -> None:

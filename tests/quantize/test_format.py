@@ -60,6 +60,10 @@ def raw_header(path: Path) -> tuple[dict, int]:
     return json.loads(raw[8 : 8 + length]), 8 + length
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8", "bf16", "fp32"])
 def test_every_component_is_a_plain_safetensors_file(artifacts, precision):
     for name in COMPONENTS:
@@ -71,9 +75,11 @@ def test_every_component_is_a_plain_safetensors_file(artifacts, precision):
             for slab in component.slab_names:
                 for tensor_name, view in component.views(slab, component.read_slab(slab)).items():
                     theirs = file.get_tensor(tensor_name)
+                    if component.tensor_channels_last(tensor_name):
+                        theirs = theirs.movedim(-1, 1)
                     assert view.dtype == theirs.dtype
                     assert view.shape == theirs.shape
-                    assert torch.equal(view.view(torch.uint8), theirs.view(torch.uint8))
+                    assert torch.equal(raw(view), raw(theirs))
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -130,7 +136,7 @@ def test_a_slab_is_read_to_a_buffer_in_one_piece(artifacts):
 def test_the_manifest_says_what_was_made_from_what(artifacts):
     manifest = manifest_of(artifacts("int8"))
     assert manifest["format"] == "lowvram-artifact"
-    assert manifest["format_version"] == 4
+    assert manifest["format_version"] == 5
     assert manifest["lowvram"] == version("lowvram")
     for library in ("torch", "diffusers", "transformers", "safetensors", "optimum-quanto", "bitsandbytes"):
         assert manifest["libraries"][library] == version(library)
@@ -237,10 +243,10 @@ def test_missing_and_truncated_files(artifact, name):
             Artifact.open(artifact)
 
 
-@pytest.mark.parametrize("found", [0, 5, 99, "1", None, True, 2.0])
+@pytest.mark.parametrize("found", [0, 6, 99, "1", None, True, 2.0])
 def test_another_format_version(artifact, found):
     replace_json(artifact / MANIFEST, lambda manifest: manifest.update(format_version=found))
-    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 to 4", "convert again"):
+    with refusal(CheckpointError, MANIFEST, f"format version {found!r}", "reads 1 to 5", "convert again"):
         Artifact.open(artifact)
 
 
@@ -266,9 +272,10 @@ def test_a_rotation_that_cannot_be(artifact, name, group):
 )
 def test_how_many_channels_were_rotated_together_in_which_version(artifact, version, group, known):
     def change(manifest):
-        for facts in manifest["components"]["dit"]["tensors"].values():
-            facts.pop("rotated_group", None)
-            facts.pop("smoothed", None)
+        for component in manifest["components"].values():
+            for facts in component["tensors"].values():
+                for key in ("rotated_group", "smoothed", "channels_last"):
+                    facts.pop(key, None)
         manifest["components"]["dit"]["tensors"][WIDE] |= {"rotated_group": group} if group > 1 else {}
         manifest["format_version"] = version
 

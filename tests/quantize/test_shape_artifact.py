@@ -70,7 +70,7 @@ def test_the_runtime_finds_the_model_it_expects(published):
 
 def test_its_linears_are_smoothed_and_rotated_as_convert_does(published):
     tensors = published.component("dit").facts["tensors"].values()
-    assert published.manifest["format_version"] == 4
+    assert published.manifest["format_version"] == 5
     assert {facts["rotated_group"] for facts in tensors if "rotated_group" in facts} == {256}
     assert sum("smoothed" in facts for facts in tensors) == 40 * 5 + 12
 
