@@ -16,6 +16,7 @@ from torch import nn
 from lowvram.denoise.cuda_graphs import Capture
 from lowvram.denoise.kv_format import Bytes, Own, kv_format
 from lowvram.loading.fused_block import fuse
+from lowvram.loading.residual import joined
 from lowvram_kernels.holding import holding
 from lowvram_kernels.modules import Attention, QuantizedLinear, swap_linear
 from lowvram_kernels.rotation import GROUP
@@ -195,7 +196,7 @@ def block_call(
     text = torch.randn(sizes.text_tokens, sizes.dim, dtype=dtype, device=device)
     rope = random_rope(sizes.tokens, sizes.dim // sizes.heads, device)
     inputs = LayerInputs(time=time, text=text, rope=rope, frames=1)
-    return lambda: block(x, inputs, memory)
+    return lambda: joined(block(x, inputs, memory))
 
 
 def limits_ms(sizes: Sizes, scheme: str, rates: Mapping[str, float]) -> dict[str, float]:

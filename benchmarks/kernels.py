@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from lowvram.denoise.cuda_graphs import CudaCapture
 from lowvram_kernels.chips import GENERATIONS, generation, has_fp8_units, has_triton
+from lowvram_kernels.libraries import COMFY, SAGE, attend
 from lowvram_kernels.linear import linear_w8a8
 from lowvram_kernels.norm import add_gated, add_gated_norm_rows, norm_rows
 from lowvram_kernels.projected import Projected, Projection, TurnedSink
@@ -256,6 +257,12 @@ def attention_row(watch: Stopwatch) -> dict[str, Any]:
                 times[name] = watch(lambda: F.scaled_dot_product_attention(q_1NLH, k, v))
         except RuntimeError as error:
             absent[name] = str(error).splitlines()[0]
+    # Of other libraries, in whatever they compute; the bf16 backend to beat is PyTorch's.
+    for rival in (SAGE, COMFY):
+        try:
+            times[rival] = watch(lambda rival=rival: attend(rival, q[None], *(t.transpose(1, 2) for t in (k, v))))
+        except Exception as error:  # whatever a library that is not ours raises: its row stays empty and says why
+            absent[rival] = f"{type(error).__name__}: {error}".splitlines()[0]
     few = slice(0, 64)
     exact = reference_ring_attention(q[few], blocks)
     error = (ring_attention(q[few], blocks).double() - exact).norm() / exact.norm()

@@ -1,4 +1,5 @@
-"""Attention over plain keys and values: every device goes through ``scaled_dot_product_attention``.
+"""Attention over plain keys and values: ``scaled_dot_product_attention``, which chooses among PyTorch's own kernels;
+another library's where the selftest found it as right, and faster.
 
 Keys and values that are held in 8 bits have their own operation, ``ring_attention``.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from lowvram_kernels.choices import TORCH, choose
+from lowvram_kernels.libraries import attend
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
@@ -24,8 +27,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [..., tokens, heads, head_dim] with "
             "equal heads and head_dim, and at least one key"
         )
-    record("attention", f"{str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention")
-    return sdpa(q, k, v)
+    dtype, backend = str(q.dtype).removeprefix("torch."), choose("attention", q.device)
+    if backend == TORCH or q.dtype is torch.float32:  # others take 16 bits only
+        record("attention", f"{dtype}: torch scaled_dot_product_attention")
+        return sdpa(q, k, v)
+    record("attention", f"{dtype}: {backend}")
+    return library_sdpa(backend, q, k, v)
+
+
+def library_sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As ``attention``, by one of ``choices.RIVALS``."""
+    four = [t.reshape(-1, *t.shape[-3:]) for t in (q, k, v)]
+    return attend(backend, *four).reshape(q.shape)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Every dispatcher asks ``choose``. A kernel that failed on a card is switched off there, for that one operation; another
 one is preferred where it was found to be faster. Both hold for the process, and ``noted`` lists them for the run's
 report. The last backend of an operation is plain PyTorch, or the operation's parts; it is what the others are measured
-against, and stays.
+against, and stays. Other libraries' kernels race ours: they are no backends of an operation until one is preferred.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lowvram_kernels import cpu_products
 from lowvram_kernels.chips import has_fp8_units, triton_serves
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.errors import DeviceError
+from lowvram_kernels.libraries import COMFY, CUDNN, SAGE, TORCHAO, installed
 
 TRITON, TORCH, ONE_BY_ONE = "triton", "torch", "one by one"
 
@@ -51,6 +52,13 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "ring_attention": (TRITON, TORCH),
     "attention": (TORCH,),
     "conv": (TORCH,),
+}
+
+# What runs an operation on CUDA only where it was found to be right and faster, and is installed.
+RIVALS: dict[str, tuple[str, ...]] = {
+    "linear_w8a8 int8": (TORCHAO, COMFY),
+    "linear_w8a8 int8 gelu": (TORCHAO, COMFY),
+    "attention": (CUDNN, SAGE, COMFY),
 }
 
 
@@ -93,17 +101,27 @@ def choose(operation: str, device: torch.device) -> str:
 
 
 def backends(operation: str, device: torch.device) -> tuple[str, ...]:
-    """Those that serve the device and are not off there, the one that runs first. Raises: as ``choose``."""
+    """Those that serve the device and are not off there, the one that runs first; of rivals those that are preferred.
+
+    Raises: as ``choose``.
+    """
     order = [name for name in _known(operation) if _serves(name, operation, device)]
+    racing = rivals(operation, device)
     if device.type == "cpu" and operation.startswith("linear_w8a8"):
         _note_findings(operation, device)
     with _lock:
         wanted = [note.backend for name in _names(device) if (note := _preferred.get((operation, name)))]
         return tuple(
             name
-            for name in dict.fromkeys([*(name for name in wanted if name in order), *order])
+            for name in dict.fromkeys([*(name for name in wanted if name in order or name in racing), *order])
             if not any((operation, name, where) in _off for where in _names(device))
         )
+
+
+def rivals(operation: str, device: torch.device) -> tuple[str, ...]:
+    """Other libraries' kernels that are there for an operation, whether or not they are right or fast."""
+    every = RIVALS.get(operation, ()) if device.type == "cuda" else ()
+    return tuple(name for name in every if installed(name))
 
 
 def switch_off(operation: str, backend: str, device: torch.device, reason: str) -> None:
@@ -128,7 +146,9 @@ def prefer(operation: str, backend: str, device: torch.device, reason: str) -> N
         ValueError: no such operation, no such backend of it, or one that does not serve the device.
     """
     _check(operation, backend)
-    if not _serves(backend, operation, device):
+    if not (
+        backend in rivals(operation, device) or (backend in _known(operation) and _serves(backend, operation, device))
+    ):
         raise ValueError(f"{backend!r} of {operation!r} was to be preferred on {device}, which it does not serve")
     note = Note(operation=operation, backend=backend, device=str(device), verdict="preferred", reason=reason)
     with _lock:
@@ -213,8 +233,9 @@ def _known(operation: str) -> tuple[str, ...]:
 
 
 def _check(operation: str, backend: str) -> None:
-    if backend not in _known(operation):
-        raise ValueError(f"{operation!r} has no backend {backend!r}; it has {', '.join(OPERATIONS[operation])}")
+    every = (*_known(operation), *RIVALS.get(operation, ()))
+    if backend not in every:
+        raise ValueError(f"{operation!r} has no backend {backend!r}; it has {', '.join(every)}")
 
 
 def _serves(backend: str, operation: str, device: torch.device) -> bool:

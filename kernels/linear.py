@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM, int_product, scaled_product
+from lowvram_kernels.libraries import COMFY, TORCHAO, int8_product
 from lowvram_kernels.rotation import check_group
 from lowvram_kernels.rows import NAMES, check_smooth, quantize_rows, reference_rows
 from lowvram_kernels.trace import record
@@ -42,7 +43,7 @@ _TOGETHER = "linears_w8a8 int8"
 _REPORTED = {
     (dtype, backend): f"{name}: {backend}"
     for dtype, name in NAMES.items()
-    for backend in (TRITON, INT_MM, SCALED_MM, FLOAT32)
+    for backend in (TRITON, INT_MM, SCALED_MM, FLOAT32, TORCHAO, COMFY)
 }
 
 
@@ -152,8 +153,11 @@ def _product(
         from lowvram_kernels.triton_linear import linear_triton
 
         return linear_triton(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, gelu=gelu, dtype=dtype)
-    product = {INT_MM: int8_mm, SCALED_MM: fp8_mm, FLOAT32: wide_mm}[backend]
-    out = product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
+    if backend in (TORCHAO, COMFY):
+        out = library_mm(backend, q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
+    else:
+        product = {INT_MM: int8_mm, SCALED_MM: fp8_mm, FLOAT32: wide_mm}[backend]
+        out = product(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N, dtype)
     return F.gelu(out, approximate="tanh") if gelu else out
 
 
@@ -182,6 +186,20 @@ def int8_mm(
         product = torch._int_mm(*_padded_for_cublas(q_MK, weight_NK))[:rows, :columns]
     else:
         product = int_product(q_MK, weight_NK)
+    return _epilogue(product.float().mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
+
+
+def library_mm(
+    backend: str,
+    q_MK: Tensor,
+    scale_M1: Tensor,
+    weight_NK: Tensor,
+    weight_scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Another library's int8 product, scales and bias behind it as behind ``torch._int_mm``."""
+    product = int8_product(backend, q_MK, weight_NK)
     return _epilogue(product.float().mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
 

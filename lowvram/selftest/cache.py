@@ -20,6 +20,7 @@ import lowvram_kernels
 from lowvram.planning.measure import driver_version
 from lowvram.planning.measured import cache_folder, read_cache, write_cache
 from lowvram.selftest.results import Result
+from lowvram_kernels import libraries
 from lowvram_kernels.chips import has_triton, triton_wanted
 
 _WHAT = "results of checks"
@@ -87,6 +88,7 @@ class Identity:
     triton: str
     lowvram: str
     kernels: str
+    libraries: str = "none"
 
     @property
     def key(self) -> str:
@@ -104,6 +106,7 @@ def identity_of(device: torch.device) -> Identity:
         triton=str(importlib.import_module("triton").__version__) if has_triton() and triton_wanted() else "none",
         lowvram=version("lowvram"),
         kernels=kernels_digest(),
+        libraries=", ".join(f"{name} {number}" for name, number in libraries.versions().items()) or "none",
     )
 
 

@@ -14,7 +14,7 @@ from lowvram.selftest import ring_trials, trials
 from lowvram.selftest.results import Result, Subject
 from lowvram.selftest.trials import FULL, SMALL, Sizes, Trial, beside_finite, worst
 from lowvram_kernels.chips import has_fp8_units
-from lowvram_kernels.choices import FP8, INT8, OPERATIONS, ROTATED, TRITON, WIDE, backends
+from lowvram_kernels.choices import FP8, INT8, OPERATIONS, ROTATED, TRITON, WIDE, backends, rivals
 from lowvram_kernels.rotation import GROUP, SYLVESTER
 
 Make = Callable[[Sizes, torch.device], Trial]  # the operation on random operands
@@ -67,6 +67,9 @@ def kernel_checks(device: torch.device) -> Iterator[Check]:
             for backend in (TRITON, *serving) if interpretable else serving:
                 if FP8 not in operation or has_fp8_units(device):  # without the units no rows are quantized to fp8
                     yield kernel_check(operation, backend, sizes, device, make)
+            for rival in rivals(operation, device):
+                if rival not in serving:
+                    yield kernel_check(operation, rival, sizes, device, make)
 
 
 def kernel_check(operation: str, backend: str, sizes: Sizes, device: torch.device, make: Make) -> Check:

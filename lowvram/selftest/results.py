@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lowvram.offload.replaying import trust
-from lowvram_kernels.choices import OPERATIONS, prefer, switch_off
+from lowvram_kernels.choices import OPERATIONS, RIVALS, prefer, switch_off
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,9 @@ def judge(results: Sequence[Result]) -> Verdict:
     preferred: list[Preferred] = []
     stuck = [result for result in results if result.status == "failed" and not result.subject.operation]
     for operation, order in OPERATIONS.items():
-        own = [result for result in results if result.subject.operation == operation]
+        every = [result for result in results if result.subject.operation == operation]
+        racing = RIVALS.get(operation, ())
+        own = [result for result in every if result.subject.backend not in racing]
         failed = {result.subject.backend: result for result in reversed(own) if result.status == "failed"}
         good = [backend for backend in order if backend not in failed and _passed(own, backend)]
         for backend, result in failed.items():
@@ -127,7 +129,10 @@ def judge(results: Sequence[Result]) -> Verdict:
                 continue
             reason = f"{result.subject.size} shapes: {result.message}"
             off.append(SwitchedOff(operation=operation, backend=backend, reason=reason, instead=good[0]))
-        if (fast := _fastest(operation, own, good)) is not None:
+        wrong = {result.subject.backend for result in every if result.status != "passed"}
+        # A rival that is not right at every size is no backend at all: nothing is lost, and nothing is to be said.
+        right = [name for name in racing if name not in wrong and _passed(every, name)]
+        if (fast := _fastest(operation, every, [*good, *right])) is not None:
             preferred.append(fast)
     replays = any(result.subject.name == REPLAYS and result.status == "passed" for result in results)
     return Verdict(off=tuple(off), preferred=tuple(preferred), stuck=tuple(stuck), replays=replays)

@@ -7,13 +7,14 @@ rows where all would take gigabytes; that nothing is NaN or infinite is asked of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from lowvram_kernels.choices import ONE_BY_ONE, TORCH, TRITON
+from lowvram_kernels.choices import ONE_BY_ONE, RIVALS, TORCH, TRITON
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
-from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, linear_q8, reference_w8a8, wide_mm
+from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, library_mm, linear_q8, reference_w8a8, wide_mm
 from lowvram_kernels.norm import reference_add_gated, reference_norm_rows
 from lowvram_kernels.rotation import largest_group, rotated
 from lowvram_kernels.rows import reference_rows
@@ -168,7 +169,13 @@ def linear(sizes: Sizes, device: torch.device, dtype: torch.dtype, *, gelu: bool
         expected = reference_w8a8(x[rows], weight, weight_scale, bias, gelu=gelu)
         return {"product": Measured(error=relative_error(out["product"][rows], expected), bound=bound)}
 
-    return Trial(backends={TRITON: triton, INT_MM if int8 else SCALED_MM: library, FLOAT32: wide}, judge=judge)
+    def other(name: str) -> Outputs:
+        out = library_mm(name, *operands, torch.bfloat16)
+        return {"product": torch.nn.functional.gelu(out, approximate="tanh") if gelu else out}
+
+    rivals = {name: functools.partial(other, name) for name in RIVALS["linear_w8a8 int8"]} if int8 else {}
+    own = {TRITON: triton, INT_MM if int8 else SCALED_MM: library, FLOAT32: wide}
+    return Trial(backends=own | rivals, judge=judge)
 
 
 def linears(sizes: Sizes, device: torch.device) -> Trial:
