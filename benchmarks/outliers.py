@@ -41,6 +41,7 @@ from trained_networks import PACKAGES, Layer, minilm, whisper
 from lowvram.infer import machine
 from lowvram.planning import CARDS, Workload
 from lowvram.planning.memory_costs import step_operations
+from lowvram.planning.operation_rates import OPERATION_RATES
 from lowvram.planning.rank_layout import whole
 from lowvram_kernels.rotation import GROUP
 from lowvram_models.config import DiTConfig
@@ -156,9 +157,12 @@ def predicted(name: str) -> float | None:
     config, work = DiTConfig.from_dict(PUBLISHED.dit), Workload.of_size("704*384")
     rates, tokens = CARDS[CARD].rates, work.block_tokens
     step = step_operations(config, work, whole(config, work))
-    reached = rates.efficiency
-    linear = rates.int8 * reached["linear"]
-    seconds = step.linear / linear + step.attention / (rates.bf16 * reached["attention"])
+
+    def reached(operation: str) -> float:
+        return OPERATION_RATES[operation].reached(rates.generation, measured=False).expected
+
+    linear, wide = rates.int8 * reached("int8 Linear"), rates.bf16 * reached("16 or 32 bit Linear")
+    seconds = step.linear / linear + step.attention / (rates.int8 * reached("int8 attention"))
     down = tokens * config.num_layers * config.ffn_dim
     # Inputs of q k v, o, the text's q and o, and of both Linears of the feed-forward.
     values = tokens * config.num_layers * (5 * config.dim + config.ffn_dim)
@@ -170,11 +174,11 @@ def predicted(name: str) -> float | None:
         if name == MEASURED:  # a product a value where no norm takes the factors
             more += tokens * config.num_layers * (2 * config.dim + config.ffn_dim) / (rates.fp32 / 2)
     elif name == "FFN-down in bf16":
-        more = 2 * down * config.dim * (1 / (rates.bf16 * reached["linear"]) - 1 / linear)
+        more = 2 * down * config.dim * (1 / wide - 1 / linear)
     elif name.startswith("SVD"):
         rank = int(name.split()[-1])
         outputs = tokens * config.num_layers * (7 * config.dim + config.ffn_dim)
-        more = 2 * rank * (values + outputs) / (rates.bf16 * reached["linear"])
+        more = 2 * rank * (values + outputs) / wide
     elif name == BEFORE:
         more = 0.0
     return None if more is None else more / seconds

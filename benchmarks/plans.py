@@ -1,8 +1,10 @@
 """What fits where? Plans of the 14B for usual cards, one or several, each also run on simulated GPUs of that size.
 
-python benchmarks/plans.py [--out benchmarks/results/plans.json]
+python benchmarks/plans.py [--out benchmarks/results/plans.json] [--simulated benchmarks/results/plans.json]
 
-Nothing here is measured on a GPU: bytes are planned and simulated, seconds predicted from data-sheet rates.
+Nothing here is measured on a GPU: bytes are planned and simulated, seconds predicted from data-sheet rates and the
+shares of them in ``lowvram.planning.operation_rates``. Simulating takes a quarter of an hour: with ``--simulated`` what
+an earlier run found is taken over wherever the same is placed in the same way, and only the others are simulated anew.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,12 @@ TEAMS = [(gpus, size) for size in ("704*384", "720*400") for gpus in (2, 3, 4, 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--simulated", type=Path, help="results of an earlier run, whose simulations are taken over")
     options = parser.parse_args()
+    before = json.loads(options.simulated.read_text()) if options.simulated else {"plans": [], "teams": []}
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), *case) for case in CASES]
-        teams = [measure_team(Path(folder), *case) for case in TEAMS]
+        rows = [measure(Path(folder), *case, before=before["plans"]) for case in CASES]
+        teams = [measure_team(Path(folder), *case, before=before["teams"]) for case in TEAMS]
     print(markdown(rows), team_markdown(teams), sep="\n\n")
     result = {
         "question": "what fits where?",
@@ -59,9 +64,11 @@ def main() -> None:
         sys.exit(f"did not fit as planned: {', '.join(over)}")
 
 
-def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> dict[str, Any]:
+def measure(
+    folder: Path, card: str, gib: float, precision: str, size: str, before: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """``before``: rows of an earlier run, one of which may be of the same placement."""
     from lowvram.planning import CARDS, Workload, plan
-    from lowvram.simulate.dry_run import dry_run
 
     artifact = published(folder, precision)
     found = plan(
@@ -71,8 +78,7 @@ def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> d
         ram_bytes=RAM_GIB * GIB,
         card=CARDS[card],
     )
-    run = dry_run(artifact, found)
-    return {
+    row = {
         "card": card,
         "precision": precision,
         "size": size,
@@ -81,18 +87,43 @@ def measure(folder: Path, card: str, gib: float, precision: str, size: str) -> d
         "rings_on_host": len(found.placement.host_rings),
         "wave": found.placement.wave,
         "planned_device_gib": found.peak_vram_bytes / GIB,
-        "simulated_device_gib": run.peak_reserved / GIB,
         "host_gib": found.peak_host_bytes / GIB,
         "predicted_seconds_per_block": found.seconds_per_block,
+        "predicted_range": list(found.seconds_range),
         "limited_by": found.limited_by,
-        "given_up": list(run.given_up),
     }
+    return row | (earlier(row, before) or simulate(artifact, found))
 
 
-def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
-    """The layout that is taken by itself."""
+def simulate(artifact: Any, found: Any) -> dict[str, Any]:
+    from lowvram.simulate.dry_run import dry_run
+
+    run = dry_run(artifact, found)
+    return {"simulated_device_gib": run.peak_reserved / GIB, "given_up": list(run.given_up)}
+
+
+# What decides of a row how much its simulation takes.
+_SAME = ("card", "gpus", "precision", "size", "budget_gib", "layers_streamed", "rings_on_host", "wave", "layout")
+_PLANNED = "planned_device_gib"
+
+
+def earlier(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What was simulated of the same placement, None where nothing was."""
+    for old in before:
+        same = all(old.get(name) == row.get(name) for name in _SAME) and abs(old[_PLANNED] - row[_PLANNED]) < 1e-6
+        if same and _of_ranks(old) == _of_ranks(row):
+            return {name: old[name] for name in ("simulated_device_gib", "given_up")}
+    return None
+
+
+def _of_ranks(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    names = ("role", "layers_streamed", "rings_on_host", "wave")
+    return [tuple(rank[name] for name in names) for rank in row.get("ranks", ())]
+
+
+def measure_team(folder: Path, gpus: int, size: str, before: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The layout that is taken by itself; ``before`` as for one card."""
     from lowvram.planning import CARDS, Machines, Workload, alternatives, choose_team
-    from lowvram.simulate.dry_run import dry_run_team
 
     artifact, work = published(folder, "int8"), Workload.of_size(size)
     there = Machines(
@@ -102,8 +133,7 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
         ram_bytes=[RAM_GIB * GIB],
     )
     team = choose_team(artifact, work, there)
-    runs = dry_run_team(artifact, team)
-    return {
+    row = {
         "gpus": gpus,
         "card": TEAM_CARD,
         "size": size,
@@ -113,19 +143,18 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
             {
                 "role": plan.share.role.name,
                 "planned_device_gib": plan.peak_vram_bytes / GIB,
-                "simulated_device_gib": run.peak_reserved / GIB,
                 "layers_streamed": len(plan.placement.streamed_layers),
                 "rings_on_host": len(plan.placement.host_rings),
                 "rings": plan.rings,
                 "wave": plan.placement.wave,
                 "predicted_seconds_per_block": plan.seconds_per_block,
             }
-            for plan, run in zip(team.ranks, runs, strict=True)
+            for plan in team.ranks
         ],
         "planned_device_gib": max(plan.peak_vram_bytes for plan in team.ranks) / GIB,
-        "simulated_device_gib": max(run.peak_reserved for run in runs) / GIB,
         "host_gib": team.host[0].peak / GIB,
         "predicted_seconds_per_block": team.seconds_per_block,
+        "predicted_range": list(team.seconds_range),
         "predicted_frames_per_second": team.frames_per_s,
         "predicted_first_block_seconds": team.first_block_s,
         "limited_by": team.limited_by,
@@ -133,6 +162,16 @@ def measure_team(folder: Path, gpus: int, size: str) -> dict[str, Any]:
             each.layout.words(): each.plan.seconds_per_block if each.plan else None
             for each in alternatives(artifact, work, there)
         },
+    }
+    return row | (earlier(row, before) or simulate_team(artifact, team))
+
+
+def simulate_team(artifact: Any, team: Any) -> dict[str, Any]:
+    from lowvram.simulate.dry_run import dry_run_team
+
+    runs = dry_run_team(artifact, team)
+    return {
+        "simulated_device_gib": max(run.peak_reserved for run in runs) / GIB,
         "given_up": [words for run in runs for words in run.given_up],
     }
 
@@ -147,6 +186,11 @@ def published(folder: Path, precision: str) -> Any:
     return Artifact.open(path)
 
 
+def ranged(row: Mapping[str, Any], digits: int = 1) -> str:
+    low, high = row["predicted_range"]
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| card | weights | size | budget | planned | simulated | host | streamed layers, rings | seconds a block |",
@@ -158,7 +202,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['planned_device_gib']:.1f} GiB | {row['simulated_device_gib']:.1f} GiB "
             f"| {row['host_gib']:.0f} GiB "
             f"| {row['layers_streamed']} of 40, {row['rings_on_host']} of 160 "
-            f"| {row['predicted_seconds_per_block']:.1f} ({row['limited_by']}) |"
+            f"| {row['predicted_seconds_per_block']:.1f} ({ranged(row)}; {row['limited_by']}) |"
         )
     return "\n".join(lines)
 
@@ -173,7 +217,8 @@ def team_markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['gpus']} x {row['card']} | {row['size']} | {row['layout']} "
             f"| {row['planned_device_gib']:.1f} GiB | {row['simulated_device_gib']:.1f} GiB "
-            f"| {row['host_gib']:.0f} GiB | {hosted} | {row['predicted_seconds_per_block']:.2f} ({row['limited_by']}) "
+            f"| {row['host_gib']:.0f} GiB | {hosted} "
+            f"| {row['predicted_seconds_per_block']:.2f} ({ranged(row, 2)}; {row['limited_by']}) "
             f"| {row['predicted_frames_per_second']:.1f} | {row['predicted_first_block_seconds']:.1f} s |"
         )
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from lowvram.devices import choose_dtype, cuda_is_here
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.rank_env import RankEnv
 from lowvram.parallel.rank_team import RankTeam
-from lowvram.planning.cards import Card, Rates
+from lowvram.planning.cards import Card, rates_from_json
 from lowvram.planning.layout_choice import choose_team
 from lowvram.planning.library_memory import parse_outside
 from lowvram.planning.measure import CudaRunner, card_at_hand, contended_rates
@@ -159,5 +159,5 @@ def _card_in_turn(team: RankTeam, device: torch.device) -> Card:
 def _card(values: dict[str, Any]) -> Card:
     """From what ``dataclasses.asdict`` and JSON made of it."""
     outside, nccl = values["outside"], tuple((ranks, nbytes) for ranks, nbytes in values["nccl"])
-    rates = Rates(**values["rates"])
+    rates = rates_from_json(values["rates"])
     return Card(**values | {"rates": rates, "outside": outside and parse_outside(outside), "nccl": nccl})

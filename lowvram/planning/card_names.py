@@ -178,7 +178,7 @@ def custom_card(text: str) -> Card:
         name="custom",
         vram_bytes=vram,
         usable_bytes=usable,
-        rates=dataclasses.replace(like.rates, **rates),  # type: ignore[arg-type]  # fields are those of _FIELDS
+        rates=dataclasses.replace(like.rates, **rates, generation=sm),  # type: ignore[arg-type]  # fields are _FIELDS'
         generation=sm,
         said=f"{', '.join(taken)} of the custom card are those of {like.name}" if taken else "",
     )

@@ -50,6 +50,7 @@ def _card(name: str, sm: int, mib: int, *, rates: Tops, memory: float, link: str
             h2d=over,
             d2h=over,
             memory=memory * GIGA,
+            generation=sm,
         ),
         generation=sm,
         said=_OF_A_LAPTOP if name.endswith("-laptop") or "-laptop-" in name else "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,23 +13,24 @@ from lowvram_kernels.chips import GENERATIONS
 
 TERA, GIGA = 1e12, 1e9
 
-# Share of a peak rate that a whole layer reaches, until it is measured: Linears with the passes over their inputs and
-# outputs (quantizing, norms, residuals), fused attention, and the VAE's convolutions, which wait for memory.
-# A rate that was measured on the card is that of a large product already, and less is lost from it.
-DATA_SHEET_EFFICIENCY = {"linear": 0.6, "attention": 0.6, "vae": 0.3}
-MEASURED_EFFICIENCY = {"linear": 0.75, "attention": 0.7, "vae": 0.4}
-
 # What a card sends to another while it receives as much. GeForce cards from the RTX 40 on have no way to each other but
 # through host memory, where NCCL writes and reads again what a card with 16 lanes of PCIe 4.0 could carry at 25 GB/s.
 # Not measured: a judgement, and said in every plan that depends on it. Cards with NVLink do far better.
 LINK_BYTES_PER_S = 10 * GIGA
 
 
+# Of these generations an SM has 64 float32 units, of all others 128; special function units are 16 on every one.
+_FEW_UNITS, _UNITS, _SPECIAL_UNITS = (60, 70, 75, 80), 128, 16
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
     """Dense operations a second and bytes a second. ``fp8`` None: no FP8 units, fp8 weights are widened to what is
     computed in. ``fp32`` is IEEE's, without TF32. ``memory`` is what the card reads of its own, None where that is not
-    known."""
+    known. ``generation`` is the compute capability without the dot, None where that is not known.
+
+    What of them is reached is said in ``operation_rates``; ``timed`` has pairs of an operation named there and the
+    operations a second that it did at the model's shapes on this card."""
 
     int8: float
     fp8: float | None
@@ -37,10 +40,19 @@ class Rates:
     d2h: float
     measured: bool = False
     memory: float | None = None
+    generation: int | None = None
+    timed: tuple[tuple[str, float], ...] = ()
 
     @property
-    def efficiency(self) -> dict[str, float]:
-        return MEASURED_EFFICIENCY if self.measured else DATA_SHEET_EFFICIENCY
+    def instructions(self) -> float:
+        """Of float32 units, a second: each does a multiplication and an addition in one."""
+        return self.fp32 / 2
+
+    @property
+    def exp2(self) -> float:
+        """A second, of the special function units."""
+        units = _UNITS // 2 if self.generation in _FEW_UNITS else _UNITS
+        return self.instructions * _SPECIAL_UNITS / units
 
     def of(self, scheme: str, dtype: torch.dtype) -> float:
         """Peak operations a second of Linears that are stored as ``scheme``, where the others compute in ``dtype``."""
@@ -50,6 +62,12 @@ class Rates:
     def values(self, dtype: torch.dtype) -> float:
         """Peak operations a second of what is not 8-bit."""
         return self.fp32 if dtype is torch.float32 else self.bf16
+
+
+def rates_from_json(values: Mapping[str, Any]) -> Rates:
+    """From what ``dataclasses.asdict`` and JSON made of them. Raises: TypeError or ValueError where it was not that."""
+    timed = tuple((name, rate) for name, rate in values.get("timed", ()))
+    return Rates(**{**values, "timed": timed})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ import torch
 from lowvram.devices import computing_on
 from lowvram.offload.oom import free_cached
 from lowvram.offload.pinning import mapped, registry
-from lowvram.planning.cards import Card, Rates
+from lowvram.planning.cards import Card, Rates, rates_from_json
 from lowvram.planning.library_memory import group_bytes, outside_allocator
 from lowvram.planning.measured import cache_folder, read_cache, write_cache
+from lowvram.planning.timed import timed_on
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 COPY_BYTES = 256 * 2**20
 PRODUCT_SIZE = 8192
 REPEATS = 5
+_FIRST_WITH_FP8 = 89
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -50,11 +52,13 @@ class Runner(Protocol):
         ...
 
     @property
-    def has_fp8(self) -> bool: ...
+    def generation(self) -> int:
+        """The compute capability without the dot."""
+        ...
 
     def seconds(self, what: str) -> float:
-        """Seconds of one copy of ``COPY_BYTES`` ("h2d", "d2h") or one product of ``PRODUCT_SIZE`` ("bf16", "int8",
-        "fp8", "fp32"), started and finished on the card."""
+        """Seconds of one copy of ``COPY_BYTES`` ("h2d", "d2h", "memory": within the card) or one product of
+        ``PRODUCT_SIZE`` ("bf16", "int8", "fp8", "fp32"), started and finished on the card."""
         ...
 
 
@@ -81,8 +85,9 @@ class CudaRunner:
         return torch.cuda.mem_get_info(self._device)
 
     @property
-    def has_fp8(self) -> bool:
-        return torch.cuda.get_device_capability(self._device) >= (8, 9)
+    def generation(self) -> int:
+        major, minor = torch.cuda.get_device_capability(self._device)
+        return 10 * major + minor
 
     def seconds(self, what: str) -> float:
         # Pinned memory, too, belongs to the current device: without this the first card would lose some of its own.
@@ -106,6 +111,9 @@ class CudaRunner:
             card = torch.empty(COPY_BYTES, dtype=torch.uint8, device=self._device)
             dst, src = (card, host) if what == "h2d" else (host, card)
             return lambda: dst.copy_(src, non_blocking=True)
+        if what == "memory":
+            source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2))
+            return lambda: target.copy_(source)
         shape = (PRODUCT_SIZE, PRODUCT_SIZE)
         if what == "int8":
             a, b = (torch.ones(shape, dtype=torch.int8, device=self._device) for _ in range(2))
@@ -140,12 +148,14 @@ def measure(runner: Runner) -> Rates:
     operations = 2 * PRODUCT_SIZE**3
     return Rates(
         int8=operations / best("int8"),
-        fp8=operations / best("fp8") if runner.has_fp8 else None,
+        fp8=operations / best("fp8") if runner.generation >= _FIRST_WITH_FP8 else None,
         bf16=operations / best("bf16"),
         fp32=operations / best("fp32"),
         h2d=COPY_BYTES / best("h2d"),
         d2h=COPY_BYTES / best("d2h"),
         measured=True,
+        memory=2 * COPY_BYTES / best("memory"),  # read and written
+        generation=runner.generation,
     )
 
 
@@ -158,7 +168,8 @@ def rates_of(device: torch.device, *, runner: Runner | None = None, file: Path |
     runner = runner or CudaRunner(device)
     file = file or cache_file()
     known = _read(file)
-    if runner.key in known:
+    # An earlier edition measured no memory.
+    if runner.key in known and known[runner.key].memory is not None:
         return known[runner.key]
     log.info("measuring %s: copies and products, a few seconds", runner.name)
     rates = measure(runner)
@@ -175,6 +186,8 @@ def card_at_hand(device: torch.device, *, runner: Runner | None = None, file: Pa
     free, total = runner.memory
     outside = outside_allocator(runner.key, file=file.with_name("outside_allocator.json") if file else None)
     nccl = group_bytes(runner.key, file=file.with_name("grouped.json") if file else None)
+    timed = timed_on(runner.key, file=file.with_name("timed.json") if file else None)
+    rates = dataclasses.replace(rates, timed=timed)
     return Card(name=runner.name, vram_bytes=total, usable_bytes=free, rates=rates, outside=outside, nccl=nccl)
 
 
@@ -192,12 +205,14 @@ def _read(file: Path) -> dict[str, Rates]:
 
 
 def _rates(values: dict[str, Any]) -> Rates:
-    rates = Rates(**values)
+    rates = rates_from_json(values)
     for name in ("int8", "bf16", "fp32", "h2d", "d2h"):
         if not isinstance(getattr(rates, name), (int, float)) or not getattr(rates, name) > 0:
             raise ValueError(f"{name} is {getattr(rates, name)!r}, expected a rate above 0")
-    if rates.fp8 is not None and not (isinstance(rates.fp8, (int, float)) and rates.fp8 > 0):
-        raise ValueError(f"fp8 is {rates.fp8!r}, expected a rate above 0 or null")
+    for name in ("fp8", "memory"):
+        value = getattr(rates, name)
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"{name} is {value!r}, expected a rate above 0 or null")
     return rates
 
 

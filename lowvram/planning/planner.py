@@ -11,6 +11,7 @@ from lowvram.planning.cards import GIGA, LINK_BYTES_PER_S, Card
 from lowvram.planning.members import Machines, Member, Shortfall, host_of, settle
 from lowvram.planning.memory import MachineParts
 from lowvram.planning.model_sizes import ModelSizes, model_sizes
+from lowvram.planning.operation_rates import Bound
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import (
     Budgets,
@@ -25,7 +26,7 @@ from lowvram.planning.rank_plan import (
     words_of,
 )
 from lowvram.planning.search import Job
-from lowvram.planning.timing import Seconds, slowest
+from lowvram.planning.timing import Seconds, range_words, slowest
 from lowvram.planning.workload import Workload
 from lowvram_models.constants import FRAMES_PER_LATENT
 from lowvram_quantize.format import Artifact
@@ -51,18 +52,40 @@ class TeamPlan:
     @property
     def stages(self) -> tuple[Seconds, ...]:
         """Of each stage; its ranks wait for each other in every layer."""
+        return self.stages_at("expected")
+
+    def stages_at(self, bound: Bound) -> tuple[Seconds, ...]:
         members = [self.layout.members(stage) for stage in range(self.layout.stages)]
-        return tuple(slowest(self.ranks[rank].seconds for rank in ranks) for ranks in members)
+        return tuple(slowest(self.ranks[rank].seconds_at(bound) for rank in ranks) for ranks in members)
 
     @property
     def parts(self) -> dict[str, Seconds]:
         """All that work at once, by name."""
-        stages = {f"stage {index}": seconds for index, seconds in enumerate(self.stages)}
-        return stages | ({"VAE": self.ranks[-1].seconds} if self.layout.vae_rank else {})
+        return self.parts_at("expected")
+
+    def parts_at(self, bound: Bound) -> dict[str, Seconds]:
+        stages = {f"stage {index}": seconds for index, seconds in enumerate(self.stages_at(bound))}
+        return stages | ({"VAE": self.ranks[-1].seconds_at(bound)} if self.layout.vae_rank else {})
 
     @property
     def seconds_per_block(self) -> float:
         return max(seconds.block for seconds in self.parts.values())
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """Of a block, low and high."""
+        low, high = (max(each.block for each in self.parts_at(bound).values()) for bound in ("low", "high"))
+        return low, high
+
+    @property
+    def slowest_ranks(self) -> dict[str, Plan]:
+        """Of each of ``parts`` the rank whose block takes longest."""
+        members = {f"stage {stage}": self.layout.members(stage) for stage in range(self.layout.stages)}
+        slow = {
+            name: max((self.ranks[rank] for rank in ranks), key=lambda plan: plan.seconds.block)
+            for name, ranks in members.items()
+        }
+        return slow | ({"VAE": self.ranks[-1]} if self.layout.vae_rank else {})
 
     @property
     def frames_per_s(self) -> float:
@@ -93,7 +116,8 @@ class TeamPlan:
         return (
             f"plan for {len(self.ranks)} ranks, {self.layout.words()}: predicted are at most "
             f"{gib(highest.peak_vram_bytes)} of a device ({highest.share.role.name}), {host} on the host, all ranks "
-            f"together, and {self.seconds_per_block:.2f} s a block ({self.limited_by})"
+            f"together, and {self.seconds_per_block:.2f} s a block ({self.limited_by}; "
+            f"{range_words(*self.seconds_range)})"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from lowvram.byte_sizes import gib
 from lowvram.offload.placement import Placement
+from lowvram.planning.block_tasks import Task
 from lowvram.planning.cards import Card
 from lowvram.planning.library_memory import FLAT_BYTES, NCCL_FLAT_BYTES, SLACK_BYTES
 from lowvram.planning.memory import (
@@ -23,9 +24,10 @@ from lowvram.planning.memory import (
 )
 from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.model_sizes import ModelSizes
+from lowvram.planning.operation_rates import Bound
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.search import Job, least_placement
-from lowvram.planning.timing import Limits, Seconds, Traffic, limits, traffic
+from lowvram.planning.timing import Limits, Seconds, Traffic, limits, range_words, traffic
 from lowvram.planning.workload import Workload
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError
 
@@ -66,9 +68,9 @@ _SMALLER_SIZES = ("1280*720", "832*480", "720*400", "704*384", "512*320", "384*2
 class Plan:
     """A placement and what it is predicted to take. Bytes, and seconds of one block in the steady state.
 
-    ``operations`` are those of one step of a block. ``stage_peaks`` are device bytes without ``reserve_bytes``;
-    ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and ``sink_bytes`` are keys and values alone, their
-    scales and means apart, wherever they lie.
+    ``operations`` are those of one step of a block; ``tasks`` is all that ``seconds`` are made of. ``stage_peaks`` are
+    device bytes without ``reserve_bytes``; ``peak_vram_bytes`` is the highest with it. ``kv_ring_bytes`` and
+    ``sink_bytes`` are keys and values alone, their scales and means apart, wherever they lie.
 
     Of one rank of several, everything is what its ``share`` takes, but for ``reference`` and ``limits``, which are of a
     whole run; the weights in ``host`` lie there once for all ranks of a machine that stream them, and
@@ -97,6 +99,7 @@ class Plan:
     sink_bytes: int
     sink_scale_bytes: int
     traffic: Traffic
+    tasks: tuple[Task, ...]
     seconds: Seconds
     limits: Limits
     notes: tuple[str, ...] = ()
@@ -122,6 +125,15 @@ class Plan:
     def seconds_per_block(self) -> float:
         return self.seconds.block
 
+    def seconds_at(self, bound: Bound) -> Seconds:
+        """``seconds`` are those that are expected; "low" and "high" ones those of the best and the poorest rates."""
+        return Seconds.of(self.tasks, bound)
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """Of a block, low and high."""
+        return self.seconds_at("low").block, self.seconds_at("high").block
+
     @property
     def limited_by(self) -> str:
         """What takes longer; see ``Seconds``."""
@@ -142,7 +154,8 @@ class Plan:
         return (
             f"plan: {dit if self.share.denoises else ''}predicted are "
             f"{gib(self.peak_vram_bytes)} of {gib(self.vram_budget_bytes)} on the device, {gib(self.peak_host_bytes)} "
-            f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block"
+            f"of {gib(self.ram_budget_bytes)} on the host and {self.seconds_per_block:.2f} s a block "
+            f"({range_words(*self.seconds_range)})"
         )
 
 
@@ -198,6 +211,7 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
     ring = ring_costs(sizes.config, work, placement.kv, share)
     sink = sink_bytes(sizes.config, work, placement.kv, share)
     peaks = stage_peaks(sizes, work, placement, parts, job.text_device, share)
+    tasks = job.tasks(placement, card.rates)
     return Plan(
         placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
         workload=work,
@@ -221,7 +235,8 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
         sink_bytes=sink.payload,
         sink_scale_bytes=sink.scales,
         traffic=traffic(sizes, work, placement, share),
-        seconds=job.seconds(placement, card.rates),
+        tasks=tuple(tasks),
+        seconds=Seconds.of(tasks),
         limits=limits(sizes, work, card.rates),
         notes=_notes(job, card),
     )
@@ -229,8 +244,8 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
 
 def _notes(job: Job, card: Card) -> tuple[str, ...]:
     source = "rates measured on this card" if card.rates.measured else "data-sheet rates"
-    reached = ", ".join(f"{name} {value:.0%}" for name, value in card.rates.efficiency.items())
-    notes = [f"seconds are predicted from {source} and the share of them that is assumed: {reached}", *card.notes]
+    said = f"seconds are predicted from {source} and the shares of them in the table of operations, not measured"
+    notes = [said, *card.notes]
     if job.text_device == "cpu":
         reason = "is to run on the host" if job.options.t5_cpu else "does not fit on the device: it runs on the host"
         notes.append(f"the text encoder {reason}, once a video")

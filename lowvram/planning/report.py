@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib
+from lowvram.planning.breakdown import breakdown_table, rows_of_tasks
 from lowvram.planning.rank_plan import Plan, Reserve
+from lowvram.planning.timing import range_words
 
 _PART_NAMES = {
     "shared_weights": "embeddings, head, audio encoder of the DiT",
@@ -55,6 +57,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "pcie_d2h_bytes_per_block": plan.traffic.d2h,
         "seconds_per_block": plan.seconds_per_block,
         "seconds": dataclasses.asdict(plan.seconds),
+        "seconds_range": list(plan.seconds_range),
+        "breakdown": [row.to_json() for row in rows_of_tasks(plan.tasks)],
         "limited_by": plan.limited_by,
         "limits": dataclasses.asdict(plan.limits),
         "tflop_per_step": {
@@ -97,7 +101,8 @@ class Simulated(Protocol):
 
 def print_plan(plan: Plan, console: Console, simulated: Simulated | None = None) -> None:
     """Print what is where, what it takes, how fast it will be, and what the published way would need."""
-    for table in (_placement(plan), _device(plan), _stages(plan, simulated), _speed(plan), _reference(plan)):
+    tables = (_placement(plan), _device(plan), _stages(plan, simulated), _speed(plan), _seconds(plan), _reference(plan))
+    for table in tables:
         console.print(table)
     for note in plan.notes:
         console.print(f"Note: {note}.")
@@ -171,16 +176,24 @@ def _speed(plan: Plan) -> Table:
     bounds, frames = plan.limits, 4 * plan.workload.frames_per_block
     table.add_row("linear and attention, TFLOP a step", *_tflop(plan))
     arithmetic = f"{bounds.int8_arithmetic_s:.2f} s int8, {bounds.bf16_arithmetic_s:.2f} s bf16"
-    table.add_row("arithmetic", f"{plan.seconds.arithmetic:.2f} s", arithmetic)
+    table.add_row("arithmetic, passes between", f"{plan.seconds.arithmetic:.2f} s", arithmetic)
     table.add_row("PCIe bytes, in", gib(plan.traffic.h2d), "")
     table.add_row("PCIe bytes, out", gib(plan.traffic.d2h), "")
     table.add_row("PCIe", f"{plan.seconds.pcie:.2f} s", f"{bounds.pcie_once_s:.2f} s for all int8 once")
+    table.add_row("host, asking for kernels", f"{plan.seconds.host:.2f} s", "")
     table.add_row("copies that hide behind nothing", f"{plan.seconds.exposed:.2f} s", "")
     table.add_row("decoding", f"{plan.seconds.decode:.2f} s", "")
-    speed = f"{plan.seconds_per_block:.2f} s, {frames / plan.seconds_per_block:.1f} frames/s"
+    low, high = plan.seconds_range
+    speed = f"{plan.seconds_per_block:.2f} s ({range_words(low, high)})"
+    rate = f"{frames / plan.seconds_per_block:.1f} frames/s ({frames / high:.1f} to {frames / low:.1f})"
     table.add_row("limited by", plan.limited_by, "")
     table.add_row("seconds a block", speed, "", style="bold")
+    table.add_row("", rate, "", style="bold")
     return table
+
+
+def _seconds(plan: Plan) -> Table:
+    return breakdown_table(rows_of_tasks(plan.tasks), "Where the seconds of a block go")
 
 
 def _tflop(plan: Plan) -> tuple[str, str]:

@@ -8,12 +8,13 @@ import itertools
 from collections.abc import Iterator
 
 from lowvram.offload.placement import Placement, PlanOptions
+from lowvram.planning.block_tasks import Task
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
 from lowvram.planning.memory import DeviceParts, device_parts, stage_peaks
 from lowvram.planning.memory_costs import allocated, ring_costs
 from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.rank_layout import ParallelLayout, Share, share_of
-from lowvram.planning.timing import Seconds, seconds_of
+from lowvram.planning.timing import Seconds, block_tasks
 from lowvram.planning.workload import Workload
 
 Cell = tuple[int, int]
@@ -72,7 +73,14 @@ class Job:
 
     def seconds(self, placement: Placement, rates: Rates) -> Seconds:
         """Of a block, in the steady state."""
-        return seconds_of(self.sizes, self.work, placement, rates, self.share, self.link_bytes_per_s)
+        return Seconds.of(self.tasks(placement, rates))
+
+    def tasks(self, placement: Placement, rates: Rates) -> list[Task]:
+        """Of a block, in the steady state."""
+        graphs = bool(self.options.cuda_graphs)
+        return block_tasks(
+            self.sizes, self.work, placement, rates, self.share, self.link_bytes_per_s, cuda_graphs=graphs
+        )
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:

@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lowvram.byte_sizes import gib, gib_number
+from lowvram.planning.block_tasks import Task
+from lowvram.planning.breakdown import breakdown_table, rows_of_tasks
 from lowvram.planning.layout_choice import Alternative, Compared
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_plan import Plan
 from lowvram.planning.report import Simulated, empty_table, reserve_rows, to_json
+from lowvram.planning.timing import range_words
 
 _STAGES = ("encode_text", "encode_audio", "encode_image", "load_dit", "prefill_sink", "denoise", "decode")
 _HOST_NAMES = {
@@ -42,6 +45,7 @@ def team_to_json(team: TeamPlan) -> dict[str, Any]:
         "gpus": len(team.ranks),
         "layout": dataclasses.asdict(team.layout) | {"stages": team.layout.stages},
         "seconds_per_block": team.seconds_per_block,
+        "seconds_range": list(team.seconds_range),
         "frames_per_second": team.frames_per_s,
         "first_block_seconds": team.first_block_s,
         "limited_by": team.limited_by,
@@ -92,7 +96,14 @@ def print_team(compared: Compared, console: Console, simulated: Sequence[Simulat
         assert compared.refusal is not None
         raise compared.refusal
     team = compared.team
-    for each in (_ranks(team), _seconds(team), _peaks(team, simulated), *_hosts(team), _others(compared)):
+    for each in (
+        _ranks(team),
+        _seconds(team),
+        *_breakdowns(team),
+        _peaks(team, simulated),
+        *_hosts(team),
+        _others(compared),
+    ):
         console.print(each)
     for alternative in compared.alternatives:
         if alternative.refusal is not None:
@@ -121,16 +132,34 @@ def _ranks(team: TeamPlan) -> Table:
 
 
 def _seconds(team: TeamPlan) -> Table:
-    found = empty_table("Seconds a block", "", "arithmetic", "exchange", "PCIe", "exposed", "decode", "together")
+    found = empty_table(
+        "Seconds a block", "", "arithmetic", "exchange", "PCIe", "host", "exposed", "decode", "together"
+    )
     for plan in team.ranks:
         seconds = plan.seconds
-        each = (seconds.arithmetic, seconds.exchange, seconds.pcie, seconds.exposed, seconds.decode, seconds.block)
+        beside = (seconds.pcie, seconds.host, seconds.exposed, seconds.decode)
+        each = (seconds.arithmetic, seconds.exchange, *beside, seconds.block)
         found.add_row(
             f"{plan.share.role.name} on {plan.card.name}", *(f"{value:.2f}" if value else "" for value in each)
         )
     said = f"{team.frames_per_s:.1f} frames/s, first after {team.first_block_s:.2f} s"
-    found.caption = f"{team.seconds_per_block:.2f} s a block ({team.limited_by}), {said}"
+    ranged = f"{team.limited_by}; {range_words(*team.seconds_range)}"
+    found.caption = f"{team.seconds_per_block:.2f} s a block ({ranged}), {said}"
     return found
+
+
+def _breakdowns(team: TeamPlan) -> list[Table]:
+    """Of each stage's slowest rank, and of the VAE's own; of stages that are alike the first."""
+    tables: list[Table] = []
+    seen: dict[str, tuple[Task, ...]] = {}
+    for name, plan in team.slowest_ranks.items():
+        if plan.tasks in seen.values():
+            continue
+        seen[name] = plan.tasks
+        alike = [other for other, same in team.slowest_ranks.items() if same.tasks == plan.tasks]
+        title = f"Where the seconds of a block go: {', '.join(alike)}"
+        tables.append(breakdown_table(rows_of_tasks(plan.tasks), title))
+    return tables
 
 
 def _peaks(team: TeamPlan, simulated: Sequence[Simulated]) -> Table:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import get_args
 
 from lowvram.offload.placement import Placement
+from lowvram.planning.block_tasks import Copied, Lane, Task, tasks_of
 from lowvram.planning.cards import LINK_BYTES_PER_S, Rates
-from lowvram.planning.memory_costs import decode_operations, ring_costs, rows_of, step_exchange, step_operations
+from lowvram.planning.memory_costs import ring_costs, step_exchange, step_operations
 from lowvram.planning.model_sizes import ModelSizes
+from lowvram.planning.operation_rates import Bound
 from lowvram.planning.rank_layout import Share, whole
 from lowvram.planning.workload import Workload
 from lowvram.planning.workspace import decoder_cache
@@ -53,33 +56,88 @@ def traffic(sizes: ModelSizes, work: Workload, placement: Placement, share: Shar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Seconds a block. Both ways over PCIe run at once, beside what the card computes; ``exchange``, for which
-    attention waits, ``exposed`` and ``decode`` hide behind nothing."""
+    """Seconds a block. ``arithmetic`` is what the card computes for the layers: products, and the passes and starts of
+    kernels between them. Both ways over PCIe run at once, beside it, and so does what the ``host`` takes to ask for
+    kernels; ``exchange``, for which attention waits, ``exposed`` and ``decode`` hide behind nothing."""
 
     arithmetic: float
     pcie: float
     exposed: float
     decode: float
     exchange: float = 0.0
+    host: float = 0.0
+
+    @classmethod
+    def of(cls, tasks: Iterable[Task], bound: Bound = "expected") -> Seconds:
+        """What the tasks take together.
+
+        Kernels of a rank run one after the other in one stream, so that products, attention, and the passes between
+        them are added. Inside a kernel the units of a card work at once: a Linear takes as long as its products or as
+        reading its weights, attention as long as its products, its exponentials, its other instructions or reading its
+        rings, whichever is longest. Copies and the host go on meanwhile.
+        """
+        lanes: dict[str, float] = dict.fromkeys(get_args(Lane), 0.0)
+        for task in tasks:
+            lanes[task.lane] += task.seconds(bound)
+        linear = max(lanes["linear"], lanes["weights"])
+        attention = max(lanes[name] for name in ("attention", "exp2", "instructions", "rings"))
+        return cls(
+            arithmetic=linear + attention + lanes["between"],
+            pcie=max(lanes["in"], lanes["out"]),
+            exposed=lanes["exposed"],
+            decode=lanes["decode"],
+            exchange=lanes["exchange"],
+            host=lanes["host"],
+        )
 
     @property
     def block(self) -> float:
-        return max(self.arithmetic + self.exchange, self.pcie) + self.exposed + self.decode
+        return max(self.arithmetic + self.exchange, self.pcie, self.host) + self.exposed + self.decode
 
     @property
     def limited_by(self) -> str:
-        """What takes longer: "arithmetic", "exchange" or "pcie", or "decode" where nothing else is done."""
+        """What takes longest: "arithmetic", "exchange", "pcie", "launches"; "decode" where nothing else is done."""
         if not self.arithmetic:
             return "decode"
-        if self.arithmetic + self.exchange < self.pcie:
-            return "pcie"
+        card = self.arithmetic + self.exchange
+        if card < max(self.pcie, self.host):
+            return "pcie" if self.pcie >= self.host else "launches"
         return "arithmetic" if self.arithmetic >= self.exchange else "exchange"
+
+
+def range_words(low: float, high: float) -> str:
+    """ "1.42 to 2.01 s"."""
+    return f"{low:.2f} to {high:.2f} s"
 
 
 def slowest(every: Iterable[Seconds]) -> Seconds:
     """Of ranks that wait for each other in every layer: each part takes as long as it does on the slowest rank."""
     rows = [dataclasses.asdict(seconds) for seconds in every]
     return Seconds(**{name: max(row[name] for row in rows) for name in rows[0]})
+
+
+def block_tasks(
+    sizes: ModelSizes,
+    work: Workload,
+    placement: Placement,
+    rates: Rates,
+    share: Share,
+    link_bytes_per_s: float = LINK_BYTES_PER_S,
+    *,
+    cuda_graphs: bool = False,
+) -> list[Task]:
+    """Everything that a rank does for a block."""
+    bytes_ = traffic(sizes, work, placement, share)
+    # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
+    beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)
+    copied = Copied(
+        inwards=bytes_.h2d + beside.received,
+        outwards=bytes_.d2h + beside.sent,
+        exposed=bytes_.exposed,
+        exchanged=max(bytes_.sent, bytes_.received),
+        link_bytes_per_s=link_bytes_per_s,
+    )
+    return tasks_of(sizes, work, placement, rates, share, copied, cuda_graphs=cuda_graphs)
 
 
 def seconds_of(
@@ -89,36 +147,11 @@ def seconds_of(
     rates: Rates,
     share: Share,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
+    *,
+    cuda_graphs: bool = False,
 ) -> Seconds:
-    """Attention over 8-bit rings computes in bf16 whatever is computed in around it. A step takes as long as the card
-    computes, or as it reads weights and rings of its own memory, where that is longer."""
-    step, reached = step_operations(sizes.config, work, share), rates.efficiency
-    rows = rows_of(sizes.config, work, share)
-    linear = sum(2 * of.weights * rows[of.rows] / rates.of(of.scheme, work.dtype) for of in sizes.linears)
-    linear /= reached["linear"]
-    attended = rates.bf16 if placement.kv == "int8" else rates.values(work.dtype)
-    attention = step.attention / (attended * reached["attention"])
-    decoding = decode_operations(sizes.vae_base_dim, work) / (rates.values(work.dtype) * reached["vae"])
-    decode = decoding if share.media else 0.0
-    reading = _read_bytes(sizes, work, placement, share) / rates.memory if rates.memory else 0.0
-    bytes_ = traffic(sizes, work, placement, share)
-    # A link that is no faster than PCIe is PCIe: what ranks exchange is in the way of what streams.
-    beside = bytes_ if link_bytes_per_s <= rates.h2d else dataclasses.replace(bytes_, sent=0, received=0)
-    return Seconds(
-        arithmetic=len(share.steps) * max(linear + attention, reading),
-        pcie=max((bytes_.h2d + beside.received) / rates.h2d, (bytes_.d2h + beside.sent) / rates.d2h),
-        exposed=bytes_.exposed / rates.h2d,
-        decode=decode,
-        exchange=max(bytes_.sent, bytes_.received) / link_bytes_per_s,
-    )
-
-
-def _read_bytes(sizes: ModelSizes, work: Workload, placement: Placement, share: Share) -> int:
-    """What one step reads of the card's memory at the least: every layer's weights and ring once."""
-    if not share.denoises:
-        return 0
-    ring = ring_costs(sizes.config, work, placement.kv, share)
-    return sum(sizes.layer_bytes) + sizes.config.num_layers * (ring.payload + ring.scales)
+    """As expected, of the rates in ``operation_rates``."""
+    return Seconds.of(block_tasks(sizes, work, placement, rates, share, link_bytes_per_s, cuda_graphs=cuda_graphs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,13 @@ import torch
 from lowvram.devices import choose_device
 from lowvram.planning.library_memory import OutsideAllocator, measure_outside_allocator
 from lowvram.planning.measure import CudaRunner
+from lowvram.planning.timed import keep_timed
 from lowvram.selftest import cache
 from lowvram.selftest.cache import identity_of
 from lowvram.selftest.isolated import BEGIN_S, CHECK_S, Heard, run_isolated
 from lowvram.selftest.report import Examined
 from lowvram.selftest.results import Result, Subject, judge
+from lowvram.selftest.timings import operation_rates
 from lowvram_kernels.errors import DeviceError
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,8 @@ def examine(
         if time.monotonic() < until:
             results.append(measure(device))
             heard(results[-1])
+    if device.type == "cuda":
+        keep_timed(CudaRunner(device).key, operation_rates(results))
     return results, begun and time.monotonic() < until
 
 

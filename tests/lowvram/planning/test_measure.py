@@ -20,16 +20,16 @@ class FakeRunner:
     key: str = "Card | driver 1 | torch 2"
     name: str = "Card"
     memory: tuple[int, int] = (20, 24)
-    has_fp8: bool = True
+    generation: int = 89
     calls: list[str] = dataclasses.field(default_factory=list)
 
     def seconds(self, what: str) -> float:
         self.calls.append(what)
         first = self.calls.count(what) == 1
         # The first run is slow, as a cold one is; the others differ a little.
-        return {"h2d": 0.01, "d2h": 0.02, "bf16": 0.5, "int8": 0.25, "fp8": 0.125, "fp32": 2.0}[what] * (
-            50 if first else 1 + 0.1 * (self.calls.count(what) % 3)
-        )
+        slower = 50 if first else 1 + 0.1 * (self.calls.count(what) % 3)
+        seconds = {"h2d": 0.01, "d2h": 0.02, "memory": 0.001, "bf16": 0.5, "int8": 0.25, "fp8": 0.125, "fp32": 2.0}
+        return seconds[what] * slower
 
 
 def test_rates_are_the_best_of_the_warm_runs(tmp_path):
@@ -41,6 +41,8 @@ def test_rates_are_the_best_of_the_warm_runs(tmp_path):
     assert rates.int8 == pytest.approx(operations / 0.25)
     assert rates.fp8 == pytest.approx(operations / 0.125)
     assert rates.fp32 == pytest.approx(operations / 2.0)
+    assert rates.memory == pytest.approx(2 * COPY_BYTES / 0.001)
+    assert rates.generation == 89
     assert rates.measured
 
 
@@ -56,7 +58,7 @@ def test_what_was_measured_is_read_the_next_time(tmp_path):
 def test_another_driver_is_measured_anew_and_both_are_kept(tmp_path):
     file = tmp_path / "cards.json"
     rates_of(DEVICE, runner=FakeRunner(), file=file)
-    newer = FakeRunner(key="Card | driver 2 | torch 2", has_fp8=False)
+    newer = FakeRunner(key="Card | driver 2 | torch 2", generation=86)
     assert rates_of(DEVICE, runner=newer, file=file).fp8 is None
     assert "fp8" not in newer.calls
     assert set(json.loads(file.read_text())) == {FakeRunner().key, newer.key}
