@@ -174,6 +174,25 @@ def infer(**options: Any) -> None:
 
 
 @main.command(context_settings=SETTINGS)
+@click.argument("files", type=FILE, nargs=-1, required=True, metavar="FILE...")
+@click.option("--out", type=FILE, help="SVG to write; default: beside the first file, under its name.")
+@click.option("--overwrite", is_flag=True, help="Replace a drawing of that name.")
+def report(files: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+    """Draw memory over time: of runs' reports, of what infer --memory-log wrote, or of nvidia-smi's CSV.
+
+    That is nvidia-smi --query-gpu=timestamp,memory.used --format=csv -l 1.
+    """
+    from lowvram.memory_log.report import write_drawing
+    from lowvram.outputs import check_apart, check_file
+
+    out = out or files[0].with_suffix(".svg")
+    check_apart({"--out": out}, {f"file {place}": file for place, file in enumerate(files, 1)})
+    check_file("--out", out, overwrite=overwrite)
+    write_drawing(files, out)
+    click.echo(out)
+
+
+@main.command(context_settings=SETTINGS)
 @click.argument("a", type=FILE, required=False)
 @click.argument("b", type=FILE, required=False)
 @compare_options

@@ -19,6 +19,7 @@ import torch
 
 from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
+from lowvram.memory_log.writer import MemoryLog, path_of_rank
 from lowvram.offload.oom import smaller_request
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
@@ -81,10 +82,10 @@ def infer(
         )
     artifact = pipeline.runtime.artifact
     if not pipeline.team.role.media:
-        with _kept(artifact):
-            return _serve(pipeline, request)
+        with _kept(artifact), _memory_log(pipeline, outputs):
+            return _serve(pipeline, request, outputs)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
-    with outputs.claimed(), _kept(artifact):
+    with outputs.claimed(), _kept(artifact), _memory_log(pipeline, outputs):
         return _infer(pipeline, request, outputs, quiet, watching)
 
 
@@ -94,6 +95,22 @@ def _kept(artifact: Artifact) -> Iterator[None]:
     with reading(artifact.path / MANIFEST):
         artifact.check_unchanged()
         yield
+
+
+def _memory_log(pipeline: AvatarPipeline, outputs: Outputs) -> contextlib.AbstractContextManager[object]:
+    """Every rank's own, where one was asked for; ranks beside the one that writes the video number theirs."""
+    path, runtime = _log_of(pipeline, outputs), pipeline.runtime
+    if path is None:
+        return contextlib.nullcontext()
+    return MemoryLog(path, runtime.stages, runtime.engine, rank=pipeline.team.role.rank)
+
+
+def _log_of(pipeline: AvatarPipeline, outputs: Outputs) -> Path | None:
+    role = pipeline.team.role
+    if outputs.memory_log is None:
+        return None
+    path = real(outputs.memory_log).absolute()
+    return path if role.media else path_of_rank(path, role.rank)
 
 
 def _infer(
@@ -123,16 +140,17 @@ def _infer(
         report["dump_tensors"] = str(watching.kept.absolute())
     if pipeline.team.layout.world_size > 1:
         layout = dataclasses.asdict(pipeline.team.layout)
-        report |= {"layout": layout, "ranks": pipeline.team.share("reports", rank_report(pipeline))}
+        mine = rank_report(pipeline, _log_of(pipeline, outputs))
+        report |= {"layout": layout, "ranks": pipeline.team.share("reports", mine)}
     if outputs.report:
         write_json(real(outputs.report), report)
     return report
 
 
-def _serve(pipeline: AvatarPipeline, request: Request) -> dict[str, Any]:
+def _serve(pipeline: AvatarPipeline, request: Request, outputs: Outputs) -> dict[str, Any]:
     for _ in pipeline.serve(request):
         pass
-    report = rank_report(pipeline)
+    report = rank_report(pipeline, _log_of(pipeline, outputs))
     pipeline.team.share("reports", report)
     return report
 
@@ -173,6 +191,7 @@ def make_report(
         "machine": machine(pipeline.runtime.device),
         "video": str(outputs.video.absolute()),
         "dump_tensors": str(outputs.dump_tensors.absolute()) if outputs.dump_tensors else None,
+        "memory_log": str(outputs.memory_log.absolute()) if outputs.memory_log else None,
         "seconds": seconds,
         "frames": frames,
         "frames_per_second": frames / working if working else None,
@@ -183,11 +202,12 @@ def make_report(
     }
 
 
-def rank_report(pipeline: AvatarPipeline) -> dict[str, Any]:
+def rank_report(pipeline: AvatarPipeline, memory_log: Path | None = None) -> dict[str, Any]:
     """What one rank of several has to say of its part."""
     return {
         "rank": pipeline.team.role.rank,
         "role": pipeline.team.role.name,
+        "memory_log": str(memory_log) if memory_log else None,
         "device": str(pipeline.runtime.device),
         "machine": machine(pipeline.runtime.device),
         "memory": pipeline.memory_report(),

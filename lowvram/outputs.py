@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Where a run writes: the video, and on demand all tensors and a report. ``overwrite``: what is there may go;
-    ``make_folder``: the folder of the video is made where it is not there; ``folder_option``: the option that named the
-    folder of all of them, where their own were not given."""
+    """Where a run writes: the video, and on demand all tensors, a report, and memory over time. ``overwrite``: what is
+    there may go; ``make_folder``: the folder of the video is made where it is not there; ``folder_option``: the option
+    that named the folder of all of them, where their own were not given."""
 
     video: Path
     dump_tensors: Path | None = None
     report: Path | None = None
+    memory_log: Path | None = None
     overwrite: bool = False
     make_folder: bool = False
     folder_option: str = ""
@@ -38,7 +39,12 @@ class Outputs:
     @property
     def named(self) -> dict[str, Path]:
         """What is to be written, by its option."""
-        every = {"--out": self.video, "--dump-tensors": self.dump_tensors, "--report": self.report}
+        every = {
+            "--out": self.video,
+            "--dump-tensors": self.dump_tensors,
+            "--report": self.report,
+            "--memory-log": self.memory_log,
+        }
         given = {option: path for option, path in every.items() if path is not None}
         if self.folder_option:
             return {f"{self.folder_option} with its {path.name}": path for path in given.values()}

@@ -234,6 +234,7 @@ class AvatarPipeline:
     def _decode(self, decoder: BlockDecoder, waiting: list[Denoised], recorder: Recorder) -> Iterator[np.ndarray]:
         for block, latent, seconds in waiting:
             begin = time.perf_counter()
+            self.runtime.stages.block = block.index
             with self.team.doing(f"decoding block {block.index}", "decode"):
                 frames, pixels = decoder.decode(block, latent)
             recorder.decoded(frames)

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -41,18 +41,37 @@ class Stage:
     peak_vram_reserved_bytes: int = 0
 
 
+class StageWatcher(Protocol):
+    """Told of a stage's begin, and of its end while its peaks are still those of this call."""
+
+    def began(self, stage: str) -> None: ...
+
+    def ended(self, stage: Stage) -> None: ...
+
+
 class StageLog:
     """Collects stages in the order of their first entry. Stages do not nest."""
 
     def __init__(self, engine: Engine):
         self._engine, self._device = engine, engine.device
         self.stages: dict[str, Stage] = {}
+        self.current = ""
+        self.block: int | None = None
+        """Of the video, the one that is being made; None before the first."""
+        self._watcher: StageWatcher | None = None
+
+    def watched_by(self, watcher: StageWatcher | None) -> None:
+        """Who is told of every begin and end from here on."""
+        self._watcher = watcher
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         entry = self.stages.setdefault(name, Stage(name))
         _reset_peak_rss()
         self._engine.reset_peaks()
+        self.current = name
+        if self._watcher is not None:
+            self._watcher.began(name)
         begin = time.perf_counter()
         try:
             yield entry
@@ -61,7 +80,10 @@ class StageLog:
                 torch.cuda.synchronize(self._device)
             entry.calls += 1
             entry.seconds += time.perf_counter() - begin
+            if self._watcher is not None:
+                self._watcher.ended(entry)
             _note_peaks(entry, self._engine.peaks())
+            self.current = ""
             if entry.calls == 1:
                 log.info("%s: %.2f s, peak RSS %s", name, entry.seconds, gib(entry.peak_rss_bytes))
 

@@ -66,7 +66,8 @@ def test_models_import_no_files_or_ranks():
 # Inside lowvram: what each room, and each file of the root, imports of the others. Who is asked stands further down.
 ROOMS = {
     "cli": {
-        "calibrate", "commands", "compare", "demo", "devices", "doctor", "outputs", "planning", "progress", "selftest",
+        "calibrate", "commands", "compare", "demo", "devices", "doctor", "memory_log", "outputs", "planning",
+        "progress", "selftest",
     },
     "commands": {
         "byte_sizes", "calibrate", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline",
@@ -78,7 +79,8 @@ ROOMS = {
     },
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
-    "infer": {"devices", "media", "offload", "outputs", "pipeline", "progress", "recorder"},
+    "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder"},
+    "memory_log": {"offload", "runtime"},
     "compare": {
         "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
         "recorder", "schedule",

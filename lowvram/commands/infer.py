@@ -139,7 +139,7 @@ def _outputs(options: dict[str, Any], request: Request) -> Outputs:
     outputs = Outputs(
         video=place_of_video(options["out"], options["save_dir"], request),
         make_folder=options["save_dir"] is not None,
-        **{name: options[name] for name in ("dump_tensors", "report", "overwrite")},
+        **{name: options[name] for name in ("dump_tensors", "report", "memory_log", "overwrite")},
     )
     if (file := prompt_file(options["prompt"])) is not None:
         outputs.check({"--prompt": file})

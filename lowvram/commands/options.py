@@ -236,6 +236,7 @@ def infer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     last: list[Callable[..., Any]] = [
         click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors."),
         click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON."),
+        click.option("--memory-log", type=FILE, help="Write memory over time as CSV; lowvram report draws it."),
         click.option("--overwrite", is_flag=True, help="Replace files of these names."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
     ]

@@ -134,6 +134,7 @@ class Denoiser:
     def _advance(self, tick: Tick, latent: Tensor | None) -> None:
         # Once, whatever has to be done again.
         audio = self._audio(tick.starts) if tick.starts is not None else None
+        self._runtime.stages.block = tick.items[0][0].index
         self._team.meet()
         where = ", ".join(f"block {block.index}" for block, _ in tick.items)
         before, blocks = self.rollout.latents(), [block for block, _ in tick.items]

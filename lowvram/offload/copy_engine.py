@@ -37,6 +37,15 @@ class Peaks:
     reserved: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes of a device now: handed out and held by its allocator, and free for whoever asks."""
+
+    allocated: int
+    reserved: int
+    free: int
+
+
 class Engine:
     """Copies of one device, done at once, and its memory; counts the bytes that cross. See ``engine_for``."""
 
@@ -97,6 +106,14 @@ class Engine:
 
     def reset_peaks(self) -> None:
         """Count peaks from here on."""
+
+    def memory(self) -> Held | None:
+        """Of the device now, from any thread; None where nobody counts, as on the CPU."""
+        return None
+
+    def pinned_bytes(self) -> int:
+        """Of host memory, now."""
+        return 0
 
     def empty_cache(self) -> None:
         """Give back to the device what nobody holds any more."""
@@ -251,6 +268,17 @@ class CudaEngine(Engine):
 
     def reset_peaks(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def memory(self) -> Held | None:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return Held(
+            allocated=torch.cuda.memory_allocated(self.device),
+            reserved=torch.cuda.memory_reserved(self.device),
+            free=free,
+        )
+
+    def pinned_bytes(self) -> int:
+        return self._pins.pinned
 
     def empty_cache(self) -> None:
         super().empty_cache()

@@ -151,6 +151,11 @@ class Pins:
         self.most_pinned = self.most_pageable = 0
         """Bytes at their highest."""
 
+    @property
+    def pinned(self) -> int:
+        """Bytes that are pinned now; from any thread."""
+        return sum(kept.nbytes for kept in self._pinned if kept.alive)
+
     def add(self, buffer: Tensor) -> bool:
         """Pin ``buffer``, unless that was refused before; whether it is pinned."""
         if not buffer.nbytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lowvram.offload.copy_engine import Engine, Peaks
+from lowvram.offload.copy_engine import Engine, Held, Peaks
 from lowvram.simulate.allocator import AllocatorModel, DeviceFull, ExpandableAllocatorModel, MemoryBlock
 from lowvram.simulate.operations import Attention, Operations
 
@@ -158,6 +158,11 @@ class SimulatedEngine(Engine):
 
     def reset_peaks(self) -> None:
         self._simulated.reset_peaks()
+
+    def memory(self) -> Held | None:
+        device = self._simulated
+        free = 0 if device.memory.capacity is None else device.memory.capacity - device.reserved
+        return Held(allocated=device.allocated, reserved=device.reserved, free=free)
 
     def empty_cache(self) -> None:
         super().empty_cache()
