@@ -1,10 +1,11 @@
 """What fits where? Plans of the 14B for usual cards, one or several, each also run on simulated GPUs of that size.
 
-python benchmarks/plans.py [--out benchmarks/results/plans.json] [--simulated benchmarks/results/plans.json]
+python benchmarks/plans.py [--out benchmarks/results/plans.json] [--simulated benchmarks/results/plans.json] [--planned]
 
 Nothing here is measured on a GPU: bytes are planned and simulated, seconds predicted from data-sheet rates and the
 shares of them in ``lowvram.planning.operation_rates``. Simulating takes a quarter of an hour: with ``--simulated`` what
-an earlier run found is taken over wherever the same is placed in the same way, and only the others are simulated anew.
+an earlier run found is taken over wherever the same is placed in the same way, and only the others are simulated anew;
+with ``--planned`` those are left out of that column.
 """
 
 from __future__ import annotations
@@ -41,11 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--simulated", type=Path, help="results of an earlier run, whose simulations are taken over")
+    parser.add_argument(
+        "--planned", action="store_true", help="simulate nothing: a minute instead of a quarter of an hour"
+    )
     options = parser.parse_args()
+    if options.planned and options.out:
+        parser.error("--planned leaves results out: what it prints is no result to keep with --out")
     before = json.loads(options.simulated.read_text()) if options.simulated else {"plans": [], "teams": []}
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), *case, before=before["plans"]) for case in CASES]
-        teams = [measure_team(Path(folder), *case, before=before["teams"]) for case in TEAMS]
+        rows = [measure(Path(folder), *case, before=before["plans"], dry=not options.planned) for case in CASES]
+        teams = [measure_team(Path(folder), *case, before=before["teams"], dry=not options.planned) for case in TEAMS]
     print(markdown(rows), team_markdown(teams), sep="\n\n")
     result = {
         "question": "what fits where?",
@@ -65,9 +71,16 @@ def main() -> None:
 
 
 def measure(
-    folder: Path, card: str, gib: float, precision: str, size: str, before: Sequence[Mapping[str, Any]] = ()
+    folder: Path,
+    card: str,
+    gib: float,
+    precision: str,
+    size: str,
+    *,
+    before: Sequence[Mapping[str, Any]] = (),
+    dry: bool = True,
 ) -> dict[str, Any]:
-    """``before``: rows of an earlier run, one of which may be of the same placement."""
+    """``before``: rows of an earlier run, one of which may be of the same placement. ``dry``: simulate the others."""
     from lowvram.planning import CARDS, Workload, plan
 
     artifact = published(folder, precision)
@@ -92,7 +105,7 @@ def measure(
         "predicted_range": list(found.seconds_range),
         "limited_by": found.limited_by,
     }
-    return row | (earlier(row, before) or simulate(artifact, found))
+    return row | (earlier(row, before) or (simulate(artifact, found) if dry else NOT_SIMULATED))
 
 
 def simulate(artifact: Any, found: Any) -> dict[str, Any]:
@@ -105,6 +118,7 @@ def simulate(artifact: Any, found: Any) -> dict[str, Any]:
 # What decides of a row how much its simulation takes.
 _SAME = ("card", "gpus", "precision", "size", "budget_gib", "layers_streamed", "rings_on_host", "wave", "layout")
 _PLANNED = "planned_device_gib"
+NOT_SIMULATED: dict[str, Any] = {"simulated_device_gib": None, "given_up": []}
 
 
 def earlier(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -121,8 +135,10 @@ def _of_ranks(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     return [tuple(rank[name] for name in names) for rank in row.get("ranks", ())]
 
 
-def measure_team(folder: Path, gpus: int, size: str, before: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """The layout that is taken by itself; ``before`` as for one card."""
+def measure_team(
+    folder: Path, gpus: int, size: str, *, before: Sequence[Mapping[str, Any]] = (), dry: bool = True
+) -> dict[str, Any]:
+    """The layout that is taken by itself; ``before`` and ``dry`` as for one card."""
     from lowvram.planning import CARDS, Machines, Workload, alternatives, choose_team
 
     artifact, work = published(folder, "int8"), Workload.of_size(size)
@@ -163,7 +179,7 @@ def measure_team(folder: Path, gpus: int, size: str, before: Sequence[Mapping[st
             for each in alternatives(artifact, work, there)
         },
     }
-    return row | (earlier(row, before) or simulate_team(artifact, team))
+    return row | (earlier(row, before) or (simulate_team(artifact, team) if dry else NOT_SIMULATED))
 
 
 def simulate_team(artifact: Any, team: Any) -> dict[str, Any]:
@@ -186,6 +202,11 @@ def published(folder: Path, precision: str) -> Any:
     return Artifact.open(path)
 
 
+def simulated(row: Mapping[str, Any]) -> str:
+    found = row["simulated_device_gib"]
+    return "not simulated" if found is None else f"{found:.1f} GiB"
+
+
 def ranged(row: Mapping[str, Any], digits: int = 1) -> str:
     low, high = row["predicted_range"]
     return f"{low:.{digits}f} to {high:.{digits}f}"
@@ -199,7 +220,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             f"| {row['card']} | {row['precision']} | {row['size']} | {row['budget_gib']:g} GiB "
-            f"| {row['planned_device_gib']:.1f} GiB | {row['simulated_device_gib']:.1f} GiB "
+            f"| {row['planned_device_gib']:.1f} GiB | {simulated(row)} "
             f"| {row['host_gib']:.0f} GiB "
             f"| {row['layers_streamed']} of 40, {row['rings_on_host']} of 160 "
             f"| {row['predicted_seconds_per_block']:.1f} ({ranged(row)}; {row['limited_by']}) |"
@@ -216,7 +237,7 @@ def team_markdown(rows: list[dict[str, Any]]) -> str:
         hosted = ", ".join(f"{rank['rings_on_host']} of {rank['rings']}" for rank in row["ranks"] if rank["rings"])
         lines.append(
             f"| {row['gpus']} x {row['card']} | {row['size']} | {row['layout']} "
-            f"| {row['planned_device_gib']:.1f} GiB | {row['simulated_device_gib']:.1f} GiB "
+            f"| {row['planned_device_gib']:.1f} GiB | {simulated(row)} "
             f"| {row['host_gib']:.0f} GiB | {hosted} "
             f"| {row['predicted_seconds_per_block']:.2f} ({ranged(row, 2)}; {row['limited_by']}) "
             f"| {row['predicted_frames_per_second']:.1f} | {row['predicted_first_block_seconds']:.1f} s |"

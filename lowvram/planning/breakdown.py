@@ -69,7 +69,7 @@ def _row(task: Task) -> Row:
         seconds=_three(task.seconds(bound) for bound in BOUNDS),
         peak=task.peak if task.reached.per_second else None,
         reached=task.reached.figures,
-        each=task.each and task.each.figures,
+        each=task.each.figures if task.each else None,
         is_share=task.reached.per_second,
         source=task.reached.source,
     )
