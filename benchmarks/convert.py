@@ -2,8 +2,10 @@
 
 python benchmarks/convert.py [--layers 2] [--runs 2] [--out benchmarks/results/convert_cpu.json]
 
-The DiT has the published widths and layout but fewer layers. Each run is a process of its own that is tied to one
-core, so hashing beside the conversion costs what it costs. Input is in the page cache, as it was just written.
+The DiT has the published widths and layout but fewer layers; the LoRA's tensors are random. Each run is a process of
+its own that is tied to one core, so hashing beside the conversion costs what it costs. Input is in the page cache, as
+it was just written. Where the processor has more than AVX2, rows held to AVX2 stand beside the others; each row says
+what it had.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ LORA_RANK = 128
 BYTES_PER_S_PER_CORE = 0.3e9
 FIXED_BYTES = 2_000_000_000
 LARGEST_TENSORS = 4
+# What holds PyTorch's own loops, oneDNN and MKL to it.
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def main() -> None:
@@ -51,9 +56,12 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, Any]:
     facts = write_dit(folder / "ckpt", layers)
     write_lora(folder / "lora.safetensors", layers)
     os.sync()  # else a run waits for its input to be written out
+    kinds = {"int8": False, f"int8 with a random LoRA of rank {LORA_RANK}": True}
+    held = {"": {}} | ({", AVX2 only": AVX2_ONLY} if torch.backends.cpu.get_cpu_capability() != "AVX2" else {})
     rows = {
-        "int8": [convert(folder, facts, "int8", lora=False) for _ in range(runs)],
-        "int8 with a LoRA of rank 128": [convert(folder, facts, "int8", lora=True) for _ in range(runs)],
+        name + only: [convert(folder, facts, "int8", lora=lora, environment=environment) for _ in range(runs)]
+        for only, environment in held.items()
+        for name, lora in kinds.items()
     }
     return {
         "question": "how fast does convert run on one core, and in how much memory?",
@@ -136,21 +144,27 @@ def write_lora(path: Path, layers: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    tensors = {}
+    tensors, draw = {}, torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=draw) * 0.01).bfloat16()
+
     for name, shape in shapes_of(layers).items():
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and len(shape) == 2 and layer.endswith((".q", ".k", ".v", ".o", "ffn.0", "ffn.2")):
-            tensors[f"{layer}.lora_A.weight"] = torch.full((LORA_RANK, shape[1]), 1e-3, dtype=torch.bfloat16)
-            tensors[f"{layer}.lora_B.weight"] = torch.full((shape[0], LORA_RANK), 1e-3, dtype=torch.bfloat16)
+            tensors[f"{layer}.lora_A.weight"] = random(LORA_RANK, shape[1])
+            tensors[f"{layer}.lora_B.weight"] = random(shape[0], LORA_RANK)
     save_file(tensors, path)
 
 
-def convert(folder: Path, facts: dict[str, Any], precision: str, *, lora: bool) -> dict[str, Any]:
+def convert(
+    folder: Path, facts: dict[str, Any], precision: str, *, lora: bool, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """One run in a child; its own figures and what they are held against."""
     arguments = [str(folder), precision, str(folder / "lora.safetensors") if lora else ""]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    there = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | environment
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True, cwd=folder, env=there
     )
     if child.returncode:
         sys.exit(f"the measured run failed with exit code {child.returncode}")
@@ -181,7 +195,8 @@ seconds = time.perf_counter() - begin
 size = (out / "dit.safetensors").stat().st_size
 shutil.rmtree(out)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) * 1024
-print(json.dumps({"seconds": seconds, "output_bytes": size, "peak_rss_bytes": peak}))
+has = torch.backends.cpu.get_cpu_capability()
+print(json.dumps({"instructions": has, "seconds": seconds, "output_bytes": size, "peak_rss_bytes": peak}))
 """
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lowvram_quantize.activations import Measured
 from lowvram_quantize.allocation import Budget
@@ -25,37 +23,24 @@ from lowvram_quantize.copied import (
     copy_audio_encoder,
     copy_tokenizer,
 )
-from lowvram_quantize.format import FORMAT_VERSION
+from lowvram_quantize.digests import NOTES, SourceDigests
 from lowvram_quantize.layout import lay_out, metadata_of
 from lowvram_quantize.lora import LoraSource
+from lowvram_quantize.meter import Meter, Progress
 from lowvram_quantize.mixed import choose
 from lowvram_quantize.places import real
-from lowvram_quantize.plans import Settings, plans_of
-from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin, versions
+from lowvram_quantize.plans import Settings, fingerprint_of, plans_of
+from lowvram_quantize.provenance import component_facts, manifest_of, tensor_origin
 from lowvram_quantize.publish import check_inputs, check_target, partial_of, publish
-from lowvram_quantize.slabs import Slab, TensorSpec, sha256_file, sha256_range
-from lowvram_quantize.smoothing import factors_of, fingerprint
+from lowvram_quantize.slabs import Slab, sha256_file, sha256_range
+from lowvram_quantize.smoothing import factors_of
 from lowvram_quantize.store import write_item
 from lowvram_quantize.units import units_of
 from lowvram_quantize.writer import SlabWriter, disk_errors
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
-
-
-@dataclasses.dataclass
-class _Meter:
-    """Input bytes done, told to whoever shows progress."""
-
-    total: int
-    report: Progress | None
-    done: int = 0
-
-    def add(self, nbytes: int, what: str) -> None:
-        self.done += nbytes
-        if self.report is not None:
-            self.report(self.done, self.total, what)
+Tensor = torch.Tensor
 
 
 def convert(
@@ -87,7 +72,10 @@ def convert(
     """Convert a published checkpoint to an artifact folder and return its path.
 
     Everything is written to ``<out>.partial``, which becomes ``out`` when it is complete; run again after an
-    interruption, it goes on with the first slab that is not finished. Peak memory is that of a few tensors.
+    interruption, it goes on with the slabs that are not finished. Peak memory is that of a few tensors. The source is
+    read once, in the order of its files, and their checksums made of what is read; what is read again are the few rows
+    that smoothing looks at beforehand, a LoRA that lies in another order, what auto measures, and, after an
+    interruption, what was converted of a file that was not finished.
 
     Args:
         ckpt_dir: folder of the published checkpoint (Wan2.2-S2V-14B or its parent), a Hugging Face cache of it, or a
@@ -180,48 +168,43 @@ def _write(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write everything but the manifest, which is returned."""
-    meter = _Meter(sum(item.ref.nbytes for plan in plans for item in plan.items), progress)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        # SHA-256 runs beside the conversion: hashing releases the interpreter.
-        hashes = {file: pool.submit(sha256_file, file) for plan in plans for file in plan.source_files}
-        try:
-            facts = {plan.name: _convert_component(plan, partial, meter, checkpoint.base) for plan in plans}
-            files = _copy_folders(checkpoint, partial, wanted)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return manifest_of(plans, facts, files, hashes, checkpoint.base)
+    meter = Meter(sum(item.ref.nbytes for plan in plans for item in plan.items), progress)
+    with SourceDigests((file for plan in plans for file in plan.source_files), partial / NOTES) as digests:
+        facts = {plan.name: _convert_component(plan, partial, meter, checkpoint.base, digests) for plan in plans}
+        files = _copy_folders(checkpoint, partial, wanted)
+        hashes = digests.finish(meter.checksum)
+    return manifest_of(plans, facts, files, hashes, checkpoint.base)
 
 
 def _chosen(
     plan: ComponentPlan, settings: Settings, budget: Budget, partial: Path, progress: Progress | None
 ) -> ComponentPlan:
     """Measure each Linear in each scheme, which reads its weight once more, and choose within the budget."""
-    meter = _Meter(sum(item.ref.nbytes for items in units_of(plan.items).values() for item in items), progress)
+    meter = Meter(sum(item.ref.nbytes for items in units_of(plan.items).values() for item in items), progress)
     return choose(
         plan,
         budget,
         settings.int8,
         partial,
-        _fingerprint(plan),
+        fingerprint_of(plan),
         lambda nbytes, slab: meter.add(nbytes, f"measuring {slab}"),
         settings.error_parts,
     )
 
 
-def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: Path) -> dict[str, Any]:
+def _convert_component(
+    plan: ComponentPlan, folder: Path, meter: Meter, base: Path, digests: SourceDigests
+) -> dict[str, Any]:
     """Write one component's file; returns its entry in the manifest."""
     by_slab, slabs = lay_out(plan)
     path = folder / f"{plan.name}.safetensors"
     errors: dict[str, float] = {}
-    with SlabWriter(path, slabs, metadata_of(plan.name), _fingerprint(plan)) as writer:
+    with SlabWriter(path, slabs, metadata_of(plan.name), fingerprint_of(plan)) as writer:
         for slab in slabs:
-            if slab.name not in writer.finished:
-                places = {spec.name: spec for spec in slab.tensors}
-                found = _convert_slab(plan, by_slab[slab.name], slab, places, writer, meter)
-                writer.finish(slab.name, relative_errors=found)
-            else:
+            if slab.name in writer.finished:
                 meter.add(sum(item.ref.nbytes for item in by_slab[slab.name]), f"{plan.name} {slab.name}")
+        _convert_slabs(plan, by_slab, slabs, writer, meter, digests)
+        for slab in slabs:
             errors |= writer.finished[slab.name]["relative_errors"]
         finished, header_nbytes = writer.finished, writer.header_nbytes
     digests = {name: note["sha256"] for name, note in finished.items()}
@@ -231,40 +214,41 @@ def _convert_component(plan: ComponentPlan, folder: Path, meter: _Meter, base: P
     return facts
 
 
-def _convert_slab(
-    plan: ComponentPlan, items: list[Item], slab: Slab, places: dict[str, TensorSpec], writer: SlabWriter, meter: _Meter
-) -> dict[str, float]:
-    errors, factors = {}, factors_of(plan, items)
-    for item in items:
-        error = write_item(
-            item,
-            plan.deltas.get(item.name),
-            lambda name, start, values: writer.write(slab.name, places[name].offset + start, values),
-            factors.get(item.name),
-        )
+def _convert_slabs(
+    plan: ComponentPlan,
+    by_slab: dict[str, list[Item]],
+    slabs: list[Slab],
+    writer: SlabWriter,
+    meter: Meter,
+    digests: SourceDigests,
+) -> None:
+    """Write what is not finished, in the order in which the source has it, and note each slab once all of it is there:
+    so the source is read from end to end once, and its checksum made of that. Smoothing looks at some rows before."""
+    places = {slab.name: {spec.name: spec for spec in slab.tensors} for slab in slabs}
+    left = {slab.name: len(by_slab[slab.name]) for slab in slabs if slab.name not in writer.finished}
+    factors: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, dict[str, float]] = {name: {} for name in left}
+    for item in sorted((item for name in left for item in by_slab[name]), key=_as_read):
+        name = item.slab
+        if name not in factors:
+            factors[name] = factors_of(plan, by_slab[name])
+
+        def write(spec: str, start: int, values: Tensor, slab: str = name) -> None:
+            writer.write(slab, places[slab][spec].offset + start, values)
+
+        with digests.following():
+            error = write_item(item, plan.deltas.get(item.name), write, factors[name].get(item.name))
         if error is not None:
-            errors[item.name] = error
-        meter.add(item.ref.nbytes, f"{plan.name} {slab.name}")
-    return errors
+            errors[name][item.name] = error
+        left[name] -= 1
+        if not left[name]:
+            writer.finish(name, relative_errors=errors.pop(name))
+            del factors[name]
+        meter.add(item.ref.nbytes, f"{plan.name} {name}")
 
 
-def _fingerprint(plan: ComponentPlan) -> str:
-    """Everything that decides a component's bytes, short of reading them."""
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
-    schemes = [
-        [item.name, dataclasses.astuple(item.scheme), item.ref.kind, item.ref.name, item.ref.shape]
-        # Not said where it is not so: what another version has begun of such a component goes on.
-        + (["channels_last"] if item.channels_last else [])
-        for item in plan.items
-    ]
-    loras = [
-        [lora.file.name, lora.weight, sorted((n, update.factors) for n, update in lora.deltas.items())]
-        for lora in plan.loras
-    ]
-    measured = fingerprint(plan.activations)
-    facts = [FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, measured, versions()]
-    text = json.dumps(facts, sort_keys=True, default=str)  # a dtype has no other form
-    return hashlib.sha256(text.encode()).hexdigest()
+def _as_read(item: Item) -> tuple[Path, int]:
+    return item.ref.file, item.ref.offset
 
 
 def _check_folders(checkpoint: Checkpoint, wanted: tuple[str, ...]) -> list[Path]:

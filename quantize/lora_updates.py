@@ -59,7 +59,7 @@ class Delta(Update):
 
     def load(self) -> tuple[Tensor, Tensor]:
         """(factor * B, A), float32; of several [out, sum of r] and [sum of r, in]."""
-        b, a = self.b.read().float().mul_(self.factor), self.a.read().float()
+        a, b = self.a.read().float(), self.b.read().float().mul_(self.factor)  # as they lie in files, by name
         if not self.more:
             return b, a
         loaded = [(b, a), *(delta.load() for delta in self.more)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 
@@ -11,8 +13,11 @@ from lowvram_quantize.activations import Measured
 from lowvram_quantize.allocation import Budget
 from lowvram_quantize.checkpoint import Checkpoint
 from lowvram_quantize.components import PLANNERS, ComponentPlan, plan_dit
+from lowvram_quantize.format import FORMAT_VERSION
 from lowvram_quantize.lora import LoraSource
 from lowvram_quantize.mixed import check_budget
+from lowvram_quantize.provenance import versions
+from lowvram_quantize.smoothing import fingerprint
 from lowvram_quantize.units import Int8, mixed
 
 log = logging.getLogger(__name__)
@@ -114,3 +119,22 @@ def _check_alpha(sources: list[LoraSource], plan: ComponentPlan) -> None:
             f"--lora-alpha is {given:g}, but the LoRA {own}: "
             "leave --lora-alpha out, or scale the LoRA as --lora path:weight"
         )
+
+
+def fingerprint_of(plan: ComponentPlan) -> str:
+    """Everything that decides a component's bytes, short of reading them."""
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in plan.source_files]
+    schemes = [
+        [item.name, dataclasses.astuple(item.scheme), item.ref.kind, item.ref.name, item.ref.shape]
+        # Not said where it is not so: what another version has begun of such a component goes on.
+        + (["channels_last"] if item.channels_last else [])
+        for item in plan.items
+    ]
+    loras = [
+        [lora.file.name, lora.weight, sorted((n, update.factors) for n, update in lora.deltas.items())]
+        for lora in plan.loras
+    ]
+    measured = fingerprint(plan.activations)
+    facts = [FORMAT_VERSION, plan.name, plan.config, files, schemes, loras, measured, versions()]
+    text = json.dumps(facts, sort_keys=True, default=str)  # a dtype has no other form
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,16 +67,16 @@ def manifest_of(
     plans: list[ComponentPlan],
     facts: dict[str, dict[str, Any]],
     files: dict[str, dict[str, Any]],
-    hashes: dict[Path, Future[str]],
+    hashes: dict[Path, str],
     base: Path,
 ) -> dict[str, Any]:
-    loras = [lora.summary() | {"sha256": hashes[lora.file].result()} for plan in plans for lora in plan.loras]
+    loras = [lora.summary() | {"sha256": hashes[lora.file]} for plan in plans for lora in plan.loras]
     return {
         **origin(plans),
         "components": facts,
         "files": files,
         "sources": [
-            {"file": os.path.relpath(file, base), "bytes": file.stat().st_size, "sha256": digest.result()}
+            {"file": os.path.relpath(file, base), "bytes": file.stat().st_size, "sha256": digest}
             for file, digest in sorted(hashes.items())
         ],
         # The first one alone is what programs that know of one LoRA look for.

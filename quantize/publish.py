@@ -18,7 +18,9 @@ from lowvram_quantize.places import real, same, takes_files, takes_name, within
 from lowvram_quantize.writer import disk_errors
 
 # All that a conversion leaves in its unfinished folder.
-_UNFINISHED = re.compile(r"\w+\.safetensors(\.journal)?|dit\.errors|audio_encoder|tokenizer|" + re.escape(MANIFEST))
+_UNFINISHED = re.compile(
+    r"\w+\.safetensors(\.journal)?|dit\.errors|sources\.sha256|audio_encoder|tokenizer|" + re.escape(MANIFEST)
+)
 
 
 def partial_of(out: Path) -> Path:

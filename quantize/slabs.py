@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,12 @@ def _end(entry: dict[str, Any]) -> int:
     return int(end)
 
 
-def sha256_range(path: Path, offset: int, nbytes: int) -> str:
-    """SHA-256 of a stretch of a file, read in pieces that stay in the processor's cache."""
-    digest = hashlib.sha256()
+def pieces_of(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """A stretch of a file in pieces that stay in the processor's cache; each is gone with the next.
+
+    Raises:
+        CheckpointError: the file ends before it.
+    """
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
@@ -173,8 +176,15 @@ def sha256_range(path: Path, offset: int, nbytes: int) -> str:
             count = file.readinto(buffer[: min(nbytes, len(buffer))])
             if not count:
                 raise CheckpointError(f"{path} ends {nbytes} bytes before it should; fetch or convert it again")
-            digest.update(buffer[:count])
+            yield buffer[:count]
             nbytes -= count
+
+
+def sha256_range(path: Path, offset: int, nbytes: int) -> str:
+    """SHA-256 of a stretch of a file."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(path, offset, nbytes):
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lowvram_quantize.components import ComponentPlan, Item
-from lowvram_quantize.store import merged_rows
 from lowvram_quantize.units import unit_of
 
 Tensor = torch.Tensor
@@ -63,11 +62,13 @@ def _over_median(x_K: Tensor) -> Tensor:
 def _column_squares(plan: ComponentPlan, item: Item) -> Tensor:
     """Sums of squares of a weight's columns, over some of its rows: [K] float32."""
     rows, update = item.ref.rows, plan.deltas.get(item.name)
+    add = None if update is None else update.adder()
     stretch = -(-min(rows, _ROWS) // _STRETCHES)
     starts = range(0, rows, max(stretch, -(-rows // _STRETCHES)))
     total = torch.zeros(item.ref.shape[1])
     for start in starts:
-        total += merged_rows(item, update, start, min(stretch, rows - start)).square_().sum(dim=0)
+        chunk = item.ref.read_rows(start, min(stretch, rows - start)).float()
+        total += (chunk if add is None else add(chunk, start)).square().sum(dim=0)
     return total
 
 

@@ -5,11 +5,13 @@ Nothing is mapped: mapped pages would count as resident, and a converter is to r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,26 @@ class TensorRef:
             raise CheckpointError(f"{self.file} cannot be read: {error}; check the disk and fetch it again") from error
         if raw.size != nbytes:
             raise CheckpointError(f"{self.file} is truncated: it ends within {self.name}; fetch it again")
+        if (told := _told.get()) is not None:
+            told(self.file, self.offset + start, raw)
         return raw
 
 
 TensorTable = dict[str, TensorRef]
+
+Told = Callable[[Path, int, np.ndarray], None]
+"""Is given the file, the offset and the bytes of what a tensor reads, before anybody else has them."""
+_told: ContextVar[Told | None] = ContextVar("told", default=None)
+
+
+@contextlib.contextmanager
+def telling(told: Told) -> Iterator[None]:
+    """Tell of all that this thread's tensors read within."""
+    token = _told.set(told)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -117,12 +117,6 @@ def _write_nf4(item: Item, write: Write) -> float:
     return float(error.nan_to_num())
 
 
-def merged_rows(item: Item, delta: Update | None, start: int, rows: int) -> Tensor:
-    """So many rows of the merged weight, [rows, width] float32, to be written to."""
-    chunk = item.ref.read_rows(start, rows).float()
-    return chunk.clone() if delta is None else delta.adder()(chunk, start)
-
-
 def merged_chunks(item: Item, delta: Update | None, *, float32: bool = False) -> Iterator[Tensor]:
     """Rows of the merged weight, about CHUNK_VALUES values at a time: [rows, width], float32 if merged or asked for."""
     ref = item.ref
