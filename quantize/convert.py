@@ -207,8 +207,8 @@ def _convert_component(
         for slab in slabs:
             errors |= writer.finished[slab.name]["relative_errors"]
         finished, header_nbytes = writer.finished, writer.header_nbytes
-    digests = {name: note["sha256"] for name, note in finished.items()}
-    facts = component_facts(plan, path, slabs, sha256_range(path, 0, header_nbytes), digests, errors)
+    checksums = {name: note["sha256"] for name, note in finished.items()}
+    facts = component_facts(plan, path, slabs, sha256_range(path, 0, header_nbytes), checksums, errors)
     for item in plan.items:
         facts["tensors"][item.name]["from"] = tensor_origin(item.ref, base)
     return facts
