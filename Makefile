@@ -45,6 +45,8 @@ bench: setup
 	$(BIN)/python benchmarks/fidelity.py --out benchmarks/results/fidelity_cpu.json
 	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality_cpu.json
 	$(BIN)/python benchmarks/rings.py --out benchmarks/results/rings_cpu.json
+	$(BIN)/python benchmarks/vae_int8.py --out benchmarks/results/vae_int8_cpu.json
+	$(BIN)/python benchmarks/vae_overlap.py --out benchmarks/results/vae_overlap.json
 	$(BIN)/python benchmarks/sensitivity.py --only units --out benchmarks/results/sensitivity_cpu.json
 	$(BIN)/python benchmarks/sensitivity.py --only budgets --out benchmarks/results/sensitivity_budgets_cpu.json
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_cpu.json

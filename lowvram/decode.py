@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lowvram.loading.encoders import load_vae
+from lowvram.loading.encoders import load_decoder, load_vae
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.events import DONE, Moment
 from lowvram.offload.oom import Rung
@@ -98,7 +98,8 @@ class BlockDecoder:
     def _start(self, motion_CFhw: Tensor) -> StreamingDecoder:
         runtime = self._runtime
         with runtime.stages.stage("decode"):
-            found = load_vae(runtime.artifact, runtime.device, runtime.dtype).start_decoder()
+            load = load_decoder if self._run.rung.placement.wide_vae else load_vae
+            found = load(runtime.artifact, runtime.device, runtime.dtype).start_decoder()
             found.strips = self._run.rung.vae_tiles
             found.prime(motion_CFhw[:, :PRIMING_LATENTS])
             return found

@@ -26,6 +26,8 @@ _INJECTOR = re.compile(r"audio_injector\.(?:injector|injector_adain_layers)\.(\d
 
 SHARED = "shared"
 START = "start"
+DECODER = ("decoder.", "post_quant_conv.")
+"""How names begin of what the VAE's decoder needs; it is no slab of its own."""
 _AT_START = re.compile(r"(time_embedding|time_projection|text_embedding)\.")
 
 

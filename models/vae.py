@@ -55,7 +55,7 @@ class StreamingVAE:
         self._stages = encoder_stages(vae.encoder)
         # What ``lowvram_quantize`` stores, and the loader puts in its order, is in it already.
         for module in vae.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
                 module.weight.data = channels_last(module.weight.data)
 
     def normalise(self, latent: Tensor) -> Tensor:

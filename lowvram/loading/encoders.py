@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowvram.devices import is_out_of_memory
-from lowvram.loading.weights import bind, load_slabs, swap_quantized
+from lowvram.loading.weights import bind, load_slabs, swap_quantized, turned
 from lowvram_kernels.errors import CheckpointError
+from lowvram_kernels.modules import dequantize_weight
 from lowvram_models.audio_encoder import build_wav2vec2, wav2vec2_state
+from lowvram_models.names import DECODER
 from lowvram_models.text_encoder import build_umt5, load_tokenizer
 from lowvram_quantize.format import Artifact, Component
 
@@ -42,6 +44,33 @@ def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> St
         model = build_vae(component.config["base_dim"])
     swap_quantized(model, component)
     load_slabs(model, component, device, dtype, last=True)
+    return StreamingVAE(model.eval().requires_grad_(False), dtype=dtype)
+
+
+def load_decoder(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
+    """The VAE's decoder alone, its 8-bit weights widened to ``dtype`` once, one after the other: what ``load_vae``
+    computes at every use. It cannot encode.
+
+    Raises:
+        CheckpointError: the artifact lacks a tensor of the decoder.
+    """
+    from lowvram_models.vae import StreamingVAE, build_vae
+
+    component = artifact.component("vae")
+    with torch.device("meta"):
+        model = build_vae(component.config["base_dim"])
+    views: dict[str, Tensor] = {}
+    for slab in component.slab_names:
+        views |= component.views(slab, component.read_slab(slab))
+    own = [name for name, _ in model.named_parameters() if name.startswith(DECODER)]
+    if lacking := [name for name in own if name not in views]:
+        raise CheckpointError(f"{component.path} lacks {len(lacking)} tensors, first {lacking[0]}; convert again")
+    for name in own:
+        values = views[name].to(device)
+        scale = views.get(f"{name}_scale")
+        if scale is not None:
+            values = dequantize_weight(turned(values, owned=False), scale.to(device), dtype)
+        bind(model, {name: values}, dtype)
     return StreamingVAE(model.eval().requires_grad_(False), dtype=dtype)
 
 

@@ -24,6 +24,7 @@ class Placement:
     of ``ring_slots`` staging slots. ``kv`` "plain" keeps keys and values in the dtype that is computed in, "int8"
     in 8 bit with a scale a token and head. ``wave``: steps of different blocks that go through a layer together.
     ``text_on_host``: the text encoder computes on the host, which was asked for, or the device is too small for it.
+    ``wide_vae``: the 8-bit weights of the VAE's decoder are widened once, as it is loaded, and not at every use.
     """
 
     streamed_layers: tuple[int, ...] = ()
@@ -33,6 +34,7 @@ class Placement:
     kv: str = "plain"
     wave: int = 1
     text_on_host: bool = False
+    wide_vae: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in KV_SCHEMES:

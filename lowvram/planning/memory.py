@@ -47,7 +47,7 @@ def device_parts(
     sizes: ModelSizes, work: Workload, placement: Placement, share: Share, *, cuda_graphs: bool = False
 ) -> DeviceParts:
     config, streamed = sizes.config, placement.streamed_layers
-    vae = allocated(sum(slab.bound(work.dtype) for slab in sizes.vae)) if share.media else 0
+    vae = _vae(sizes, work, placement) if share.media else 0
     cache = workspace.decoder_cache(sizes.vae_base_dim, work) if share.media else 0
     if not share.denoises:
         return DeviceParts(vae=vae, decoder_cache=cache)
@@ -67,6 +67,17 @@ def device_parts(
         vae=vae,
         decoder_cache=cache,
     )
+
+
+def _vae(sizes: ModelSizes, work: Workload, placement: Placement) -> int:
+    """Of the VAE as it decodes: as it is stored, or the decoder alone, widened, each tensor for itself."""
+    if placement.wide_vae:
+        return sum(allocated(values * work.value_bytes) for values in sizes.vae_decoder)
+    return _stored_vae(sizes, work)
+
+
+def _stored_vae(sizes: ModelSizes, work: Workload) -> int:
+    return allocated(sum(slab.bound(work.dtype) for slab in sizes.vae))
 
 
 def resident(sizes: ModelSizes, placement: Placement) -> list[SlabSizes]:
@@ -89,16 +100,16 @@ def stage_peaks(
     sizes: ModelSizes, work: Workload, placement: Placement, parts: DeviceParts, text_device: str, share: Share
 ) -> dict[str, int]:
     """Device bytes at the worst moment of each stage that the rank has, without the reserve."""
-    encoding = _encoding_peaks(sizes, work, parts, text_device) if share.media else {}
+    encoding = _encoding_peaks(sizes, work, text_device) if share.media else {}
     denoising = _denoising_peaks(sizes, work, placement, parts, share) if share.denoises else {}
     decode = parts.total + workspace.decode_workspace(sizes.vae_base_dim, work)
     return encoding | denoising | ({"decode": decode} if share.media else {})
 
 
-def _encoding_peaks(sizes: ModelSizes, work: Workload, parts: DeviceParts, text_device: str) -> dict[str, int]:
+def _encoding_peaks(sizes: ModelSizes, work: Workload, text_device: str) -> dict[str, int]:
     text = allocated(sum(slab.bound(work.dtype) for slab in sizes.text))
     text = max(loading(sizes.text, work.dtype), text + workspace.text_workspace(sizes, work.value_bytes))
-    image = parts.vae + workspace.encode_workspace(sizes.vae_base_dim, work)
+    image = _stored_vae(sizes, work) + workspace.encode_workspace(sizes.vae_base_dim, work)
     return {
         "encode_text": text if text_device == "cuda" else 0,
         "encode_audio": sizes.audio.parameters * FLOAT32_BYTES + workspace.audio_workspace(sizes.audio),

@@ -14,6 +14,7 @@ import torch
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_models.config import DiTConfig
+from lowvram_models.names import DECODER
 from lowvram_quantize.format import Artifact, Component
 from lowvram_quantize.slabs import read_header
 
@@ -80,8 +81,9 @@ class AudioSizes:
 class ModelSizes:
     """Sizes of the artifact's slabs; ``parameters`` are counts.
 
-    ``layers`` has each layer's slab; ``start`` goes before the first block. ``precision`` is the DiT's, which may be
-    "mixed"; ``linears`` say of what.
+    ``layers`` has each layer's slab; ``start`` goes before the first block. ``vae_decoder`` has how many values each
+    tensor of the VAE's decoder has, and is empty where none of its weights is in 8 bit. ``precision`` is the DiT's,
+    which may be "mixed"; ``linears`` say of what.
     """
 
     config: DiTConfig
@@ -97,6 +99,7 @@ class ModelSizes:
     text_ffn: int
     text_heads: int
     vae: tuple[SlabSizes, ...]
+    vae_decoder: tuple[int, ...]
     vae_base_dim: int
     vae_parameters: int
     audio: AudioSizes
@@ -157,6 +160,7 @@ def model_sizes(artifact: Artifact) -> ModelSizes:
         text_ffn=int(text.config["d_ff"]),
         text_heads=int(text.config["num_heads"]),
         vae=_slabs(vae, vae.slab_names),
+        vae_decoder=_narrow_decoder(vae),
         vae_base_dim=int(vae.config["base_dim"]),
         vae_parameters=_parameters(vae),
         audio=_audio_sizes(artifact),
@@ -187,6 +191,12 @@ def _slab(component: Component, name: str) -> SlabSizes:
         bf16_values=counts[0],
         fp32_values=counts[1],
     )
+
+
+def _narrow_decoder(component: Component) -> tuple[int, ...]:
+    specs = [spec for slab in component.slab_names for spec in component.slab_specs(slab)]
+    own = [spec for spec in specs if spec.name.startswith(DECODER) and not spec.name.endswith(_NOT_A_PARAMETER)]
+    return tuple(math.prod(spec.shape) for spec in own) if any(spec.dtype in _AS_STORED for spec in own) else ()
 
 
 def _parameters(component: Component) -> int:

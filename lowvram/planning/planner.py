@@ -195,6 +195,7 @@ def plan_team(
     found = settle(members, there.ram_bytes)
     if isinstance(found, Shortfall):
         raise _refusal(members, found, there.ram_bytes)
+    found = tuple(member.widened(placement) for member, placement in zip(members, found, strict=True))
     ranks = tuple(describe(m.job, p, m.budgets, m.card) for m, p in zip(members, found, strict=True))
     return TeamPlan(
         layout=layout,

@@ -238,7 +238,7 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
         tasks=tuple(tasks),
         seconds=Seconds.of(tasks),
         limits=limits(sizes, work, card.rates),
-        notes=_notes(job, card),
+        notes=(*_notes(job, card), *_vae_note(job, placement)),
     )
 
 
@@ -260,6 +260,16 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
             "bfloat16 is the default on GPUs"
         )
     return tuple(notes)
+
+
+def _vae_note(job: Job, placement: Placement) -> list[str]:
+    """How the VAE's weights are used, where they are in 8 bit."""
+    if not job.share.media or not job.sizes.vae_decoder:
+        return []
+    nbytes = gib(sum(job.sizes.vae_decoder) * job.work.value_bytes)
+    if placement.wide_vae:
+        return [f"the VAE's 8-bit decoder is widened once, as it is loaded, to {nbytes}"]
+    return [f"the VAE's 8-bit decoder is widened at every use: there is no room to keep its {nbytes} instead"]
 
 
 def words_of(work: Workload) -> str:

@@ -76,6 +76,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "ring_slots": placement.ring_slots,
             "kv": placement.kv,
             "wave": placement.wave,
+            "wide_vae": placement.wide_vae,
         },
         "text_encoder_device": plan.text_encoder_device,
         "precision": plan.precision,
