@@ -49,6 +49,16 @@ def pass_bytes(config: DiTConfig, work: Workload, share: Share, kv: str, *, eigh
     )
 
 
+# Bytes that the VAE's decoder moves between its convolutions, norms, SiLU, sums and copies, of a latent frame for each
+# pixel, unit of the base width and byte of a value. Counted over its operations; the test counts them again.
+DECODE_PASS_BYTES = 641.6
+
+
+def decode_pass_bytes(base_dim: int, work: Workload) -> int:
+    """Of one block."""
+    return int(DECODE_PASS_BYTES * work.value_bytes * base_dim * work.pixels * work.frames_per_block)
+
+
 # Kernels that a layer starts, by kind of ring; what an audio injection adds in a block's first step, which also makes
 # keys and values of the voice, and in the others; and what a step starts beside layers.
 # Counted by `python benchmarks/host_time.py`, and held by tests/lowvram/test_host_time.py.

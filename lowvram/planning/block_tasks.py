@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lowvram.offload.placement import Placement
-from lowvram.planning.activation_passes import launches, pass_bytes
+from lowvram.planning.activation_passes import decode_pass_bytes, launches, pass_bytes
 from lowvram.planning.cards import Rates
 from lowvram.planning.memory_costs import decode_operations, ring_costs, rows_of, step_operations
 from lowvram.planning.model_sizes import ModelSizes
@@ -95,10 +95,17 @@ def tasks_of(
         *_copies(copied, rates, table),
     ]
     if share.media:
-        amount = decode_operations(sizes.vae_base_dim, work)
-        peak, reached = table.operation("VAE", rates.values(work.dtype))
-        tasks.append(Task(name="decoding, convolutions", lane="decode", amount=amount, peak=peak, reached=reached))
+        tasks += _decoding(sizes, work, rates, table)
     return [task for task in tasks if task.amount]
+
+
+def _decoding(sizes: ModelSizes, work: Workload, rates: Rates, table: _Table) -> Iterator[Task]:
+    amount = decode_operations(sizes.vae_base_dim, work)
+    peak, reached = table.operation("VAE convolution", rates.values(work.dtype))
+    yield Task(name="decoding, convolutions", lane="decode", amount=amount, peak=peak, reached=reached)
+    if rates.memory:
+        moved, reached = decode_pass_bytes(sizes.vae_base_dim, work), table.of("own memory")
+        yield Task(name="decoding, passes", lane="decode", amount=moved, peak=rates.memory, reached=reached)
 
 
 _WIDE_LINEAR, _WIDE_ATTENTION = "16 or 32 bit Linear", "16 or 32 bit attention"

@@ -133,14 +133,14 @@ OPERATION_RATES: dict[str, Operation] = {
         why="a float32 unit starts an instruction a clock, half of the data sheet's single-precision operations; "
         "products and loads are started from the same slots",
     ),
-    "VAE": Operation(
-        share=Range(0.30, 0.42, 0.60),
-        of_measured=Range(0.33, 0.46, 0.65),
+    "VAE convolution": Operation(
+        share=Range(0.45, 0.60, 0.75),
+        on={90: Range(0.30, 0.45, 0.60), 100: Range(0.25, 0.40, 0.55)},
+        of_measured=Range(0.50, 0.65, 0.80),
         source="assumed",
-        why="cuDNN's bf16 convolutions over channels-last activations reach 60 to 80 % with 192 and more channels and "
-        "less with the 96 of the last stages; norms, SiLU, padding and the cache, which the decoder does apart, "
-        "move the largest activations several times and take the rest. Others saw 2.5 times from channels-last "
-        "alone on a B200. Not measured here on any card",
+        why="cuDNN's bf16 convolutions over channels-last activations are reported at 60 to 80 % with 192 and more "
+        "channels; a third of the decoder's operations has 96, which fill three quarters of a tile. A rate that is "
+        "as high as an H100's is reached less. Not measured here on any card",
     ),
     "own memory": Operation(
         share=Range(0.75, 0.88, 0.94),

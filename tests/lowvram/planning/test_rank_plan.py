@@ -202,7 +202,7 @@ def test_weights_in_float32_are_planned_as_they_are_bound(sizes):
 @pytest.mark.parametrize(
     ("card", "gib", "size", "streamed", "hosted", "seconds"),
     [
-        ("rtx3060", 11.0, "384*256", 20, 159, 3.3),
+        ("rtx3060", 11.0, "384*256", 20, 159, 3.2),
         ("rtx4080", 14.5, "704*384", 18, 155, 2.9),
         ("rtx4090", 22.15, "704*384", 0, 137, 1.8),
         ("rtx4090", 22.15, "720*400", 0, 140, 1.9),

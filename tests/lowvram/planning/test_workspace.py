@@ -11,6 +11,7 @@ from torch import nn
 from lowvram.loading.fused_block import fuse
 from lowvram.parallel.ulysses import Ulysses
 from lowvram.planning import Workload, workspace
+from lowvram.planning.activation_passes import decode_pass_bytes
 from lowvram.planning.memory_costs import decode_operations
 from lowvram.planning.model_sizes import AudioSizes
 from lowvram.planning.rank_layout import ParallelLayout, share_of, shares
@@ -171,6 +172,8 @@ def test_the_decoder_takes_what_is_predicted(vae, latents):
     assert workspace.decoder_cache(96, work) == pytest.approx(cache, rel=0.01)
     assert workspace.decode_workspace(96, work) == pytest.approx(live.peak - cache, rel=0.03)
     assert decode_operations(96, work) == pytest.approx(live.operations, rel=0.01)
+    # Attention over the pixels of a frame grows faster than they do, a little.
+    assert decode_pass_bytes(96, work) == pytest.approx(live.moved, rel=0.03)
 
 
 def test_the_encoder_takes_what_is_predicted(vae, monkeypatch):
