@@ -124,8 +124,6 @@ def _again(sizes, was):
 
 # Where each of these is halved, a block is longer: what is on the critical path of a single card.
 CRITICAL = [
-    "int8 Linear", "int8 attention", "16 or 32 bit attention", "VAE convolution", "own memory", "start of a kernel", "PCIe",
-]  # fmt: skip
     "int8 Linear",
     "int8 attention",
     "16 or 32 bit attention",
