@@ -67,11 +67,12 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
         triton_projected,
         triton_rope,
         triton_rows,
+        triton_values,
     )
 
     modules = (
         *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_means, triton_projected),
-        *(triton_prepare, triton_attention),
+        *(triton_values, triton_prepare, triton_attention),
     )
     found = [case for module in modules for case in module.aot_cases(generation)]
     if more:

@@ -1,12 +1,13 @@
 """Attention over 8-bit rings and sink, block by block, without joining or dequantizing them in memory.
 
 Order of preference: Triton on CUDA from sm_80 on (queries quantized a token and head, int8 q k^T, q . k_mean added back
-a block, values dequantized in registers, bfloat16 p v, softmax online over all blocks); otherwise PyTorch over the
-decoded blocks.
+a block; weights of each tile of keys in 8 bits below their largest, int8 p v; softmax online over all blocks);
+otherwise PyTorch over the decoded blocks, also where the kernel failed selftest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,11 +15,15 @@ import torch
 
 from lowvram_kernels.attention import sdpa
 from lowvram_kernels.choices import TRITON, choose
-from lowvram_kernels.ring_codec import KVBlock, decode_block, decode_keys, rotate_block
+from lowvram_kernels.ring_codec import TILE_TOKENS, KVBlock, decode_block, decode_keys, rotate_block, values_shape
 from lowvram_kernels.rope import rotate
+from lowvram_kernels.rows import FLOOR
 from lowvram_kernels.trace import record
 
 Tensor = torch.Tensor
+
+LEVELS = 255
+"""Weights of a tile's keys are rounded to so many parts of the largest one."""
 
 
 def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBlock]]) -> Tensor:
@@ -26,7 +31,8 @@ def ring_attention(q: Tensor, blocks: Sequence[KVBlock] | Sequence[Sequence[KVBl
 
     ``blocks`` are the visible slots of a ring and the sink with its keys rotated, in any order. Several wave items go
     through one launch: q [I, L, N, H] with I lists of blocks, as many in each list.
-    Against float64 on the decoded blocks: relative error about 1 % (the queries' own 8 bits); PyTorch's path 1e-6.
+    Against float64 on the decoded blocks: relative error about 1 % (the 8 bits of queries and weights); PyTorch's path
+    1e-6.
 
     Raises:
         TypeError: q is not floating point, or a block not encoded.
@@ -77,6 +83,29 @@ def reference_ring_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor
     return torch.einsum("nls,snh->lnh", scores.softmax(dim=-1), v)
 
 
+def stepwise_attention(q_LNH: Tensor, blocks: Sequence[KVBlock]) -> Tensor:
+    """What the Triton kernel computes, step by step in float32: for tests, and for figures of its error."""
+    q = q_LNH.float().transpose(0, 1)
+    q_scale = q.abs().amax(-1, keepdim=True).clamp_min(FLOOR) / 127
+    q8, to_log2 = (q / q_scale).round(), math.log2(math.e) / math.sqrt(q.shape[-1])
+    top = torch.full_like(q_scale, -math.inf)
+    total, result = torch.zeros_like(q_scale), torch.zeros_like(q)
+    for block in blocks:
+        shift = (q @ block.k_mean.float()[..., None]) * to_log2
+        tiles = zip(*(part.split(TILE_TOKENS) for part in (block.k, block.k_scale)), block.v.unbind(1), strict=True)
+        for k, k_scale, v_NHT in tiles:
+            step = k_scale.float().t()[:, None] * q_scale * to_log2
+            score = (q8 @ k.float().permute(1, 2, 0)) * step + shift
+            here = score.amax(-1, keepdim=True)
+            higher = torch.maximum(top, here)
+            keep, up = torch.exp2(top - higher), torch.exp2(here - higher)
+            level = torch.exp2(score - here).mul_(LEVELS).round_()
+            part = level @ v_NHT[..., : len(k)].float().transpose(1, 2) * block.v_scale.float()[:, None]
+            total, result = total * keep + level.sum(-1, keepdim=True) * up, result * keep + part * up
+            top = higher
+    return (result / total).transpose(0, 1).to(q_LNH.dtype)
+
+
 def _decoded_name(q: Tensor) -> str:
     return f"int8 decoded to {str(q.dtype).removeprefix('torch.')}: torch scaled_dot_product_attention"
 
@@ -108,7 +137,7 @@ def check_blocks(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]]) -> None:
     for block in (block for some in lists for block in some):
         if block.k.dtype is not torch.int8 or block.v.dtype is not torch.int8:
             raise TypeError(f"a block holds {block.k.dtype} and {block.v.dtype}; expected int8, from encode_block")
-        if block.k.shape[1:] != shape or block.v.shape != block.k.shape or not block.tokens:
+        if block.k.shape[1:] != shape or not block.tokens or block.v.shape != values_shape(block.k):
             raise ValueError(
                 f"a block of {tuple(block.k.shape)} for queries {tuple(q_ILNH.shape)}: heads or width differ"
             )

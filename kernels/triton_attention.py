@@ -13,64 +13,85 @@ import triton.language as tl
 from lowvram_kernels.aot import Case
 from lowvram_kernels.chips import known_generation
 from lowvram_kernels.ring_codec import KVBlock
-from lowvram_kernels.triton_prepare import Prepared, block_part, dim_p2, prepare_queries, room_for, spread_scales
+from lowvram_kernels.triton_prepare import (
+    FIELDS,
+    HALF,
+    LEVELS,
+    MAGIC,
+    MAGIC_BITS,
+    OF_K,
+    OF_TOKENS,
+    OF_V,
+    Prepared,
+    block_part,
+    column_order,
+    dim_p2,
+    larger,
+    prepare_queries,
+    room_for,
+    spread,
+)
+from lowvram_kernels.triton_values import RING_TILE
 
 Tensor = torch.Tensor
 
-# As an int32 the bits of 1.5 * 2^23: sums of 8-bit products that start there are, read as float32, that number plus
-# the sum (below 2^22 for up to 260 channels), which spares a conversion instruction an element.
-MAGIC_BITS = tl.constexpr(0x4B400000)
-MAGIC = tl.constexpr(12582912.0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself asks, once
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one step of a program, its warps and pipeline stages."""
+    """Queries of a program, its warps and pipeline stages; keys of a step are those of a tile of the ring."""
 
     queries: int
-    keys: int
     warps: int
     stages: int
 
 
-# Three stages: with two, Triton copies a step's keys and values only once the step before is through. That costs sm_90
-# and sm_120 half of the keys of a step (fewer instructions a key with more), or registers would spill.
-TILES = {
-    80: Tile(128, 64, 8, 3),
-    86: Tile(128, 64, 8, 3),
-    89: Tile(128, 64, 8, 3),
-    90: Tile(128, 64, 8, 3),
-    120: Tile(128, 32, 8, 3),
-}
-
-
-# Four int8 to four bfloat16, exactly: each byte, shifted to 0..255, becomes the low bits of 2^23 as a float32; less
-# 2^23 + 128 its upper half is the result. As assembly that counts as impure, because the compiler moves a plain
-# conversion behind the distribution of the operand over the warps, where each of them converts everything.
-TO_BF16 = tl.constexpr("""{
-.reg .b32 u, a, b, c, d;
-xor.b32 u, $2, 0x80808080;
-prmt.b32 a, u, 0x4B000000, 0x7440;
-prmt.b32 b, u, 0x4B000000, 0x7441;
-prmt.b32 c, u, 0x4B000000, 0x7442;
-prmt.b32 d, u, 0x4B000000, 0x7443;
-sub.f32 a, a, 0f4B000080;
-sub.f32 b, b, 0f4B000080;
-sub.f32 c, c, 0f4B000080;
-sub.f32 d, d, 0f4B000080;
-prmt.b32 $0, a, b, 0x7632;
-prmt.b32 $1, c, d, 0x7632;
-}""")
+# Three stages: with two, Triton copies a step's keys and values only once the step before is through. There is room in
+# shared memory for one stage of heads wider than 128.
+TILES = {80: Tile(128, 8, 3), 86: Tile(128, 8, 3), 89: Tile(128, 8, 3), 90: Tile(128, 8, 3), 120: Tile(128, 8, 3)}
+WIDE_HEADS = Tile(64, 8, 2)
 
 
 @triton.jit
-def _weighted_sum(weight, values, result, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # the interpreter has neither bfloat16 products nor assembly
-        return tl.dot(weight, values.to(tl.float32), result, input_precision="ieee")
+def _row_maximum(score, INTERPRETED: tl.constexpr):
+    """NaN where a row has one: that is how it reaches the sum of the weights, and with it the result."""
+    if INTERPRETED:  # its maximum drops NaN, and any other one it takes element by element
+        return tl.max(score, 1) + tl.sum(tl.where(score == score, 0.0, score), 1)
     else:
-        wide = tl.inline_asm_elementwise(TO_BF16, "=r,=r,r", [values], dtype=tl.bfloat16, is_pure=False, pack=4)
-        return tl.dot(weight.to(tl.bfloat16), wide, result)
+        return tl.reduce(score, 1, larger)
+
+
+@triton.jit
+def _weights_in_8_bits(exponent, INTERPRETED: tl.constexpr):
+    """2^exponent, at most 1, in LEVELS, as bytes less HALF for a product; and their sum in each row, in LEVELS."""
+    ROWS: tl.constexpr = exponent.shape[0]
+    KEYS: tl.constexpr = exponent.shape[1]
+    bits = (tl.exp2(exponent) * LEVELS + (MAGIC - HALF)).to(tl.int32, bitcast=True)
+    if INTERPRETED:  # its sums do not wrap around
+        total = tl.sum(bits - (MAGIC_BITS - HALF), 1)
+    else:
+        BASE: tl.constexpr = (KEYS * (MAGIC_BITS - HALF) + 2**31) % 2**32 - 2**31
+        total = tl.sum(bits, 1) - BASE
+    # Columns stand in the order of ``triton_prepare.column_order``: here they return to that of the tokens.
+    byte = tl.permute(tl.reshape(bits.to(tl.int8), [ROWS, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    return tl.reshape(byte, [ROWS, KEYS]), total.to(tl.float32)
+
+
+@triton.jit
+def _added(
+    result, weight, values, sums, keep, up, FIRST: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """``result`` [L, SIZE] of the channels from FIRST on, with a tile's weighted values added."""
+    ROWS: tl.constexpr = result.shape[0]
+    dims = FIRST + tl.arange(0, SIZE)
+    at = values + tl.arange(0, RING_TILE)[:, None] + dims[None, :] * RING_TILE
+    real = dims < HEAD_DIM
+    value = tl.load(at, mask=real[None, :], other=0) if FIRST + SIZE > HEAD_DIM else tl.load(at)
+    start = tl.broadcast_to(tl.load(sums + dims)[None, :], (ROWS, SIZE))
+    part = tl.dot(weight, value, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    # MAGIC is taken off with what fades: one instruction an element less, for a rounding of a part of one level.
+    return part * up[:, None] + (result * keep[:, None] - (up * MAGIC)[:, None])
 
 
 @triton.jit
@@ -79,6 +100,8 @@ def _attend_kernel(
     q_scale,
     q_mean,
     scales,
+    sums,
+    turns,
     origin,
     table,
     out,
@@ -89,12 +112,16 @@ def _attend_kernel(
     HEAD_DIM: tl.constexpr,
     DIM_P2: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
+    """A program for BLOCK_L queries of a head. What it holds through the inner loop fills all registers, so that values
+    go into the result in halves of their channels, and nothing is computed ahead of the loops that could wait."""
+    HALF_DIM: tl.constexpr = DIM_P2 // 2
     head, item = tl.program_id(1), tl.program_id(2)
     first = tl.program_id(0) * BLOCK_L
-    rows, dims = tl.arange(0, BLOCK_L), tl.arange(0, DIM_P2)
+    rows, dims, columns = tl.arange(0, BLOCK_L), tl.arange(0, DIM_P2), tl.arange(0, RING_TILE)
+    order, half = column_order(columns), tl.arange(0, HALF_DIM)
     row_there = rows < queries - first
     there = row_there[:, None] & (dims < HEAD_DIM)[None, :]
     corner = (item * HEADS + head).to(tl.int64) * queries + first
@@ -102,38 +129,48 @@ def _attend_kernel(
     scale = tl.load(q_scale + corner + rows, mask=row_there, other=1.0)
     top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
-    result = tl.zeros((BLOCK_L, DIM_P2), tl.float32)
-    for block in range(blocks):
+    left = tl.zeros((BLOCK_L, HALF_DIM), tl.float32)
+    right = tl.zeros((BLOCK_L, HALF_DIM), tl.float32)
+    for block in tl.range(0, blocks, disable_licm=True):
         entry = item * blocks + block
-        k = block_part(origin, table, entry, 0, 16) + head * HEAD_DIM
-        v = block_part(origin, table, entry, 1, 16) + head * HEAD_DIM
-        k_scale = scales + (entry * 2 * HEADS + head).to(tl.int64) * padded
-        v_scale = k_scale + HEADS * padded
-        tokens = tl.load(table + entry * 6 + 5).to(tl.int32)
-        line = ((item * blocks + block) * HEADS + head).to(tl.int64) * queries + first
-        shift = tl.load(q_mean + line + rows, mask=row_there, other=0.0)
-        for start in range(0, tokens, BLOCK_T):
-            token = start + tl.arange(0, BLOCK_T)
-            seen = token < tokens
-            inside = seen[None, :] if DIM_P2 == HEAD_DIM else seen[None, :] & (dims < HEAD_DIM)[:, None]
-            keys = tl.load(k + token[None, :] * (HEADS * HEAD_DIM) + dims[:, None], mask=inside, other=0)
-            step = tl.load(k_scale + token)
-            product = tl.dot(q, keys, tl.full((BLOCK_L, BLOCK_T), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
-            score = (product.to(tl.float32, bitcast=True) - MAGIC) * step[None, :]
-            score = tl.where(seen[None, :], score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 1) * scale + shift)
-            weight = tl.exp2(score * scale[:, None] + (shift - higher)[:, None])
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(weight, 1)
-            inside = seen[:, None] if DIM_P2 == HEAD_DIM else seen[:, None] & (dims < HEAD_DIM)[None, :]
-            values = tl.load(v + token[:, None] * (HEADS * HEAD_DIM) + dims[None, :], mask=inside, other=0)
-            step = tl.load(v_scale + token)
-            result = _weighted_sum(weight * step[None, :], values, result * fade[:, None], INTERPRETED)
+        of_head = (entry * HEADS + head).to(tl.int64)
+        tokens = tl.load(table + entry * FIELDS + OF_TOKENS).to(tl.int32)
+        k = block_part(origin, table, entry, OF_K, 16) + head * HEAD_DIM
+        v = block_part(origin, table, entry, OF_V, 16)
+        v += head.to(tl.int64) * tl.cdiv(tokens, RING_TILE) * (HEAD_DIM * RING_TILE)
+        step, sums_of_head = scales + of_head * (2 * padded), sums + of_head * (padded // RING_TILE * DIM_P2)
+        bias = step + padded
+        shift = tl.load(q_mean + of_head * queries + first + rows, mask=row_there, other=0.0)
+        for start in tl.range(0, tokens, RING_TILE, num_stages=STAGES, disable_licm=True):
+            # What stands in columns behind the last token is masked below, whatever it is.
+            token = tl.minimum(start + order, tokens - 1)
+            at = k + token[None, :] * (HEADS * HEAD_DIM) + dims[:, None]
+            keys = tl.load(at, mask=(dims < HEAD_DIM)[:, None], other=0) if DIM_P2 > HEAD_DIM else tl.load(at)
+            product = tl.dot(q, keys, tl.full((BLOCK_L, RING_TILE), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
+            # Columns' steps, and what takes MAGIC off again; 0 and -inf where no token is.
+            score = product.to(tl.float32, bitcast=True) * tl.load(step + start + columns)[None, :]
+            score += tl.load(bias + start + columns)[None, :]
+            here = _row_maximum(score, INTERPRETED) * scale + shift
+            higher = larger(top, here)
+            keep, up = tl.exp2(top - higher), tl.exp2(here - higher)
+            weight, weights = _weights_in_8_bits(score * scale[:, None] + (shift - here)[:, None], INTERPRETED)
+            total = total * keep + weights * up
+            values, tile_sums = v + start * HEAD_DIM, sums_of_head + start // RING_TILE * DIM_P2
+            left = _added(left, weight, values, tile_sums, keep, up, 0, HALF_DIM, HEAD_DIM)
+            right = _added(right, weight, values, tile_sums, keep, up, HALF_DIM, HALF_DIM, HEAD_DIM)
             top = higher
-    result = result / total[:, None]
+        turn = turns + of_head * DIM_P2
+        left *= tl.load(turn + half)[None, :]
+        right *= tl.load(turn + HALF_DIM + half)[None, :]
+    # No sum is -1: but so addresses come of what the loops give, and are not held through them.
+    rows += (total == -1.0).to(tl.int32)
+    inverse = (1.0 / total)[:, None]
     at = (item.to(tl.int64) * queries + first) * (HEADS * HEAD_DIM) + head * HEAD_DIM
-    at = out + at + rows[:, None] * (HEADS * HEAD_DIM) + dims[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=there)
+    at = out + at + rows[:, None] * (HEADS * HEAD_DIM) + half[None, :]
+    there = (rows < queries - first)[:, None]
+    tl.store(at, (left * inverse).to(out.dtype.element_ty), mask=there & (half < HEAD_DIM)[None, :])
+    there &= (HALF_DIM + half < HEAD_DIM)[None, :]
+    tl.store(at + HALF_DIM, (right * inverse).to(out.dtype.element_ty), mask=there)
 
 
 def ring_attention_triton(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]], tile: Tile | None = None) -> Tensor:
@@ -144,7 +181,7 @@ def ring_attention_triton(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]], ti
     """
     ready, out = room_for(len(q_ILNH), q_ILNH.shape[1], q_ILNH.dtype, lists)
     prepare_queries(q_ILNH, ready)
-    spread_scales(ready)
+    spread(ready)
     attend_prepared(ready, out, tile)
     return out
 
@@ -152,12 +189,14 @@ def ring_attention_triton(q_ILNH: Tensor, lists: Sequence[Sequence[KVBlock]], ti
 def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> None:
     """Attention over all that ``ready`` names, into ``out``."""
     items, queries, heads, head_dim = out_ILNH.shape
-    tile = tile or TILES[known_generation(out_ILNH.device)]
+    tile = tile or (TILES[known_generation(out_ILNH.device)] if head_dim <= 128 else WIDE_HEADS)
     _attend_kernel[(-(-queries // tile.queries), heads, items)](
         ready.q8,
         ready.q_scale,
         ready.q_mean,
         ready.scales,
+        ready.sums,
+        ready.turns,
         ready.origin,
         ready.table,
         out_ILNH,
@@ -168,7 +207,7 @@ def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> Non
         HEAD_DIM=head_dim,
         DIM_P2=dim_p2(head_dim),
         BLOCK_L=tile.queries,
-        BLOCK_T=tile.keys,
+        STAGES=tile.stages,
         INTERPRETED=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -177,11 +216,32 @@ def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> Non
 
 
 def aot_case(
-    name: str, tile: Tile, *, heads: int = 40, queries: str = "i32:16", out: str = "*bf16", one_block: bool = False
+    name: str,
+    tile: Tile,
+    *,
+    heads: int = 40,
+    head_dim: int = 128,
+    queries: str = "i32:16",
+    out: str = "*bf16",
+    one_block: bool = False,
 ) -> Case:
-    types = {"q8": "*i8", "q_scale": "*fp32", "q_mean": "*fp32", "scales": "*fp32", "origin": "*i8"}
+    types = {
+        "q8": "*i8",
+        "q_scale": "*fp32",
+        "q_mean": "*fp32",
+        "scales": "*fp32",
+        "sums": "*i32",
+        "turns": "*fp32",
+        "origin": "*i8",
+    }
     types |= {"table": "*i64", "out": out, "padded": "i32:16", "queries": queries, "blocks": "i32"}
-    constants = {"HEADS": heads, "HEAD_DIM": 128, "DIM_P2": 128, "BLOCK_L": tile.queries, "BLOCK_T": tile.keys}
+    constants = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "DIM_P2": dim_p2(head_dim),
+        "BLOCK_L": tile.queries,
+        "STAGES": tile.stages,
+    }
     constants |= {"INTERPRETED": False} | ({"blocks": 1} if one_block else {})  # a 1 is compiled in by the launcher
     return Case(
         name=name,

@@ -1,4 +1,5 @@
-"""The mean over a block's keys, normed and rotated, before any of them is stored; and over a sink's, rotated anew."""
+"""What has to be known of a block before any of it is stored: the mean over its keys, normed and rotated, and each
+channel's largest value; and the mean over a sink's keys, rotated anew."""
 
 from __future__ import annotations
 
@@ -11,9 +12,17 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.rope import Projection
-from lowvram_kernels.triton_rope import block_shape, normed_rope, pair_mask, pair_offsets, rotated_key
-from lowvram_kernels.triton_rows import packed, row_warps
+from lowvram_kernels.triton_rope import (
+    bfloat16_steps,
+    block_shape,
+    normed_rope,
+    pair_mask,
+    pair_offsets,
+    rotated_key,
+)
+from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_warps
 
 Tensor = torch.Tensor
 
@@ -26,6 +35,7 @@ SUM_TOKENS = 12
 @triton.jit
 def _sum_kernel(
     k,
+    v,
     weight,
     cos,
     sin,
@@ -38,6 +48,8 @@ def _sum_kernel(
     tokens,
     sink_tokens,
     stride_k,
+    stride_vt,
+    stride_vn,
     eps,
     SUM_TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -45,19 +57,25 @@ def _sum_kernel(
     HEADS_P2: tl.constexpr,
     PAIRS_P2: tl.constexpr,
 ):
-    """Sums over SUM_TOKENS tokens each of the normed, rotated keys, then of the sink's rotated ones: float32
-    [programs, heads, head_dim]."""
+    """Sums over SUM_TOKENS tokens each of the normed, rotated keys, then of the sink's rotated ones; then the largest
+    magnitudes of such tokens' values: float32 [programs and those of the block once more, heads, head_dim]."""
     at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
     there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     own = tl.cdiv(tokens, SUM_TOKENS)
     total = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.float32)
     if tl.program_id(0) < own:
         first = tl.program_id(0) * SUM_TOKENS
+        largest = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.int32)
+        apart = tl.arange(0, HEADS_P2)[:, None, None] * (stride_vn - HEAD_DIM)
         for index in range(tl.minimum(SUM_TOKENS, tokens - first)):
             token = (first + index).to(tl.int64)
+            value = tl.load(v + token * stride_vt + apart + at, mask=there, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, magnitude_bits(value))
             total += normed_rope(
                 k + token * stride_k, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
             )
+        line = (tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (HEADS * HEAD_DIM)
+        tl.store(sums + line + at, largest.to(tl.float32, bitcast=True), mask=there)
     else:
         first = (tl.program_id(0) - own) * SUM_TOKENS
         for index in range(tl.minimum(SUM_TOKENS, sink_tokens - first)):
@@ -73,6 +91,7 @@ def _mean_kernel(
     sums,
     mean,
     sink_mean,
+    v_scale,
     tokens,
     sink_tokens,
     width,
@@ -80,40 +99,51 @@ def _mean_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """From these sums the mean of the block's keys (second program id 0) and of the sink's (1), a few columns each."""
-    own, of_sink = tl.cdiv(tokens, SUM_TOKENS), tl.program_id(1) == 1
-    count = tl.where(of_sink, sink_tokens, tokens)
-    begin = tl.where(of_sink, own, 0)
+    """From these the mean of the block's keys (second program id 0), of the sink's (1) and the scales of the block's
+    values (2), a few columns each."""
+    own, kind = tl.cdiv(tokens, SUM_TOKENS), tl.program_id(1)
+    count = tl.where(kind == 1, sink_tokens, tokens)
+    begin = tl.where(kind == 0, 0, own)
+    begin += tl.where(kind == 2, tl.cdiv(sink_tokens, SUM_TOKENS), 0)
     end = begin + tl.cdiv(count, SUM_TOKENS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    largest = tl.zeros((ROWS, COLUMNS), tl.int32)
     for first in range(begin, end, ROWS):
         row = (first + rows)[:, None]
         there = (row < end) & (columns < width)[None, :]
-        total += tl.load(sums + row * width + columns[None, :], mask=there, other=0.0)
-    value = tl.sum(total, 0) / count
-    target = tl.where(of_sink, sink_mean, mean)
-    tl.store(target + columns, value.to(target.dtype.element_ty), mask=columns < width)
+        part = tl.load(sums + row * width + columns[None, :], mask=there, other=0.0)
+        total += part
+        largest = tl.maximum(largest, part.to(tl.int32, bitcast=True))
+    if kind == 2:
+        step, _ = bfloat16_steps(tl.maximum(tl.max(largest, 0), FLOOR_BITS))
+        tl.store(v_scale + columns, step, mask=columns < width)
+    else:
+        target = tl.where(kind == 1, sink_mean, mean)
+        tl.store(target + columns, (tl.sum(total, 0) / count).to(target.dtype.element_ty), mask=columns < width)
 
 
 def means(
     k: Projection,
     k_TD: Tensor,
+    v_TNH: Tensor,
     tables: Sequence[Tensor],
     kept: tuple[Tensor, ...],
-    mean: Tensor,
+    block: KVBlock,
     sink_mean: Tensor,
     shape: dict[str, int],
     options: dict[str, Any],
 ) -> None:
-    """Of the block's keys and of the sink's, rotated both, into ``mean`` and ``sink_mean``. ``kept`` are the sink's
-    keys, scales and mean, cos and sin."""
+    """Means of the block's keys and of the sink's, rotated both, into ``block`` and ``sink_mean``, and the scales of
+    its values. ``kept`` are the sink's keys, scales and mean, cos and sin."""
     tokens, sink_tokens, width = len(k_TD), len(kept[0]), k_TD.shape[1]
-    programs = -(-tokens // SUM_TOKENS) - (-sink_tokens // SUM_TOKENS)
-    sums = torch.empty((programs, width), dtype=torch.float32, device=k_TD.device)
+    own = -(-tokens // SUM_TOKENS)
+    programs = own - (-sink_tokens // SUM_TOKENS)
+    sums = torch.empty((programs + own, width), dtype=torch.float32, device=k_TD.device)
     _sum_kernel[(programs,)](
         k_TD,
+        v_TNH,
         packed(k.weight_D),
         *tables,
         *kept,
@@ -121,15 +151,18 @@ def means(
         tokens,
         sink_tokens,
         k_TD.stride(0),
+        v_TNH.stride(0),
+        v_TNH.stride(1),
         k.eps,
         SUM_TOKENS=SUM_TOKENS,
         **shape,
         **options,
     )
-    _mean_kernel[(-(-width // MEAN_COLUMNS), 2)](
+    _mean_kernel[(-(-width // MEAN_COLUMNS), 3)](
         sums,
-        mean,
+        block.k_mean,
         sink_mean,
+        block.v_scale,
         tokens,
         sink_tokens,
         width,
@@ -137,6 +170,7 @@ def means(
         ROWS=MEAN_ROWS,
         COLUMNS=MEAN_COLUMNS,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
@@ -164,7 +198,8 @@ def _aot_cases(heads: int, x: str, number: str) -> list[Case]:
             types=tables
             | kept
             | tokens
-            | {"k": x, "weight": "*bf16", "sums": "*fp32", "stride_k": "i32:16", "eps": "fp32"},
+            | {"k": x, "v": x, "weight": "*bf16", "sums": "*fp32", "eps": "fp32"}
+            | dict.fromkeys(("stride_k", "stride_vt", "stride_vn"), "i32:16"),
             constants=shape | {"SUM_TOKENS": SUM_TOKENS},
             num_warps=warps,
             fp_fusion=False,
@@ -172,8 +207,10 @@ def _aot_cases(heads: int, x: str, number: str) -> list[Case]:
         Case(
             name="attend_projected means",
             kernel=_mean_kernel,
-            types=tokens | {"sums": "*fp32", "mean": "*bf16", "sink_mean": "*bf16", "width": "i32:16"},
+            types=tokens
+            | {"sums": "*fp32", "mean": "*bf16", "sink_mean": "*bf16", "v_scale": "*bf16", "width": "i32:16"},
             constants={"SUM_TOKENS": SUM_TOKENS, "ROWS": MEAN_ROWS, "COLUMNS": MEAN_COLUMNS},
             num_warps=4,
+            fp_fusion=False,
         ),
     ]

@@ -1,8 +1,8 @@
 """Preparation of attention over encoded blocks: where the blocks lie, 8-bit queries, scales in reading order.
 
 A table tells where the parts of each block are, so that slots of rings, staging buffers and the sink are read where
-they lie. A row of it: the distances in bytes of k, v, k_scale, v_scale and k_mean from the first block's keys, and the
-number of tokens.
+they lie. A row of it: the distances in bytes of k, v, k_scale, v_scale, k_mean and v_sums from the first block's keys,
+and the number of tokens.
 """
 
 from __future__ import annotations
@@ -16,26 +16,41 @@ import torch
 import triton
 import triton.language as tl
 
+from lowvram_kernels import ring_attention
 from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
-from lowvram_kernels.ring_codec import KVBlock
+from lowvram_kernels.ring_codec import TILE_TOKENS, KVBlock
 from lowvram_kernels.rounding import round_up
 from lowvram_kernels.triton_rows import magnitude_bits, power_of_2, quantize_scales, to_8bit
+from lowvram_kernels.triton_values import RING_TILE
 from lowvram_kernels.uploads import upload
 
 Tensor = torch.Tensor
 
 QUERIES = 32  # of one program
-PAD_TOKENS = 128  # a multiple of every tile's keys
 MAX_HEAD_DIM = 256
+# Columns of the table.
+OF_K, OF_V, OF_K_SCALE, OF_V_SCALE, OF_K_MEAN, OF_V_SUMS, OF_TOKENS = (tl.constexpr(index) for index in range(7))
+FIELDS = tl.constexpr(7)
+# As an int32 the bits of 1.5 * 2^23: sums of 8-bit products that start there are, read as float32, that number plus
+# the sum (below 2^22 for 260 channels or for the keys of a tile), which spares a conversion instruction an element.
+MAGIC_BITS = tl.constexpr(0x4B400000)
+MAGIC = tl.constexpr(12582912.0)
+# Weights of a tile's keys are 0 to 255 of these parts of the largest one, less HALF to fit a signed byte.
+LEVELS, HALF = tl.constexpr(float(ring_attention.LEVELS)), tl.constexpr(128)
+# Results are held in steps of a block's values. Where those of a channel are all but 0 in one block and not in another,
+# its step counts as this part of the largest: nothing overflows, and nothing that 8 bits could show is lost.
+LEAST = tl.constexpr(2.0**-60)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """``q8`` int8 [I, N, L, H], ``q_scale`` float32 [I, N, L] and ``q_mean`` (q . k_mean) float32 [I, B, N, L], both
-    scaled for exp2; ``scales`` float32 [I, B, 2, N, tokens padded] of keys and values; ``table`` int64 [I * B, 6] and
-    ``aligned``, of which all its distances are multiples. What is float or 8-bit holds nothing yet where ``room_for``
-    made it.
+    scaled for exp2; ``scales`` float32 [I, B, N, 2, tokens padded], of keys and -MAGIC times as much, in the order of
+    ``column_order``; ``sums`` int32 [I, B, N, tiles, H padded], what sums of a tile's products start with; ``turns``
+    float32 [I, B, N, H padded], what the result is multiplied by behind each block; ``table`` int64 [I * B, 7] and
+    ``aligned``, of which all its distances are multiples. What is computed holds nothing yet where ``room_for`` made
+    it.
     """
 
     origin: Tensor
@@ -45,13 +60,22 @@ class Prepared:
     q_scale: Tensor
     q_mean: Tensor
     scales: Tensor
+    sums: Tensor
+    turns: Tensor
+
+
+@triton.jit
+def column_order(columns):
+    """Which token of a tile stands in each column of its scores. A thread holds columns 2 i, 2 i + 1, 2 i + 8 and
+    2 i + 9 of 16 where the product of scores leaves them, and wants 4 i to 4 i + 3 for that of weights and values."""
+    return (columns & -16) | ((columns & 6) << 1) | ((columns & 8) >> 2) | (columns & 1)
 
 
 @triton.jit
 def block_part(origin, table, entry, field: tl.constexpr, ALIGNED: tl.constexpr):
     """Address of a block's part by its distance in bytes from ``origin``: a multiple of ALIGNED, for k and v of 16."""
-    distance = tl.load(table + entry * 6 + field)
-    distance = tl.multiple_of(distance, 16 if field < 2 else ALIGNED)
+    distance = tl.load(table + entry * FIELDS + field)
+    distance = tl.multiple_of(distance, 16 if field <= OF_V else ALIGNED)
     return origin + distance
 
 
@@ -86,7 +110,7 @@ def _prepare_kernel(
     tl.store(q8 + line[:, None] * HEAD_DIM + dims[None, :], to_8bit(value * inverse[:, None], True), mask=there)
     tl.store(q_scale + line, scale * softmax_scale, mask=rows < queries)
     for block in range(blocks):
-        k_mean = block_part(origin, table, item * blocks + block, 4, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+        k_mean = block_part(origin, table, item * blocks + block, OF_K_MEAN, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         mean = tl.load(k_mean + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
         dot = tl.sum(value * mean[None, :], 1) * softmax_scale
         line = ((item * blocks + block) * HEADS + head).to(tl.int64) * queries + rows
@@ -94,30 +118,77 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _scales_kernel(
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _value_steps(origin, table, entry, ALIGNED: tl.constexpr, at, there):
+    steps = block_part(origin, table, entry, OF_V_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+    return tl.load(steps + at, mask=there, other=1.0).to(tl.float32)
+
+
+@triton.jit
+def _store_turns(
+    origin, table, turns, block, blocks, ALIGNED: tl.constexpr, HEADS: tl.constexpr, HEADS_P2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_P2: tl.constexpr,
+):  # fmt: skip
+    """From steps of this block's values into those of the next; behind the last block, out of its steps."""
+    heads, dims = tl.arange(0, HEADS_P2)[:, None], tl.arange(0, DIM_P2)[None, :]
+    there, at = (heads < HEADS) & (dims < HEAD_DIM), heads * HEAD_DIM + dims
+    first = block // blocks * blocks
+    least = tl.zeros((HEADS_P2, DIM_P2), tl.float32)
+    for other in range(blocks):
+        least = larger(least, _value_steps(origin, table, first + other, ALIGNED, at, there))
+    least *= LEAST
+    turn = larger(_value_steps(origin, table, block, ALIGNED, at, there), least)
+    if block - first < blocks - 1:
+        turn = tl.div_rn(turn, larger(_value_steps(origin, table, block + 1, ALIGNED, at, there), least))
+    place = turns + (block * HEADS).to(tl.int64) * DIM_P2 + heads * DIM_P2 + dims
+    tl.store(place, turn, mask=heads < HEADS)
+
+
+@triton.jit
+def _spread_kernel(
     origin,
     table,
     scales,
+    sums,
+    turns,
+    blocks,
     padded,
     ALIGNED: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_P2: tl.constexpr,
 ):
-    """Scales of keys and of values, [T, N] bfloat16 each, to float32 [2, N, padded]: read in a row by one head."""
-    block = tl.program_id(1)
-    token, head = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, HEADS_P2)
-    there = (token < tl.load(table + block * 6 + 5))[:, None] & (head < HEADS)[None, :]
-    for which in tl.static_range(2):
-        part = block_part(origin, table, block, 2 + which, ALIGNED).to(tl.pointer_type(tl.bfloat16))
-        value = tl.load(part + token[:, None] * HEADS + head[None, :], mask=there, other=0.0).to(tl.float32)
-        line = ((block * 2 + which) * HEADS).to(tl.int64) * padded
-        at = scales + line + head[:, None] * padded + token[None, :]
-        tl.store(at, tl.trans(value), mask=(head < HEADS)[:, None] & (token < padded)[None, :])
+    """A program for a tile of a block and all heads: scales of keys [T, N] and sums of values [N, tiles, H] as
+    ``Prepared`` has them; the first of a block has its turns too. Columns behind the last token get the scale 0 and
+    -inf beside it, which masks them."""
+    block, first = tl.program_id(1), tl.program_id(0) * RING_TILE
+    tokens = tl.load(table + block * FIELDS + OF_TOKENS).to(tl.int32)
+    columns, heads, dims = tl.arange(0, RING_TILE), tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
+    token = first + column_order(columns)
+    part = block_part(origin, table, block, OF_K_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+    there = (token < tokens)[:, None] & (heads < HEADS)[None, :]
+    value = tl.trans(tl.load(part + token[:, None] * HEADS + heads[None, :], mask=there, other=0.0).to(tl.float32))
+    at = scales + ((block * HEADS + heads).to(tl.int64) * (2 * padded))[:, None] + (first + columns)[None, :]
+    tl.store(at, value, mask=(heads < HEADS)[:, None])
+    bias = tl.where((token < tokens)[None, :], value * -MAGIC, float("-inf"))
+    tl.store(at + padded, bias, mask=(heads < HEADS)[:, None])
+    tile, tiles = tl.program_id(0), tl.cdiv(tokens, RING_TILE)
+    part = block_part(origin, table, block, OF_V_SUMS, ALIGNED).to(tl.pointer_type(tl.int16))
+    there = ((heads < HEADS) & (tile < tiles))[:, None] & (dims < HEAD_DIM)[None, :]
+    total = tl.load(part + (heads[:, None] * tiles + tile) * HEAD_DIM + dims[None, :], mask=there, other=0)
+    place = ((block * HEADS + heads).to(tl.int64) * (padded // RING_TILE) + tile)[:, None] * DIM_P2 + dims[None, :]
+    tl.store(sums + place, total.to(tl.int32) * HALF + MAGIC_BITS, mask=(heads < HEADS)[:, None])
+    if first == 0:
+        _store_turns(origin, table, turns, block, blocks, ALIGNED, HEADS, HEADS_P2, HEAD_DIM, DIM_P2)
 
 
 def dim_p2(head_dim: int) -> int:
-    return max(16, power_of_2(head_dim))
+    return max(32, power_of_2(head_dim))  # a product of bytes takes 32 at the least
 
 
 def room_for(
@@ -133,7 +204,7 @@ def room_for(
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the 8-bit attention kernel takes {MAX_HEAD_DIM} at most")
     device, blocks = origin.device, len(lists[0])
-    longest = max(block.tokens for some in lists for block in some)
+    padded = round_up(max(block.tokens for some in lists for block in some), TILE_TOKENS)
     table, aligned = _table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some))
     ready = Prepared(
         origin=origin,
@@ -142,7 +213,11 @@ def room_for(
         q8=torch.empty((items, heads, queries, head_dim), dtype=torch.int8, device=device),
         q_scale=torch.empty((items, heads, queries), dtype=torch.float32, device=device),
         q_mean=torch.empty((items, blocks, heads, queries), dtype=torch.float32, device=device),
-        scales=torch.empty((items, blocks, 2, heads, _padded(longest)), dtype=torch.float32, device=device),
+        scales=torch.empty((items, blocks, heads, 2, padded), dtype=torch.float32, device=device),
+        sums=torch.empty(
+            (items, blocks, heads, padded // TILE_TOKENS, dim_p2(head_dim)), dtype=torch.int32, device=device
+        ),
+        turns=torch.empty((items, blocks, heads, dim_p2(head_dim)), dtype=torch.float32, device=device),
     )
     return ready, torch.empty((items, queries, heads, head_dim), dtype=dtype, device=device)
 
@@ -175,33 +250,34 @@ def prepare_queries(q_ILNH: Tensor, ready: Prepared) -> None:
     )
 
 
-def spread_scales(ready: Prepared) -> None:
-    """Of all blocks; those that a launch writes have to be written before."""
-    items, blocks, _, heads, padded = ready.scales.shape
-    _scales_kernel[(padded // PAD_TOKENS, items * blocks)](
+def spread(ready: Prepared) -> None:
+    """Scales of keys and sums of values, of all blocks; those that a launch writes have to be written before."""
+    items, blocks, heads, _, padded = ready.scales.shape
+    head_dim = ready.origin.shape[2]
+    _spread_kernel[(padded // TILE_TOKENS, items * blocks)](
         ready.origin,
         ready.table,
         ready.scales,
+        ready.sums,
+        ready.turns,
+        blocks,
         padded,
         ALIGNED=ready.aligned,
         HEADS=heads,
         HEADS_P2=power_of_2(heads),
-        BLOCK_T=PAD_TOKENS,
+        HEAD_DIM=head_dim,
+        DIM_P2=dim_p2(head_dim),
         num_warps=4,
         enable_fp_fusion=False,
     )
 
 
-def _padded(tokens: int) -> int:
-    return round_up(tokens, PAD_TOKENS)
-
-
 def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
-    parts = (block.k, block.v, block.k_scale, block.v_scale, block.k_mean)
+    parts = (block.k, block.v, block.k_scale, block.v_scale, block.k_mean, block.v_sums)
     if not all(part.is_contiguous() for part in parts) or block.k.data_ptr() % 16 or block.v.data_ptr() % 16:
         raise ValueError(
-            "a block's parts have to be contiguous, k and v at multiples of 16 bytes: use a SlotLayout where tokens * "
-            "heads * head_dim is such a multiple, over a slot that starts at one"
+            "a block's parts have to be contiguous, k and v at multiples of 16 bytes: use a SlotLayout over a slot "
+            "that starts at one"
         )
     return (*(part.data_ptr() - origin for part in parts), block.tokens)
 
@@ -209,7 +285,7 @@ def _row(block: KVBlock, origin: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=4096)
 def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, int]:
     # Kept, because a ring's slots come round, and with them their addresses.
-    aligned = 16 if all(distance % 16 == 0 for row in rows for distance in row[:5]) else 2
+    aligned = 16 if all(distance % 16 == 0 for row in rows for distance in row[:-1]) else 2
     return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device), aligned
 
 
@@ -234,12 +310,14 @@ def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
         num_warps=4,
         fp_fusion=False,
     )
-    scales = Case(
-        name="ring_attention scales",
-        kernel=_scales_kernel,
-        types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "padded": "i32:16"},
-        constants={"ALIGNED": 16, "HEADS": heads, "HEADS_P2": power_of_2(heads), "BLOCK_T": PAD_TOKENS},
+    sizes = {"ALIGNED": 16, "HEADS": heads, "HEADS_P2": power_of_2(heads), "HEAD_DIM": 128, "DIM_P2": 128}
+    spread_out = Case(
+        name="ring_attention scales and sums",
+        kernel=_spread_kernel,
+        types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "sums": "*i32"}
+        | {"turns": "*fp32", "blocks": "i32", "padded": "i32:16"},
+        constants=sizes,
         num_warps=4,
         fp_fusion=False,
     )
-    return [queries, scales]
+    return [queries, spread_out]

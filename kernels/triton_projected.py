@@ -1,10 +1,11 @@
 """Everything between a layer's projections and its attention over encoded blocks, in three passes and four launches.
 
-A key is stored around the mean over its block's tokens, which has to be known before the first of them: so keys are
-normed and rotated twice, and in between only sums are written. Each launch does that for the block's own keys and for
-the sink's, which are kept before RoPE and rotated anew at each reading; the last one stores values and makes the 8-bit
-queries too. Bytes a channel of K with bfloat16 projections: 2 and 4 / 12 for a sum of 12 tokens, that sum again, then 2
-and the 1 that is stored: 5.7; of the sink 1 twice, the sums, and 1: 3.7; of Q 2 and the 1 that attention reads.
+A key is stored around the mean over its block's tokens, and a value in steps of its channel's largest, which have to be
+known before the first of them: so keys are normed and rotated twice, values read twice, and in between only sums and
+largest ones are written. Each launch does that for the block's own keys and for the sink's, which are kept before RoPE
+and rotated anew at each reading; the last one makes the 8-bit queries too. Bytes a channel of K with bfloat16
+projections: 2 and 4 / 12 for a sum of 12 tokens, that sum again, then 2 and the 1 that is stored: 5.7, and of V as
+many; of the sink 1 twice, the sums, and 1: 3.7; of Q 2 and the 1 that attention reads.
 """
 
 from __future__ import annotations
@@ -21,9 +22,22 @@ from lowvram_kernels.projected import Projected, TurnedSink
 from lowvram_kernels.ring_codec import KVBlock, room_for_keys
 from lowvram_kernels.triton_attention import Tile, attend_prepared
 from lowvram_kernels.triton_means import means
-from lowvram_kernels.triton_prepare import Prepared, block_part, room_for, softmax_scale, spread_scales
+from lowvram_kernels.triton_prepare import (
+    OF_K,
+    OF_K_MEAN,
+    OF_K_SCALE,
+    OF_V,
+    OF_V_SCALE,
+    OF_V_SUMS,
+    Prepared,
+    block_part,
+    room_for,
+    softmax_scale,
+    spread,
+)
 from lowvram_kernels.triton_rope import block_shape, encoded, normed_rope, pair_mask, pair_offsets, rotated_key
 from lowvram_kernels.triton_rows import magnitude_bits, packed, quantize_scales, row_warps, to_8bit
+from lowvram_kernels.triton_values import store_tile
 
 Tensor = torch.Tensor
 
@@ -37,27 +51,11 @@ def _store_keys(
     at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
     there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     heads = tl.arange(0, HEADS_P2)
-    mean = block_part(origin, table, entry, 4, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+    mean = block_part(origin, table, entry, OF_K_MEAN, ALIGNED).to(tl.pointer_type(tl.bfloat16))
     value -= tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
     q, step = encoded(value)
-    tl.store(block_part(origin, table, entry, 0, ALIGNED) + token * (HEADS * HEAD_DIM) + at, q, mask=there)
-    scale = block_part(origin, table, entry, 2, ALIGNED).to(tl.pointer_type(tl.bfloat16))
-    tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
-
-
-@triton.jit
-def _store_values(
-    v, stride_n, token, origin, table, entry, ALIGNED: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr,
-):  # fmt: skip
-    """A token's values at ``v``, heads ``stride_n`` apart, into the block of that entry."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    heads = tl.arange(0, HEADS_P2)
-    value = tl.load(v + at + heads[:, None, None] * (stride_n - HEAD_DIM), mask=there, other=0.0)
-    q, step = encoded(value.to(tl.float32))
-    tl.store(block_part(origin, table, entry, 1, ALIGNED) + token * (HEADS * HEAD_DIM) + at, q, mask=there)
-    scale = block_part(origin, table, entry, 3, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+    tl.store(block_part(origin, table, entry, OF_K, ALIGNED) + token * (HEADS * HEAD_DIM) + at, q, mask=there)
+    scale = block_part(origin, table, entry, OF_K_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
     tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
 
 
@@ -76,7 +74,7 @@ def _store_queries(
     tl.store(q8 + apart + at, to_8bit(value * inverse[:, None, None], True), mask=there)
     tl.store(q_scale + line, scale * softmax_scale, mask=heads < HEADS)
     for block in range(blocks):
-        k_mean = block_part(origin, table, block, 4, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+        k_mean = block_part(origin, table, block, OF_K_MEAN, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         mean = tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
         dot = tl.sum(tl.sum(value * mean, 2), 1) * softmax_scale
         tl.store(q_mean + block * HEADS * tokens + line, dot, mask=heads < HEADS)
@@ -104,6 +102,7 @@ def _store_kernel(
     slot,
     blocks,
     tokens,
+    sink_tokens,
     stride_q,
     stride_k,
     stride_vt,
@@ -117,8 +116,8 @@ def _store_kernel(
     HEADS_P2: tl.constexpr,
     PAIRS_P2: tl.constexpr,
 ):
-    """A program for each token's keys and values, which go into block ``slot``, then for its queries, then for each of
-    the sink's tokens, whose rotated keys go into the last of ``blocks``."""
+    """A program for each token's keys, which go into block ``slot``, then for its queries, then for each of the sink's
+    tokens, whose rotated keys go into the last of ``blocks``, then for each head and tile of values, for that slot."""
     program = tl.program_id(0)
     if program < tokens:
         token = program.to(tl.int64)
@@ -126,8 +125,6 @@ def _store_kernel(
             k + token * stride_k, k_weight, cos, sin, token, k_eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
         )
         _store_keys(value, token, origin, table, slot, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-        row = v + token * stride_vt
-        _store_values(row, stride_vn, token, origin, table, slot, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
     elif program < 2 * tokens:
         token = (program - tokens).to(tl.int64)
         value = normed_rope(
@@ -137,12 +134,21 @@ def _store_kernel(
             value, token, tokens, blocks, softmax_scale, origin, table, q8, q_scale, q_mean, ALIGNED, HEADS, HEAD_DIM,
             HEADS_P2, PAIRS_P2,
         )  # fmt: skip
-    else:
+    elif program < 2 * tokens + sink_tokens:
         token = (program - 2 * tokens).to(tl.int64)
         value = rotated_key(
             sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2
         )
         _store_keys(value, token, origin, table, blocks - 1, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    else:
+        number = program - 2 * tokens - sink_tokens
+        head, tile = number % HEADS, number // HEADS
+        step = block_part(origin, table, slot, OF_V_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
+        sums = block_part(origin, table, slot, OF_V_SUMS, ALIGNED).to(tl.pointer_type(tl.int16))
+        kept = block_part(origin, table, slot, OF_V, ALIGNED)
+        store_tile(
+            v + head.to(tl.int64) * stride_vn, stride_vt, step, kept, sums, head, tile, tokens, HEAD_DIM, 2 * PAIRS_P2
+        )
 
 
 def attend_projected_triton(
@@ -174,8 +180,8 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
     shape = block_shape(heads, head_dim)
     # Both passes compute a key with the same roundings: it is the same number that is summed and that is stored.
     options = {"num_warps": row_warps(heads * head_dim), "enable_fp_fusion": False}
-    means(k, k_TD, tables, kept, blocks[slot].k_mean, room.k_mean, shape, options)
-    _store_kernel[(2 * tokens + sink.block.tokens,)](
+    means(k, k_TD, v, tables, kept, blocks[slot], room.k_mean, shape, options)
+    _store_kernel[(2 * tokens + sink.block.tokens + blocks[slot].v.shape[1] * heads,)](
         q_TD,
         k_TD,
         v,
@@ -191,6 +197,7 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
         slot,
         len(blocks) + 1,
         tokens,
+        sink.block.tokens,
         q_TD.stride(0),
         k_TD.stride(0),
         v.stride(0),
@@ -202,7 +209,7 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
         **shape,
         **options,
     )
-    spread_scales(ready)
+    spread(ready)
     return ready, out
 
 
@@ -228,7 +235,7 @@ def _aot_cases(heads: int, x: str, number: str, aligned: int) -> list[Case]:
         Case(
             name="attend_projected",
             kernel=_store_kernel,
-            types=tables | kept | queries | own | strides | floats | {"tokens": number},
+            types=tables | kept | queries | own | strides | floats | {"tokens": number, "sink_tokens": number},
             constants=shape | {"ALIGNED": aligned},
             num_warps=warps,
             fp_fusion=False,

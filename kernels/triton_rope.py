@@ -1,4 +1,4 @@
-"""RMSNorm with RoPE, and the codec of keys and values; a program holds one token of all heads."""
+"""RMSNorm with RoPE, and the codec of keys; a program holds one token of all heads."""
 
 from __future__ import annotations
 
@@ -181,16 +181,13 @@ def _encode_kernel(
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
     DIM_P2: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
     there = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
     at = heads[:, None] * HEAD_DIM + dims[None, :]
     value = tl.load(x + token * stride_xt + heads[:, None] * stride_xn + dims[None, :], mask=there, other=0.0)
-    value = value.to(tl.float32)
-    if HAS_MEAN:
-        value -= tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
+    value = value.to(tl.float32) - tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
     step, inverse = bfloat16_steps(tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS))
     tl.store(q + token * (HEADS * HEAD_DIM) + at, to_8bit(value * inverse[:, None], True), mask=there)
     tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
@@ -259,18 +256,18 @@ def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tenso
     return out
 
 
-def encode_triton(x_TNH: Tensor, mean_NH: Tensor | None, q_TNH: Tensor, scale_TN: Tensor) -> None:
-    x_TNH = x_TNH if x_TNH.stride(2) == 1 else x_TNH.contiguous()
-    tokens, heads, head_dim = x_TNH.shape
+def encode_keys_triton(k_TNH: Tensor, out: KVBlock) -> None:
+    """Around ``out.k_mean``, which is there."""
+    k_TNH = k_TNH if k_TNH.stride(2) == 1 else k_TNH.contiguous()
+    tokens, heads, head_dim = k_TNH.shape
     _encode_kernel[(tokens,)](
-        x_TNH,
-        x_TNH if mean_NH is None else mean_NH,
-        q_TNH,
-        scale_TN,
-        x_TNH.stride(0),
-        x_TNH.stride(1),
+        k_TNH,
+        out.k_mean,
+        out.k,
+        out.k_scale,
+        k_TNH.stride(0),
+        k_TNH.stride(1),
         **_encode_shape(heads, head_dim),
-        HAS_MEAN=mean_NH is not None,
         num_warps=row_warps(heads * head_dim),
         enable_fp_fusion=False,  # rounds where PyTorch rounds
     )
@@ -311,11 +308,11 @@ def _aot_cases(heads: int, x: str) -> list[Case]:
             num_warps=warps,
         ),
         Case(
-            name="encode_kv",
+            name="encode_kv keys",
             kernel=_encode_kernel,
             types={"x": x, "mean": "*bf16", "q": "*i8", "scale": "*bf16"}
             | {"stride_xt": "i32:16", "stride_xn": "i32:16"},
-            constants=_encode_shape(heads, head_dim) | {"HAS_MEAN": True},
+            constants=_encode_shape(heads, head_dim),
             num_warps=warps,
             fp_fusion=False,
         ),

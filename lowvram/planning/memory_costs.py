@@ -11,13 +11,12 @@ import dataclasses
 
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
+from lowvram_kernels.ring_codec import SlotLayout
 from lowvram_kernels.rounding import round_up
 from lowvram_models.config import DiTConfig
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 BFLOAT16_BYTES, FLOAT32_BYTES = 2, 4
-SCALE_BYTES = 2
-"""Scales and means of int8 keys and values are bfloat16."""
 _BLOCK_ALIGNMENT = 16
 # Audio tokens that a latent frame is given (model-spec section 4).
 _AUDIO_TOKENS = 5
@@ -36,7 +35,8 @@ def allocated(nbytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVBytes:
-    """Keys and values of some tokens of one layer: what is stored of them, and scales and means beside it."""
+    """Keys and values of some tokens of one layer: what is stored of them, and beside it scales, a mean, sums and what
+    fills up tiles."""
 
     payload: int
     scales: int
@@ -52,8 +52,16 @@ def kv_bytes(config: DiTConfig, tokens: int, kv: str, heads: int, value_bytes: i
     width = heads * config.head_dim
     if kv == "plain":
         return KVBytes(payload=2 * tokens * width * value_bytes, scales=0)
-    scales = 2 * tokens * heads * SCALE_BYTES + width * SCALE_BYTES
-    return KVBytes(payload=2 * tokens * width, scales=scales)
+    if not heads:  # a rank that only decodes
+        return KVBytes(payload=0, scales=0)
+    payload = 2 * tokens * width
+    layout = SlotLayout(tokens=tokens, heads=heads, head_dim=config.head_dim)
+    return KVBytes(payload=payload, scales=layout.nbytes - payload)
+
+
+def key_bytes(config: DiTConfig, tokens: int, heads: int) -> int:
+    """Of keys in 8 bits alone, as the sink's rotated ones stand."""
+    return heads and SlotLayout(tokens=tokens, heads=heads, head_dim=config.head_dim).key_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

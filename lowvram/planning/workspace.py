@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from lowvram.offload.placement import Placement
-from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, kv_bytes
+from lowvram.planning.memory_costs import BFLOAT16_BYTES, FLOAT32_BYTES, KIB, MIB, key_bytes
 from lowvram.planning.model_sizes import AudioSizes, ModelSizes
 from lowvram.planning.rank_layout import Share
 from lowvram.planning.workload import Workload
@@ -150,7 +150,7 @@ def rollout_inputs(config: DiTConfig, work: Workload, wave: int, share: Share) -
 
 def rotated_keys(config: DiTConfig, work: Workload, kv: str, share: Share) -> int:
     """Room for the sink's rotated keys of one layer; plain rings have none."""
-    return kv_bytes(config, work.sink_tokens, kv, share.heads, work.value_bytes).block // 2 if kv == "int8" else 0
+    return key_bytes(config, work.sink_tokens, share.heads) if kv == "int8" else 0
 
 
 def decoder_cache(base_dim: int, work: Workload) -> int:

@@ -30,7 +30,9 @@ from lowvram_kernels.ring_codec import (
     SlotLayout,
     decode_block,
     decode_keys,
-    reference_encode,
+    reference_encode_keys,
+    reference_encode_values,
+    set_value_scales,
 )
 from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 
@@ -61,8 +63,8 @@ def reference_block(sizes: Sizes, k_TNH: Tensor, v_TNH: Tensor) -> KVBlock:
     """Encoded by PyTorch, whatever kernels are at hand."""
     out = empty_block(sizes, k_TNH.device, len(k_TNH))
     out.k_mean.copy_(k_TNH.mean(0))
-    reference_encode(k_TNH, out.k_mean, out.k, out.k_scale)
-    reference_encode(v_TNH, None, out.v, out.v_scale)
+    reference_encode_keys(k_TNH, out)
+    reference_encode_values(v_TNH, out)
     return out
 
 
@@ -94,32 +96,44 @@ def norm_rope(sizes: Sizes, device: torch.device) -> Trial:
 
 
 def encode_kv(sizes: Sizes, device: torch.device) -> Trial:
-    x = random(device, sizes.tokens, sizes.heads, sizes.head_dim) * 5 + 2
-    mean = x.mean(0).bfloat16()
+    k, v = (random(device, sizes.tokens, sizes.heads, sizes.head_dim) * 5 + 2 for _ in range(2))
 
-    def room() -> tuple[Tensor, Tensor]:
+    def room() -> KVBlock:
         block = empty_block(sizes, device, sizes.tokens)
-        return block.k, block.k_scale
+        block.k_mean.copy_(k.mean(0))
+        return block
+
+    def named(block: KVBlock) -> Outputs:
+        return {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
 
     def triton() -> Outputs:
-        from lowvram_kernels.triton_rope import encode_triton
+        from lowvram_kernels.triton_rope import encode_keys_triton
+        from lowvram_kernels.triton_values import encode_values_triton
 
-        values, scale = room()
-        encode_triton(x, mean, values, scale)
-        return {"values": values, "scale": scale}
+        block = room()
+        encode_keys_triton(k, block)
+        set_value_scales(v, block)
+        encode_values_triton(v, block)
+        return named(block)
 
     def plain() -> Outputs:
-        values, scale = room()
-        reference_encode(x, mean, values, scale)
-        return {"values": values, "scale": scale}
+        block = room()
+        reference_encode_keys(k, block)
+        reference_encode_values(v, block)
+        return named(block)
 
     def judge(out: Outputs) -> Mapping[str, Measured]:
-        _, scale = room()
-        reference_encode(x, mean, torch.empty_like(out["values"]), scale)
-        off = steps_off(out["values"], out["scale"][..., None], x.double() - mean.double())
+        scale = reference_block(sizes, k, v).k_scale
+        keys = steps_off(out["k"], out["k_scale"][..., None], k.double() - out["k_mean"].double())
+        _, values = decode_block(KVBlock(**out), torch.float64)
+        off = (values - v.double()).abs() / out["v_scale"].double()
+        behind = out["v"].transpose(2, 3).flatten(1, 2)[:, sizes.tokens :]
+        sums = out["v"].int().sum(-1) - out["v_sums"]
         return {
-            "scale": Measured(error=relative_error(out["scale"], scale), bound=BF16),
-            "values": Measured(error=off, bound=HALF_STEP),
+            "scale": Measured(error=relative_error(out["k_scale"], scale), bound=BF16),
+            "keys": Measured(error=keys, bound=HALF_STEP),
+            "values": Measured(error=off.max().item(), bound=HALF_STEP),
+            "sums of values": Measured(error=float(sums.abs().max() + behind.abs().sum()), bound=0.5),
         }
 
     return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)
@@ -161,10 +175,10 @@ def attend_projected(sizes: Sizes, device: torch.device) -> Trial:
         allowed = HALF_STEP * out["k_scale"].double()[..., None] + 2.0**-8 * exact.abs()
         block = reference_block(sizes, exact.float(), v)
         turned = reference_block(sizes, rotate(decode_keys(kept, torch.float32), *tables), v)
-        turned = dataclasses.replace(turned, v=kept.v, v_scale=kept.v_scale)
+        turned = dataclasses.replace(kept, k=turned.k, k_scale=turned.k_scale, k_mean=turned.k_mean)
         queries = reference_norm_rope(q.x_TD[rows].double(), q.weight_D, EPS, heads, *(table[rows] for table in tables))
         expected = reference_ring_attention(queries, [block, *others, turned])
-        values = (out["values"] - v.double()).abs() / out["v_scale"].double()[..., None]
+        values = (out["values"] - v.double()).abs() / out["v_scale"].double()
         return {
             "attended": Measured(error=relative_error(out["attended"][rows], expected), bound=0.02),
             "keys": Measured(error=((out["keys"] - exact).abs() / allowed).max().item(), bound=1.0),

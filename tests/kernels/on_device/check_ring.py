@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from where import DEVICE, relative_error
 
 from lowvram_kernels.holding import holding
-from lowvram_kernels.ring_attention import reference_ring_attention
+from lowvram_kernels.ring_attention import reference_ring_attention, stepwise_attention
 from lowvram_kernels.ring_codec import (
     KVBlock,
     SlotLayout,
     decode_block,
     decode_keys,
-    reference_encode,
+    encode_block,
+    reference_encode_keys,
+    reference_encode_values,
     room_for_keys,
     rotate_block,
+    set_value_scales,
 )
 from lowvram_kernels.rope import Projection, reference_norm_rope, rotate
 from lowvram_kernels.triton_attention import TILES, Tile, ring_attention_triton
-from lowvram_kernels.triton_rope import encode_triton, norm_both_triton, norm_rope_triton, rotated_keys_triton
+from lowvram_kernels.triton_rope import encode_keys_triton, norm_both_triton, norm_rope_triton, rotated_keys_triton
+from lowvram_kernels.triton_values import encode_values_triton
 
-SMALL = Tile(32, 32, 4, 2)
+SMALL = Tile(32, 4, 2)
 
 
 def rotation(tokens, head_dim):
@@ -35,8 +41,8 @@ def block(tokens, heads, head_dim, offset=1.0):
     out = layout.block(torch.full((layout.nbytes + 16,), 85, dtype=torch.uint8, device=DEVICE))
     k = torch.randn(tokens, heads, head_dim, device=DEVICE) + offset * torch.randn(heads, head_dim, device=DEVICE)
     out.k_mean.copy_(k.mean(0))
-    reference_encode(k, out.k_mean, out.k, out.k_scale)
-    reference_encode(torch.randn(tokens, heads, head_dim, device=DEVICE), None, out.v, out.v_scale)
+    reference_encode_keys(k, out)
+    reference_encode_values(torch.randn(tokens, heads, head_dim, device=DEVICE), out)
     return out
 
 
@@ -65,32 +71,49 @@ def test_norm_of_queries_and_keys_in_one_launch_equals_each_alone(tokens, more, 
         assert torch.equal(out, norm_rope_triton(one.x_TD, one.weight_D, one.eps, 3, None, None))
 
 
+def room(tokens, heads, head_dim):
+    """A block whose bytes are no zeros, and more of them than it has: what is not written, or too much, shows."""
+    layout = SlotLayout(tokens=tokens, heads=heads, head_dim=head_dim)
+    slot = torch.full((layout.nbytes + 256,), 85, dtype=torch.uint8, device=DEVICE)
+    return layout.block(slot), slot[layout.nbytes :]
+
+
+SIZES = [(11, 3, 24), (1, 1, 2), (128, 2, 16), (129, 1, 128), (300, 2, 12)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mean", [False, True])
-def test_encode_equals_the_reference(mean, dtype):
-    x = (torch.randn(11, 3, 24, device=DEVICE) * 5 + 2).to(dtype)
-    middle = x.float().mean(0).bfloat16() if mean else None
-    results = []
-    for encode in (encode_triton, reference_encode):
-        q = torch.full((11, 3, 24), 85, dtype=torch.int8, device=DEVICE)
-        scale = torch.full((11, 3), 7.0, dtype=torch.bfloat16, device=DEVICE)
-        encode(x, middle, q, scale)
-        results.append((q, scale))
-    assert torch.equal(results[0][1], results[1][1])
-    assert torch.equal(results[0][0], results[1][0])
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), SIZES)
+def test_encode_equals_the_reference(tokens, heads, head_dim, dtype):
+    k, v = ((torch.randn(tokens, heads, head_dim, device=DEVICE) * 5 + 2).to(dtype) for _ in range(2))
+    (ours, behind), (theirs, _) = room(tokens, heads, head_dim), room(tokens, heads, head_dim)
+    for one in (ours, theirs):
+        one.k_mean.copy_(k.float().mean(0))
+    encode_keys_triton(k, ours)
+    set_value_scales(v, ours)
+    encode_values_triton(v, ours)
+    reference_encode_keys(k, theirs)
+    reference_encode_values(v, theirs)
+    for field in dataclasses.fields(KVBlock):
+        assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+    assert (behind == 85).all()
 
 
-def test_encode_a_strided_view_with_zeros_and_nan():
-    x = torch.randn(6, 4, 2, 16, device=DEVICE)[:, :, 1]
-    x[0, 0], x[1, 1, 3] = 0, float("nan")
-    q = torch.empty(6, 4, 16, dtype=torch.int8, device=DEVICE)
-    scale = torch.empty(6, 4, dtype=torch.bfloat16, device=DEVICE)
-    encode_triton(x, None, q, scale)
-    assert not q[0, 0].any()
-    assert scale[1, 1].isnan()
-    x[1, 1] = 0
-    q[1, 1], scale[1, 1] = 0, 0
-    assert relative_error(q.float() * scale.float()[..., None], x) < 0.01
+def test_encode_strided_views_with_zeros_and_nan():
+    k, v = (torch.randn(6, 4, 2, 16, device=DEVICE)[:, :, 1] for _ in range(2))
+    k[0, 0], k[1, 1, 3], v[2, 1, 5], v[:, 2] = 0, float("nan"), float("nan"), 0
+    one, _ = room(6, 4, 16)
+    one.k_mean.zero_()
+    encode_keys_triton(k, one)
+    set_value_scales(v, one)
+    encode_values_triton(v, one)
+    keys, values = decode_block(one, torch.float32)
+    assert not one.k[0, 0].any()
+    assert keys[1, 1].isnan().all()
+    assert values[:, 1, 5].isnan().all()
+    assert not values[:, 2].any()
+    k[1, 1], keys[1, 1], v[:, 1, 5], values[:, 1, 5] = 0, 0, 0, 0
+    assert relative_error(keys, k) < 0.01
+    assert relative_error(values, v) < 0.01
 
 
 def test_rotated_keys():
@@ -100,10 +123,10 @@ def test_rotated_keys():
     assert relative_error(out, rotate(decode_keys(one, torch.float64), cos, sin)) < torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("tile", [SMALL, Tile(16, 64, 4, 2)])
+@pytest.mark.parametrize("tile", [SMALL, Tile(16, 4, 2)])
 @pytest.mark.parametrize(
     ("queries", "heads", "head_dim", "tokens"),
-    [(1, 1, 16, (1,)), (33, 2, 32, (40, 64, 7)), (20, 8, 12, (70, 30)), (40, 1, 128, (129, 33))],
+    [(1, 1, 16, (1,)), (33, 2, 32, (40, 128, 7)), (20, 8, 12, (70, 30)), (40, 1, 128, (129, 33)), (9, 1, 256, (130,))],
 )
 def test_attention_meets_float64(queries, heads, head_dim, tokens, tile):
     blocks = [block(t, heads, head_dim) for t in tokens]
@@ -112,13 +135,13 @@ def test_attention_meets_float64(queries, heads, head_dim, tokens, tile):
     assert relative_error(out, reference_ring_attention(q, blocks)) < 0.02
 
 
-def test_attention_has_no_other_error_than_the_queries_eight_bits():
-    blocks = [block(50, 2, 32), block(64, 2, 32)]
-    q8 = torch.randint(-127, 128, (24, 2, 32), device=DEVICE).float()
-    q8[..., 0] = 127.0  # the largest value decides the scale: quantizing these queries changes nothing
-    out = ring_attention_triton((q8 / 32)[None], [blocks], SMALL)[0]
-    # What is left are the weights' and values' roundings to bfloat16.
-    assert relative_error(out, reference_ring_attention(q8 / 32, blocks)) < 3e-3
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("tokens", [(50, 64), (1, 300), (128, 129, 2)])
+def test_attention_has_no_other_error_than_its_eight_bits(tokens, spread):
+    blocks = [block(count, 2, 32) for count in tokens]
+    q = torch.randn(24, 2, 32, device=DEVICE) * spread
+    out = ring_attention_triton(q[None], [blocks], SMALL)[0]
+    assert relative_error(out, stepwise_attention(q, blocks)) < 2e-3  # a weight's level, where rounding was close
 
 
 def test_means_of_the_blocks_are_added_back():
@@ -178,18 +201,49 @@ def test_what_attention_reads_beside_its_blocks_is_made_once_and_held():
 
 
 def test_parts_off_their_alignment_are_refused():
-    one = block(3, 1, 18)
+    layout = SlotLayout(tokens=3, heads=1, head_dim=18)
+    one = layout.block(torch.zeros(layout.nbytes + 8, dtype=torch.uint8, device=DEVICE)[8:])
     with pytest.raises(ValueError, match="multiples of 16"):
         ring_attention_triton(torch.randn(1, 4, 1, 18, device=DEVICE), [[one]], SMALL)
 
 
-def test_queries_that_are_not_finite_show():
-    blocks = [block(16, 1, 32)]
-    q = torch.randn(4, 1, 32, device=DEVICE)
-    q[1, 0, 5] = float("nan")
+def spoilt(what):
+    """(queries, blocks, where the result has to be NaN) with something not a number, or infinite, in them."""
+    q = torch.randn(4, 2, 32, device=DEVICE)
+    k, v = torch.randn(140, 2, 32, device=DEVICE), torch.randn(140, 2, 32, device=DEVICE)
+    wrong = torch.zeros(4, 2, 32, dtype=torch.bool, device=DEVICE)
+    value = float("inf") if "infinite" in what else float("nan")
+    if "query" in what:
+        q[1, 0, 5], wrong[1, 0] = value, True
+    elif "key" in what:
+        k[130, 1, 3], wrong[:, 1] = value, True
+    elif "value" in what:
+        v[7, 1, 9], wrong[:, 1, 9] = value, True
+    one, other = room(140, 2, 32)[0], block(20, 2, 32)
+    encode_block(k, v, one)
+    return q, [other, one] if "last" in what else [one, other], wrong
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "a query", "a key", "a key of the last block", "a value", "a value of the last block",
+             "an infinite query", "an infinite key", "an infinite value"]
+)  # fmt: skip
+def test_what_is_no_number_shows_where_it_is_and_nowhere_else(what):
+    q, blocks, wrong = spoilt(what)
     out = ring_attention_triton(q[None], [blocks], SMALL)[0]
-    assert out[1].isnan().all()
-    assert out[2:].isfinite().all()
+    assert not out[wrong].isfinite().any()
+    assert out[~wrong].isfinite().all()
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-30, 1e-12, 1e-3])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_block_of_small_values_beside_others(small, place):
+    """The result is held in steps of a block's values: one of all but zeros lets nothing overflow or vanish."""
+    blocks = [block(30, 1, 32) for _ in range(3)]
+    reference_encode_values(torch.randn(30, 1, 32, device=DEVICE) * small, blocks[place])
+    q = torch.randn(5, 1, 32, device=DEVICE)
+    out = ring_attention_triton(q[None], [blocks], SMALL)[0]
+    assert relative_error(out, reference_ring_attention(q, blocks)) < 0.02
 
 
 def test_decoded_block_of_a_slot_is_what_was_encoded():

@@ -50,7 +50,7 @@ def test_weights_are_those_of_the_published_model(sizes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kv", ["plain", "int8"])
-@pytest.mark.parametrize("tokens", [3168, 960, 77])
+@pytest.mark.parametrize("tokens", [3168, 960, 128, 77, 1])
 @pytest.mark.parametrize("heads", [40, 13])
 def test_a_block_has_the_bytes_that_are_written(sizes, kv, tokens, heads, dtype):
     config = sizes("int8").config
@@ -58,6 +58,19 @@ def test_a_block_has_the_bytes_that_are_written(sizes, kv, tokens, heads, dtype)
     costs = kv_bytes(config, tokens, kv, heads, dtype.itemsize)
     assert costs.payload + costs.scales == kind.nbytes(tokens)
     assert costs.block == -(-kind.nbytes(tokens) // 16) * 16
+
+
+@pytest.mark.parametrize("size", ["384*256", "704*384", "720*400", "832*480", "1024*704", "1280*720"])
+@pytest.mark.parametrize("heads", [40, 20, 13, 10])
+def test_rings_take_at_most_two_hundredths_more_than_in_their_first_format(sizes, size, heads):
+    """There values lay as keys do, with a scale a token. Blocks and the sink of a tiny model, which fill no tile of 128
+    tokens, are another thing."""
+    config, work = sizes("int8").config, Workload.of_size(size)
+    tokens = [work.block_tokens] * 4 * work.blocks_per_clip + [work.sink_tokens]
+    each = {count: kv_bytes(config, count, "int8", heads, 2) for count in set(tokens)}
+    first = {count: 2 * count * heads * 128 + 4 * count * heads + 2 * heads * 128 for count in set(tokens)}
+    assert each[work.block_tokens].block <= 1.02 * first[work.block_tokens]
+    assert sum(each[count].block for count in tokens) <= 1.02 * sum(first[count] for count in tokens)
 
 
 @pytest.mark.parametrize("frames", [48, 32, 12])

@@ -202,7 +202,8 @@ def test_13_heads_of_int8_by_hand(sizes):
     share = share_of(config, work, THREE, 1)
     block = kv_bytes(config, 3168, "int8", share.heads, 2)
     assert block.payload == 2 * 3168 * 13 * 128
-    assert block.scales == 2 * 3168 * 13 * 2 + 13 * 128 * 2
+    # Scales of keys, their mean and the values' scales; 25 tiles of values with their sums, the last half full.
+    assert block.scales == 3168 * 13 * 2 + 2 * 13 * 128 * 2 + 13 * 128 * (25 * 2 + 25 * 128 - 3168)
     rings = ring_costs(config, work, "int8", share)
     assert (rings.cells, rings.payload) == (160, 4 * block.payload)
 
