@@ -88,7 +88,7 @@ def _added(
     at = values + tl.arange(0, RING_TILE)[:, None] + dims[None, :] * RING_TILE
     real = dims < HEAD_DIM
     value = tl.load(at, mask=real[None, :], other=0) if FIRST + SIZE > HEAD_DIM else tl.load(at)
-    start = tl.broadcast_to(tl.load(sums + dims)[None, :], (ROWS, SIZE))
+    start = tl.broadcast_to(tl.load(sums + dims).to(tl.int32, bitcast=True)[None, :], (ROWS, SIZE))
     part = tl.dot(weight, value, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
     # MAGIC is taken off with what fades: one instruction an element less, for a rounding of a part of one level.
     return part * up[:, None] + (result * keep[:, None] - (up * MAGIC)[:, None])
@@ -99,15 +99,14 @@ def _attend_kernel(
     q8,
     q_scale,
     q_mean,
-    scales,
-    sums,
+    tiles,
     turns,
     origin,
     table,
     out,
     queries,
     blocks,
-    padded,
+    longest,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_P2: tl.constexpr,
@@ -138,26 +137,26 @@ def _attend_kernel(
         k = block_part(origin, table, entry, OF_K, 16) + head * HEAD_DIM
         v = block_part(origin, table, entry, OF_V, 16)
         v += head.to(tl.int64) * tl.cdiv(tokens, RING_TILE) * (HEAD_DIM * RING_TILE)
-        step, sums_of_head = scales + of_head * (2 * padded), sums + of_head * (padded // RING_TILE * DIM_P2)
-        bias = step + padded
+        first_tile = tiles + of_head * longest * (2 * RING_TILE + DIM_P2)
         shift = tl.load(q_mean + of_head * queries + first + rows, mask=row_there, other=0.0)
         for start in tl.range(0, tokens, RING_TILE, num_stages=STAGES, disable_licm=True):
+            tile = first_tile + start // RING_TILE * (2 * RING_TILE + DIM_P2)
             # What stands in columns behind the last token is masked below, whatever it is.
-            token = tl.minimum(start + order, tokens - 1)
-            at = k + token[None, :] * (HEADS * HEAD_DIM) + dims[:, None]
+            token = tl.minimum(order, tokens - 1 - start)
+            at = k + start * (HEADS * HEAD_DIM) + token[None, :] * (HEADS * HEAD_DIM) + dims[:, None]
             keys = tl.load(at, mask=(dims < HEAD_DIM)[:, None], other=0) if DIM_P2 > HEAD_DIM else tl.load(at)
             product = tl.dot(q, keys, tl.full((BLOCK_L, RING_TILE), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
             # Columns' steps, and what takes MAGIC off again; 0 and -inf where no token is.
-            score = product.to(tl.float32, bitcast=True) * tl.load(step + start + columns)[None, :]
-            score += tl.load(bias + start + columns)[None, :]
+            score = product.to(tl.float32, bitcast=True) * tl.load(tile + columns)[None, :]
+            score += tl.load(tile + RING_TILE + columns)[None, :]
             here = _row_maximum(score, INTERPRETED) * scale + shift
             higher = larger(top, here)
             keep, up = tl.exp2(top - higher), tl.exp2(here - higher)
             weight, weights = _weights_in_8_bits(score * scale[:, None] + (shift - here)[:, None], INTERPRETED)
             total = total * keep + weights * up
-            values, tile_sums = v + start * HEAD_DIM, sums_of_head + start // RING_TILE * DIM_P2
-            left = _added(left, weight, values, tile_sums, keep, up, 0, HALF_DIM, HEAD_DIM)
-            right = _added(right, weight, values, tile_sums, keep, up, HALF_DIM, HALF_DIM, HEAD_DIM)
+            values = v + start * HEAD_DIM
+            left = _added(left, weight, values, tile + 2 * RING_TILE, keep, up, 0, HALF_DIM, HEAD_DIM)
+            right = _added(right, weight, values, tile + 2 * RING_TILE, keep, up, HALF_DIM, HALF_DIM, HEAD_DIM)
             top = higher
         turn = turns + of_head * DIM_P2
         left *= tl.load(turn + half)[None, :]
@@ -194,15 +193,14 @@ def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> Non
         ready.q8,
         ready.q_scale,
         ready.q_mean,
-        ready.scales,
-        ready.sums,
+        ready.tiles,
         ready.turns,
         ready.origin,
         ready.table,
         out_ILNH,
         queries,
         ready.q_mean.shape[1],
-        ready.scales.shape[-1],
+        ready.tiles.shape[3],
         HEADS=heads,
         HEAD_DIM=head_dim,
         DIM_P2=dim_p2(head_dim),
@@ -229,12 +227,11 @@ def aot_case(
         "q8": "*i8",
         "q_scale": "*fp32",
         "q_mean": "*fp32",
-        "scales": "*fp32",
-        "sums": "*i32",
+        "tiles": "*fp32",
         "turns": "*fp32",
         "origin": "*i8",
     }
-    types |= {"table": "*i64", "out": out, "padded": "i32:16", "queries": queries, "blocks": "i32"}
+    types |= {"table": "*i64", "out": out, "longest": "i32", "queries": queries, "blocks": "i32"}
     constants = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,

@@ -20,7 +20,6 @@ from lowvram_kernels import ring_attention
 from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
 from lowvram_kernels.ring_codec import TILE_TOKENS, KVBlock
-from lowvram_kernels.rounding import round_up
 from lowvram_kernels.triton_rows import magnitude_bits, power_of_2, quantize_scales, to_8bit
 from lowvram_kernels.triton_values import RING_TILE
 from lowvram_kernels.uploads import upload
@@ -46,11 +45,11 @@ LEAST = tl.constexpr(2.0**-60)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """``q8`` int8 [I, N, L, H], ``q_scale`` float32 [I, N, L] and ``q_mean`` (q . k_mean) float32 [I, B, N, L], both
-    scaled for exp2; ``scales`` float32 [I, B, N, 2, tokens padded], of keys and -MAGIC times as much, in the order of
-    ``column_order``; ``sums`` int32 [I, B, N, tiles, H padded], what sums of a tile's products start with; ``turns``
-    float32 [I, B, N, H padded], what the result is multiplied by behind each block; ``table`` int64 [I * B, 7] and
-    ``aligned``, of which all its distances are multiples. What is computed holds nothing yet where ``room_for`` made
-    it.
+    scaled for exp2; ``tiles`` float32 [I, B, N, tiles, 128 + 128 + H padded], scales of a tile's keys in the order of
+    ``column_order``, -MAGIC times as much, and the bits of int32 that sums of products with its values start with;
+    ``turns`` float32 [I, B, N, H padded], what the result is multiplied by behind each block; ``table`` int64 [I * B,
+    7] and ``aligned``, of which all its distances are multiples. What is computed holds nothing yet where ``room_for``
+    made it.
     """
 
     origin: Tensor
@@ -59,8 +58,7 @@ class Prepared:
     q8: Tensor
     q_scale: Tensor
     q_mean: Tensor
-    scales: Tensor
-    sums: Tensor
+    tiles: Tensor
     turns: Tensor
 
 
@@ -152,11 +150,10 @@ def _store_turns(
 def _spread_kernel(
     origin,
     table,
-    scales,
-    sums,
+    tiles,
     turns,
     blocks,
-    padded,
+    longest,
     ALIGNED: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_P2: tl.constexpr,
@@ -164,26 +161,27 @@ def _spread_kernel(
     DIM_P2: tl.constexpr,
 ):
     """A program for a tile of a block and all heads: scales of keys [T, N] and sums of values [N, tiles, H] as
-    ``Prepared`` has them; the first of a block has its turns too. Columns behind the last token get the scale 0 and
-    -inf beside it, which masks them."""
-    block, first = tl.program_id(1), tl.program_id(0) * RING_TILE
+    ``Prepared`` has them, ``longest`` tiles a block; the first of a block has its turns too. Columns behind the last
+    token get the scale 0 and -inf beside it, which masks them."""
+    tile, block = tl.program_id(0), tl.program_id(1)
     tokens = tl.load(table + block * FIELDS + OF_TOKENS).to(tl.int32)
     columns, heads, dims = tl.arange(0, RING_TILE), tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
-    token = first + column_order(columns)
+    real = (heads < HEADS)[:, None]
+    line = (((block * HEADS + heads) * longest + tile).to(tl.int64) * (2 * RING_TILE + DIM_P2))[:, None]
+    token = tile * RING_TILE + column_order(columns)
     part = block_part(origin, table, block, OF_K_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
     there = (token < tokens)[:, None] & (heads < HEADS)[None, :]
     value = tl.trans(tl.load(part + token[:, None] * HEADS + heads[None, :], mask=there, other=0.0).to(tl.float32))
-    at = scales + ((block * HEADS + heads).to(tl.int64) * (2 * padded))[:, None] + (first + columns)[None, :]
-    tl.store(at, value, mask=(heads < HEADS)[:, None])
+    tl.store(tiles + line + columns[None, :], value, mask=real)
     bias = tl.where((token < tokens)[None, :], value * -MAGIC, float("-inf"))
-    tl.store(at + padded, bias, mask=(heads < HEADS)[:, None])
-    tile, tiles = tl.program_id(0), tl.cdiv(tokens, RING_TILE)
+    tl.store(tiles + line + RING_TILE + columns[None, :], bias, mask=real)
     part = block_part(origin, table, block, OF_V_SUMS, ALIGNED).to(tl.pointer_type(tl.int16))
-    there = ((heads < HEADS) & (tile < tiles))[:, None] & (dims < HEAD_DIM)[None, :]
-    total = tl.load(part + (heads[:, None] * tiles + tile) * HEAD_DIM + dims[None, :], mask=there, other=0)
-    place = ((block * HEADS + heads).to(tl.int64) * (padded // RING_TILE) + tile)[:, None] * DIM_P2 + dims[None, :]
-    tl.store(sums + place, total.to(tl.int32) * HALF + MAGIC_BITS, mask=(heads < HEADS)[:, None])
-    if first == 0:
+    own = tl.cdiv(tokens, RING_TILE)
+    there = real & (tile < own) & (dims < HEAD_DIM)[None, :]
+    total = tl.load(part + (heads[:, None] * own + tile) * HEAD_DIM + dims[None, :], mask=there, other=0)
+    start = (total.to(tl.int32) * HALF + MAGIC_BITS).to(tl.float32, bitcast=True)
+    tl.store(tiles + line + 2 * RING_TILE + dims[None, :], start, mask=real)
+    if tile == 0:
         _store_turns(origin, table, turns, block, blocks, ALIGNED, HEADS, HEADS_P2, HEAD_DIM, DIM_P2)
 
 
@@ -204,7 +202,7 @@ def room_for(
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim is {head_dim}; the 8-bit attention kernel takes {MAX_HEAD_DIM} at most")
     device, blocks = origin.device, len(lists[0])
-    padded = round_up(max(block.tokens for some in lists for block in some), TILE_TOKENS)
+    tiles = max(block.v.shape[1] for some in lists for block in some)
     table, aligned = _table(device, tuple(_row(block, origin.data_ptr()) for some in lists for block in some))
     ready = Prepared(
         origin=origin,
@@ -213,9 +211,8 @@ def room_for(
         q8=torch.empty((items, heads, queries, head_dim), dtype=torch.int8, device=device),
         q_scale=torch.empty((items, heads, queries), dtype=torch.float32, device=device),
         q_mean=torch.empty((items, blocks, heads, queries), dtype=torch.float32, device=device),
-        scales=torch.empty((items, blocks, heads, 2, padded), dtype=torch.float32, device=device),
-        sums=torch.empty(
-            (items, blocks, heads, padded // TILE_TOKENS, dim_p2(head_dim)), dtype=torch.int32, device=device
+        tiles=torch.empty(
+            (items, blocks, heads, tiles, 2 * TILE_TOKENS + dim_p2(head_dim)), dtype=torch.float32, device=device
         ),
         turns=torch.empty((items, blocks, heads, dim_p2(head_dim)), dtype=torch.float32, device=device),
     )
@@ -252,16 +249,15 @@ def prepare_queries(q_ILNH: Tensor, ready: Prepared) -> None:
 
 def spread(ready: Prepared) -> None:
     """Scales of keys and sums of values, of all blocks; those that a launch writes have to be written before."""
-    items, blocks, heads, _, padded = ready.scales.shape
+    items, blocks, heads, longest, _ = ready.tiles.shape
     head_dim = ready.origin.shape[2]
-    _spread_kernel[(padded // TILE_TOKENS, items * blocks)](
+    _spread_kernel[(longest, items * blocks)](
         ready.origin,
         ready.table,
-        ready.scales,
-        ready.sums,
+        ready.tiles,
         ready.turns,
         blocks,
-        padded,
+        longest,
         ALIGNED=ready.aligned,
         HEADS=heads,
         HEADS_P2=power_of_2(heads),
@@ -314,8 +310,8 @@ def _aot_cases(heads: int, q: str, number: str) -> list[Case]:
     spread_out = Case(
         name="ring_attention scales and sums",
         kernel=_spread_kernel,
-        types={"origin": "*i8", "table": "*i64", "scales": "*fp32", "sums": "*i32"}
-        | {"turns": "*fp32", "blocks": "i32", "padded": "i32:16"},
+        types={"origin": "*i8", "table": "*i64", "tiles": "*fp32"}
+        | {"turns": "*fp32", "blocks": "i32", "longest": "i32"},
         constants=sizes,
         num_warps=4,
         fp_fusion=False,
