@@ -69,9 +69,9 @@ class Coding:
         return (x / scale).round().clamp(-most, most) * scale
 
 
-# As the int8 rings' own: a scale a token and head, keys around the mean of their block.
-INT8 = Coding(bits=8, group=128)
-INT8_KEYS = dataclasses.replace(INT8, mean=True)
+# As the int8 rings' own: keys around the mean of their block with a scale a token and head, values with one a channel.
+INT8 = Coding(bits=8, group=2**20, along="tokens")
+INT8_KEYS = Coding(bits=8, group=128, mean=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

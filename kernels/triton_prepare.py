@@ -146,7 +146,7 @@ def _store_turns(
     tl.store(place, turn, mask=heads < HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "longest"])
 def _spread_kernel(
     origin,
     table,

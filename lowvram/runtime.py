@@ -20,6 +20,7 @@ from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
 from lowvram.planning.rank_plan import Plan
 from lowvram.planning.report import to_json
+from lowvram_kernels import ring_codec
 from lowvram_kernels.trace import trace_kernels
 from lowvram_quantize.format import Artifact
 
@@ -168,10 +169,12 @@ class Run:
 
 
 def memory_report(runtime: Runtime, run: Run | None) -> dict[str, Any]:
-    """How a run was laid out, None where it was not, and the bytes that crossed between host and device."""
+    """How a run was laid out, None where it was not, the version of 8-bit rings' format, and the bytes that crossed
+    between host and device."""
     return {
         "options": dataclasses.asdict(runtime.memory),
         "layout": dataclasses.asdict(run.rung) if run else None,
+        "kv_format": ring_codec.FORMAT if run and run.rung.placement.kv == "int8" else None,
         "given_up": run.ladder.events if run else [],
         "cuda_graphs": (run.graphs or None) if run else None,
         "bytes_in": runtime.engine.bytes_in,

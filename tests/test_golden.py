@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from lowvram.cli import main
+from lowvram.denoise import kv_format
 from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.loading.weights import build_dit, load_shared
 from lowvram.media.sizes import output_size
@@ -19,6 +20,8 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
 from lowvram.schedule import Block, blocks_of
+from lowvram_kernels.ring_attention import stepwise_attention
+from lowvram_kernels.ring_codec import rotate_block
 from lowvram_models.audio_encoder import audio_embedding
 from lowvram_models.dit import CausalDiT
 from lowvram_quantize.convert import convert
@@ -105,22 +108,36 @@ def test_dit_alone(case: Case, tmp_path: Path):
 
 
 @pytest.fixture(scope="module", params=cases("pipeline"), ids=lambda c: c.folder.name)
-def pipeline_run(request, tmp_path_factory) -> tuple[Case, dict[str, torch.Tensor], dict]:
-    """A whole case through the command line; gives (case, dumped tensors, report)."""
+def pipeline_case(request, tmp_path_factory) -> tuple[Case, Path]:
+    """A case and a folder with its float32 artifact."""
     case: Case = request.param
     out, settings = tmp_path_factory.mktemp("pipeline"), case.settings
     loras = sorted((case.folder / "ckpt" / "LiveAvatar").glob("*.safetensors"))
     lora = ["--lora", loras[0], "--lora_alpha", settings["lora_alpha"]] if loras else []
     run("convert", "--ckpt_dir", case.folder / "ckpt", *lora, "--out", out / "artifact", "--precision", "fp32")
+    return case, out
+
+
+@pytest.fixture(scope="module")
+def pipeline_run(pipeline_case) -> tuple[Case, dict[str, torch.Tensor], dict]:
+    """A whole case through the command line; gives (case, dumped tensors, report)."""
+    case, out = pipeline_case
+    dump = inferred(case, out, "out")
+    return case, dump, json.loads((out / "out.json").read_text())
+
+
+def inferred(case: Case, out: Path, name: str, *more) -> dict[str, torch.Tensor]:
+    """The tensors that a run of the artifact in ``out`` dumps."""
+    settings = case.settings
     run(
         *("infer", "--model", out / "artifact", "--image", case.folder / "inputs/portrait.png"),
-        *("--audio", case.folder / "inputs/speech.wav", "--prompt", settings["prompt"], "--out", out / "out.mp4"),
+        *("--audio", case.folder / "inputs/speech.wav", "--prompt", settings["prompt"], "--out", out / f"{name}.mp4"),
         *("--size", settings["size"], "--infer_frames", settings["infer_frames"], "--num_clip", settings["num_clip"]),
         *("--sample_steps", settings["sample_steps"], "--base_seed", settings["base_seed"], "--device", "cpu"),
         *("--cond-rope-distance", settings["cond_rope_distance"], "--dtype", "float32"),
-        *("--dump-tensors", out / "dump.safetensors", "--report", out / "report.json", "--quiet"),
+        *("--dump-tensors", out / f"{name}.safetensors", "--report", out / f"{name}.json", "--quiet", *more),
     )
-    return case, load_file(out / "dump.safetensors"), json.loads((out / "report.json").read_text())
+    return load_file(out / f"{name}.safetensors")
 
 
 def run(*args) -> None:
@@ -156,6 +173,20 @@ def test_pipeline_frames(pipeline_run):
     }
     off = {name: (ours - theirs.float()).abs().mean().item() for name, (ours, theirs) in pairs.items()}
     assert max(off.values()) < 2e-4, off
+
+
+def kernel_arithmetic(q_LNH, blocks, sink, cos_TP, sin_TP, *, rotated=None):
+    return stepwise_attention(q_LNH, [*blocks, rotate_block(sink, cos_TP, sin_TP)])
+
+
+@pytest.mark.parametrize("attend", [None, kernel_arithmetic], ids=["decoded", "as the kernel"])
+def test_latents_with_rings_of_8_bits(pipeline_run, pipeline_case, monkeypatch, attend):
+    """Against rings in float32: what the rings' format loses, and with queries and weights in 8 bits too."""
+    (case, dump, _), (_, out) = pipeline_run, pipeline_case
+    if attend:
+        monkeypatch.setattr(kv_format, "ring_and_sink_attention", attend)
+    latents = inferred(case, out, "kv-int8", "--kv", "int8")["latents"]
+    assert 0 < relative_error(latents, dump["latents"]) < 5e-4
 
 
 def _table(name: str) -> list[dict]:

@@ -44,7 +44,7 @@ def ring_summary(rings: RingErrors) -> str:
     """Of what, how much, and the error of velocities, in a line."""
     steps = ", ".join(percent(step) for step in rings.by_step)
     return (
-        f"rings and sink in {rings.kv} against those in the dtype that is computed in, "
+        f"rings and sink in {rings.kv} (format {rings.kv_format}) against those in the dtype that is computed in, "
         f"{_first(rings.blocks, rings.of_blocks)}, {rings.seconds:.1f} s: relative error of velocities "
         f"{percent(rings.velocity)}, by step {steps}"
     )

@@ -22,6 +22,7 @@ from lowvram.denoise.rollout import Rollout
 from lowvram.offload.placement import MemoryOptions
 from lowvram.pipeline import AvatarPipeline, Request
 from lowvram.schedule import Block
+from lowvram_kernels import ring_codec
 from lowvram_kernels.errors import InputError
 from lowvram_models.attention import AttentionMemory, Heads
 from lowvram_models.rope import Rope
@@ -47,10 +48,12 @@ class LayerRings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RingErrors:
-    """Of rings kept as ``kv`` over the first ``blocks`` of ``of_blocks``: relative errors of the velocity, together and
-    by step; of each layer; of all layers together. Attention is of sampled tokens of the blocks ``attention_of``."""
+    """Of rings kept as ``kv``, in that version of their format, over the first ``blocks`` of ``of_blocks``: relative
+    errors of the velocity, together and by step; of each layer; of all layers together. Attention is of sampled tokens
+    of the blocks ``attention_of``."""
 
     kv: str
+    kv_format: int
     velocity: float
     by_step: tuple[float, ...]
     layers: tuple[LayerRings, ...]
@@ -97,6 +100,7 @@ def ring_errors(
     forced = force(rounded, request, trajectories, quiet=quiet, what="rings alone", begun=student.begun)
     return RingErrors(
         kv=kv,
+        kv_format=ring_codec.FORMAT,
         velocity=forced.velocity.relative_error.value,
         by_step=tuple(step.relative_error.value for step in forced.by_step),
         layers=student.layers(),

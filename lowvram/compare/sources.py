@@ -276,7 +276,10 @@ def _rings(memory: dict[str, Any], dtype: Any) -> Any:
     """What the KV rings were kept as: as the run was laid out, or what was asked for where it says nothing of that."""
     if layout := memory.get("layout"):
         kv = layout["placement"]["kv"]
-        return dtype if kv == "plain" and dtype else kv
+        if kv == "plain" and dtype:
+            return dtype
+        version = memory.get("kv_format")
+        return f"{kv}, format {version}" if version else kv
     return dict(memory.get("options") or {}).get("kv")
 
 

@@ -130,10 +130,10 @@ def encode_kv(sizes: Sizes, device: torch.device) -> Trial:
         behind = out["v"].transpose(2, 3).flatten(1, 2)[:, sizes.tokens :]
         sums = out["v"].int().sum(-1) - out["v_sums"]
         return {
-            "scale": Measured(error=relative_error(out["k_scale"], scale), bound=BF16),
-            "keys": Measured(error=keys, bound=HALF_STEP),
-            "values": Measured(error=off.max().item(), bound=HALF_STEP),
-            "sums of values": Measured(error=float(sums.abs().max() + behind.abs().sum()), bound=0.5),
+            "k_scale": Measured(error=relative_error(out["k_scale"], scale), bound=BF16),
+            "k": Measured(error=keys, bound=HALF_STEP),
+            "v": Measured(error=off.max().item(), bound=HALF_STEP),
+            "v_sums": Measured(error=float(sums.abs().max() + behind.abs().sum()), bound=0.5),
         }
 
     return Trial(backends={TRITON: triton, TORCH: plain}, judge=judge)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lowvram_kernels.ring_attention import reference_ring_attention, ring_attention
+from lowvram_kernels.ring_attention import reference_ring_attention, ring_attention, stepwise_attention
 from lowvram_kernels.ring_codec import SlotLayout, decode_block, encode_block, rotate_block
 from lowvram_kernels.trace import trace_kernels
 
@@ -83,3 +83,25 @@ def test_bad_operands_are_refused():
         ring_attention(q, [dataclasses.replace(one, k=one.k.float())])
     with pytest.raises(ValueError, match="copy the block there"):
         ring_attention(q, [dataclasses.replace(one, k=one.k.to("meta"))])
+
+
+@pytest.mark.parametrize("tokens", [(1,), (12, 130), (128, 256, 5)])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_the_kernels_steps_cost_little(tokens, spread):
+    """Queries and weights in 8 bits; the weights of what matters are far from the least that 255 levels show."""
+    blocks, q = [block(t) for t in tokens], torch.randn(9, N, H) * spread
+    expected = reference_ring_attention(q, blocks)
+    assert (stepwise_attention(q, blocks) - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+def test_nan_shows_in_the_kernels_steps(what):
+    q, k, v = (torch.randn(140, N, H) for _ in range(3))
+    {"query": q, "key": k, "value": v}[what][131, 1, 3] = float("nan")
+    layout = SlotLayout(tokens=140, heads=N, head_dim=H)
+    one = layout.block(torch.zeros(layout.nbytes, dtype=torch.uint8))
+    encode_block(k, v, one)
+    for out in (stepwise_attention(q, [block(5), one]), ring_attention(q, [block(5), one])):
+        wrong = {"query": out[131, 1], "key": out[:, 1], "value": out[:, 1, 3]}[what]
+        assert wrong.isnan().all()
+        assert out[:, 0].isfinite().all()

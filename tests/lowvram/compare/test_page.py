@@ -187,6 +187,7 @@ def test_what_is_not_there_is_left_out(tmp_path, make):
 
 RINGS = {
     "as it ran": ({"options": {"kv": "auto"}, "layout": {"placement": {"kv": "int8"}}}, "int8"),
+    "in a format": ({"options": {}, "layout": {"placement": {"kv": "int8"}}, "kv_format": 2}, "int8, format 2"),
     "in the dtype": ({"options": {"kv": "auto"}, "layout": {"placement": {"kv": "plain"}}}, "bfloat16"),
     "otherwise than asked": ({"options": {"kv": "bf16"}, "layout": {"placement": {"kv": "int8"}}}, "int8"),
     "nothing ran": ({"options": {"kv": "auto"}, "layout": None}, "auto"),

@@ -28,6 +28,7 @@ from lowvram.infer import infer
 from lowvram.offload.placement import MemoryOptions, Placement
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
+from lowvram_kernels import ring_codec
 from lowvram_kernels.errors import ConfigError, InputError, OutOfMemoryError
 from lowvram_quantize.convert import convert
 from tests.lowvram.compare.calls import score
@@ -160,7 +161,7 @@ def test_a_score_has_both(tiny, reference, tmp_path):
     vae, rings = facts["vae"], facts["rings"]
     assert vae["baseline_portrait"]["psnr"] != vae["portrait"]["psnr"]
     assert len(vae["frames"]) == 13 + 16
-    assert rings["kv"] == "int8"
+    assert (rings["kv"], rings["kv_format"]) == ("int8", ring_codec.FORMAT)
     for table in ("VAE alone", "KV rings alone: relative error"):
         assert table in done.stdout
     assert all(f'<table id="{name}">' in page.read_text() for name in ("vae", "rings"))
@@ -177,7 +178,7 @@ def parts():
     )
     layers = (LayerRings(attention=0.01, keys=0.002, values=0.003), LayerRings(attention=0.5, keys=0.0, values=0.25))
     rings = RingErrors(
-        kv="int8", velocity=0.0625, by_step=(0.0625, 0.125), layers=layers, together=layers[0], blocks=2, of_blocks=2,
+        kv="int8", kv_format=2, velocity=0.0625, by_step=(0.0625, 0.125), layers=layers, together=layers[0], blocks=2, of_blocks=2,
         attention_of=(0, 1), seconds=2.0,
     )  # fmt: skip
     return vae, rings
