@@ -41,9 +41,8 @@ def tuned(stopwatch: Stopwatch, rows: int, queries: Tensor, blocks: list[KVBlock
         for parts in (1, 2)
     ]
     attentions = [
-        triton_attention.Tile(m, n, warps, stages)
-        for m in (64, 128)
-        for n in (32, 64, 128)
+        triton_attention.Tile(queries, warps, stages)
+        for queries in (32, 64, 128)
         for warps in (4, 8)
         for stages in (2, 3, 4)
     ]

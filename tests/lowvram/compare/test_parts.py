@@ -178,8 +178,8 @@ def parts():
     )
     layers = (LayerRings(attention=0.01, keys=0.002, values=0.003), LayerRings(attention=0.5, keys=0.0, values=0.25))
     rings = RingErrors(
-        kv="int8", kv_format=2, velocity=0.0625, by_step=(0.0625, 0.125), layers=layers, together=layers[0], blocks=2, of_blocks=2,
-        attention_of=(0, 1), seconds=2.0,
+        kv="int8", kv_format=2, velocity=0.0625, by_step=(0.0625, 0.125), layers=layers, together=layers[0],
+        blocks=2, of_blocks=2, attention_of=(0, 1), seconds=2.0,
     )  # fmt: skip
     return vae, rings
 
