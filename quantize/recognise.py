@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from lowvram_models.constants import LATENT_CHANNELS
+from lowvram_quantize.slabs import PAD
 from lowvram_quantize.source import AUDIO_ENCODER_FOLDER, BASE_FOLDER, TEXT_ENCODER_FILE, VAE_FILE, TensorTable
 
 WANTED = {
@@ -126,6 +127,8 @@ def _text_encoder(table: TensorTable, prefix: str, umt5: str) -> Part:
 
 
 def _vae(table: TensorTable, prefix: str, encoder: str, decoder: str) -> Part:
+    if any(name.startswith(PAD) for name in table):  # shapes of weights are those of their bytes there
+        return Part("other", "the VAE of a lowvram artifact (give the checkpoint that it was made from)", prefix)
     shape = table[encoder].shape
     if len(shape) != 5:
         what = "the VAE of an image model" if len(shape) == 4 else f"an encoder whose first layer is {list(shape)}"

@@ -12,6 +12,7 @@ import torch
 from lowvram.loading.encoders import load_vae
 from lowvram.loading.weights import turned
 from lowvram_kernels.errors import CheckpointError
+from lowvram_quantize.convert import convert
 from lowvram_quantize.format import MANIFEST, Artifact
 from lowvram_quantize.inspect import describe, summary
 from lowvram_quantize.slabs import read_header, sha256_range
@@ -154,3 +155,10 @@ def test_what_an_older_version_began_is_begun_anew_and_said(tiny, out, caplog, m
     assert "vae.safetensors was begun from other files, with other options or by a lowvram that lays it" in caplog.text
     component = Artifact.open(out, verify=True).component("vae")
     assert component.tensor_channels_last(CONV)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_an_artifacts_vae_is_no_source(tiny, tmp_path, precision):
+    file = tiny.artifact(precision) / FILE
+    with refusal(CheckpointError, FILE, "the VAE of a lowvram artifact", "the checkpoint that it was made from"):
+        convert(None, tmp_path / "out", vae_file=file, components=("vae",))
