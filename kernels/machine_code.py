@@ -15,11 +15,15 @@ BRANCH = re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """The innermost loop that multiplies matrices: instructions in all, those on matrices, and spilled registers."""
+    """The innermost loop that multiplies matrices: instructions in all, those on matrices, spilled registers,
+    conversions between kinds of numbers, and maxima that keep NaN and that drop it."""
 
     instructions: int
     matrix: int
     spills: int
+    conversions: int = 0
+    nan_maxima: int = 0
+    plain_maxima: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,15 @@ def _count(body: Sequence[str]) -> Loop:
     return Loop(
         instructions=len(body),
         matrix=sum(bool(MATRIX.search(line)) for line in body),
-        spills=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body),
+        spills=_lines(body, r"\b(LDL|STL)\b"),
+        conversions=_lines(body, r"\b([IF]2[IF]P?)\b"),
+        nan_maxima=_lines(body, r"\bFMNMX3?\.NAN\b"),
+        plain_maxima=_lines(body, r"\bFMNMX3?(?!\.NAN)\b(?!\.NAN)"),
     )
+
+
+def _lines(body: Sequence[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in body)
 
 
 def pipeline(ttgir: str) -> Pipeline:

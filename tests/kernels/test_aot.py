@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +97,24 @@ def test_products_of_warp_groups_run_on_into_the_next_step(usages):
     # Missing too: attention's softmax reads each product at once.
     assert set(found["ring_attention"].pipeline.pendings) == {0}
     assert not any(usage.pipeline.pendings for chip in (80, 86, 89, 120) for usage in usages[chip].values())
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_attention_converts_nothing_in_its_loop_but_sums_and_keeps_nan(usages, generation):
+    """A thread has two rows, of whose weights it converts the sums; a maximum without NaN would hide a broken key."""
+    found = [usage for name, usage in usages[generation].items() if name in ("ring_attention", "ring_attention odd")]
+    assert len(found) == 2
+    for usage in found:
+        assert usage.loop.conversions == 2
+        assert usage.loop.nan_maxima > 60 > usage.loop.plain_maxima == 0
+
+
+def test_no_kernel_has_assembly_of_its_own():
+    """Nothing here could execute it: the interpreter leaves it out."""
+    folder = Path(sys.modules["lowvram_kernels.aot"].__file__).parent
+    texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
+    assert len(texts) > 20
+    assert not any("inline_asm" in text for text in texts)
 
 
 # Most instructions of the inner loop, and those on matrices among them. About a twentieth above the larger count of

@@ -44,3 +44,11 @@ def test_pipeline():
     """
     assert pipeline(ttgir) == Pipeline(waits=(4, 0), buffers=(4,), pendings=(1,))
     assert pipeline("") == Pipeline(waits=(), buffers=(), pendings=())
+
+
+def test_conversions_and_maxima_of_a_loop_are_told_apart():
+    lines = ["I2FP.F32.S32 R1, R1", "F2I.S8 R2, R2", "FMNMX.NAN R1, R2, R3, !PT", "FMNMX3.NAN R1, R2, R3, R4, !PT"]
+    lines += ["FMNMX R1, R2, R3, !PT", "IMMA.16832.S8.S8 R4, R8, R12, R4", "FFMA R1, R1, R2, R3", "BRA `(.L_x_1)"]
+    sass = ".L_x_1:\n" + "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+    found = Loop(instructions=8, matrix=1, spills=0, conversions=2, nan_maxima=2, plain_maxima=1)
+    assert inner_loop(sass) == found
