@@ -59,6 +59,7 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
     types for which the compiler makes another program, and which are seldom met."""
     from lowvram_kernels import (
         triton_attention,
+        triton_channel_norm,
         triton_linear,
         triton_linears,
         triton_means,
@@ -72,7 +73,7 @@ def cases(generation: int, *, more: bool = False) -> list[Case]:
 
     modules = (
         *(triton_rows, triton_linear, triton_linears, triton_norm, triton_rope, triton_means, triton_projected),
-        *(triton_values, triton_prepare, triton_attention),
+        *(triton_values, triton_prepare, triton_attention, triton_channel_norm),
     )
     found = [case for module in modules for case in module.aot_cases(generation)]
     if more:

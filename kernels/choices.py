@@ -45,6 +45,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     **{f"norm_rows {kind}": (TRITON, TORCH) for kind in (INT8, ROTATED, FP8, WIDE)},
     **{f"add_gated_norm_rows {kind}": (TRITON, TORCH) for kind in (INT8, ROTATED, FP8, WIDE)},
     "add_gated": (TRITON, TORCH),
+    "channel_norm_silu": (TRITON, TORCH),
     "norm_rope": (TRITON, TORCH),
     "attend_projected": (TRITON, ONE_BY_ONE),
     "encode_kv": (TRITON, TORCH),

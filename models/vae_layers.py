@@ -46,9 +46,10 @@ class CausalConv3d(wan.WanCausalConv3d):
     ``padding`` is (0, rows, columns), so that a ``_conv_forward`` of someone else's finds what is left to pad there.
     """
 
-    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] after the inputs ``cache_x`` [B, C, 0..2, H, W] -> [B, C', T / stride, H, W]."""
-        missing = _around(self)[4]
+    def forward(self, x: Tensor, cache_x: Tensor | None = None, *, complete: bool = False) -> Tensor:
+        """x [B, C, T, H, W] after the inputs ``cache_x`` [B, C, 0..2, H, W] -> [B, C', T / stride, H, W]. ``complete``:
+        what it looks back at stands in front of x already."""
+        missing = 0 if complete else _around(self)[4]
         x = channels_last(x)
         if cache_x is not None and missing:
             missing -= cache_x.shape[2]
@@ -89,8 +90,8 @@ class ChannelNorm(wan.WanRMS_norm):
     20 times slower on the CPU than squares and a sum.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, ...] -> a new tensor of its shape and dtype."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [B, C, ...] -> a tensor of its shape and dtype: a new one, or ``out``."""
         if x.device.type == "cpu":
             # A few channels at a time: no copy of all of x, and each part stays in the cache.
             norm = sum(part.float().square().sum(dim=1, keepdim=True) for part in x.split(16, dim=1)).sqrt_()
@@ -98,7 +99,12 @@ class ChannelNorm(wan.WanRMS_norm):
             norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         factor = norm.clamp_min_(1e-12).reciprocal_().mul_(self.scale)
         # Multiplied in float32 and rounded once, without a float32 copy of x.
-        return torch.mul(x, factor, out=torch.empty_like(x)).mul_(self.gamma)
+        return torch.mul(x, factor, out=torch.empty_like(x) if out is None else out).mul_(self.gamma)
+
+    def then_silu(self, x: Tensor, out: Tensor) -> None:
+        """SiLU behind the norm of x [B, C, ...], into ``out`` of its shape; what a runtime swaps for a pass of its
+        own."""
+        functional.silu(self(x, out), inplace=True)
 
 
 class Upsample(wan.WanUpsample):
@@ -123,8 +129,7 @@ class ResidualBlock(wan.WanResidualBlock):
         """x [B, C, T, H, W] -> [B, C', T, H, W]; replaces two slots from ``feat_idx`` on, and moves it behind them."""
         shortcut = self.conv_shortcut(x)
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
-            x = self.nonlinearity(norm(x))
-            x = cached_conv(conv, x, feat_cache, feat_idx)
+            x = normed_conv(norm, conv, x, feat_cache, feat_idx)
         return x.add_(shortcut)
 
 
@@ -195,6 +200,28 @@ def cached_conv(conv: nn.Module, x: Tensor, slots: list[Slot], position: list[in
     position[0] += 1
     past, slots[index] = slots[index], remembered(x, slots[index])
     found: Tensor = conv(x, past if isinstance(past, Tensor) else None)
+    return found
+
+
+def normed_conv(norm: nn.Module, conv: nn.Module, x: Tensor, slots: list[Slot], position: list[int]) -> Tensor:
+    """``cached_conv`` of x behind ``norm`` and SiLU, which is written to where the convolution reads it: behind the
+    frames that it remembers, or zeros. ``conv`` is three frames wide and moves by one."""
+    assert isinstance(norm, ChannelNorm)
+    assert isinstance(conv, CausalConv3d)
+    index = position[0]
+    position[0] += 1
+    past = slots[index]
+    before = past.shape[2] if isinstance(past, Tensor) else 0
+    batch, channels, count, *size = x.shape
+    shape = (batch, channels, CACHED_INPUTS + count, *size)
+    seen = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    seen = channels_last(seen)
+    seen[:, :, : CACHED_INPUTS - before].zero_()
+    if isinstance(past, Tensor):
+        seen[:, :, CACHED_INPUTS - before : CACHED_INPUTS].copy_(past)
+    norm.then_silu(x, seen[:, :, CACHED_INPUTS:])
+    slots[index] = seen[:, :, -min(CACHED_INPUTS, before + count) :].clone()
+    found: Tensor = conv(seen, complete=True)
     return found
 
 

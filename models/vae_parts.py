@@ -13,7 +13,7 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d, WanEncoder3d
 from torch import Tensor, nn
 
-from lowvram_models.vae_layers import Slot, cached_conv
+from lowvram_models.vae_layers import Slot, cached_conv, normed_conv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def encoder_stages(encoder: WanEncoder3d) -> list[EncoderStage]:
         return cached_conv(encoder.conv_in, x, slots, [0])
 
     def conv_out(x: Tensor, slots: list[Slot]) -> Tensor:
-        return cached_conv(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x)), slots, [0])
+        return normed_conv(encoder.norm_out, encoder.conv_out, x, slots, [0])
 
     middle = [block(module) for module in (*encoder.down_blocks, encoder.mid_block)]
     return [EncoderStage(run=conv_in, num_slots=1), *middle, EncoderStage(run=conv_out, num_slots=1)]
@@ -54,8 +54,7 @@ def decoder_tail(decoder: WanDecoder3d, x: Tensor, slots: list[Slot], position: 
     """The rest, from the first upsampling on: to frames [B, 3, T', 8 h, 8 w]; as of ``decoder_head``."""
     for block in (*first_block(decoder).upsamplers, *decoder.up_blocks[1:]):
         x = block(x, feat_cache=slots, feat_idx=position)
-    x = decoder.nonlinearity(decoder.norm_out(x))
-    return cached_conv(decoder.conv_out, x, slots, position)
+    return normed_conv(decoder.norm_out, decoder.conv_out, x, slots, position)
 
 
 def first_block(decoder: WanDecoder3d) -> Any:

@@ -37,6 +37,7 @@ NF4_BLOCK = 64
 def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
     """The VAE with its convolutions' weights as stored, but channels-last: dequantized at use where they are 8-bit."""
     # diffusers takes two seconds to import: a rank that neither encodes nor decodes does not pay them.
+    from lowvram.loading.fused_vae import fuse_vae
     from lowvram_models.vae import StreamingVAE, build_vae
 
     component = artifact.component("vae")
@@ -44,6 +45,7 @@ def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> St
         model = build_vae(component.config["base_dim"])
     swap_quantized(model, component)
     load_slabs(model, component, device, dtype, last=True)
+    fuse_vae(model)
     return StreamingVAE(model.eval().requires_grad_(False), dtype=dtype)
 
 

@@ -48,6 +48,7 @@ def makers() -> Iterator[tuple[str, Make]]:
     yield f"add_gated_norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, most=GROUP)
     yield f"norm_rows {ROTATED}", part(trials.fused_norm, dtype=torch.int8, gated=False, most=GROUP)
     yield "add_gated", part(trials.fused_norm, dtype=None)
+    yield "channel_norm_silu", trials.channel_norm_silu
     yield "norm_rope", ring_trials.norm_rope
     yield "encode_kv", ring_trials.encode_kv
     yield "rotate_keys", ring_trials.rotate_keys

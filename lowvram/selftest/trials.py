@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from lowvram_kernels.channel_norm import reference_channel_norm_silu
 from lowvram_kernels.choices import ONE_BY_ONE, RIVALS, TORCH, TRITON
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.linear import Operands, fp8_mm, int8_mm, library_mm, linear_q8, reference_w8a8, wide_mm
@@ -208,6 +209,34 @@ def linears(sizes: Sizes, device: torch.device) -> Trial:
         return found
 
     return Trial(backends={TRITON: triton, ONE_BY_ONE: one_by_one}, judge=judge)
+
+
+def channel_norm_silu(sizes: Sizes, device: torch.device) -> Trial:
+    """Pixels behind two frames that a convolution remembers, of the VAE's widest stage: 96 channels of four frames."""
+    pixels, channels = sizes.tokens * (256 if sizes is FULL else 1), 96 if sizes is FULL else 24
+    x = random(device, pixels, channels).bfloat16() * 3
+    gamma, room = random(device, channels).bfloat16(), random(device, pixels + 2, channels).bfloat16()
+
+    def run(compute: Callable[..., Tensor]) -> Outputs:
+        out = room.clone()
+        compute(x, gamma, out[2:])
+        return {"behind": out[2:], "before": out[:2]}
+
+    def triton() -> Outputs:
+        from lowvram_kernels.triton_channel_norm import channel_norm_silu_triton
+
+        return run(channel_norm_silu_triton)
+
+    rows = sampled(pixels).to(device)
+
+    def judge(out: Outputs) -> Mapping[str, Measured]:
+        exact = reference_channel_norm_silu(x[rows].double(), gamma.double())
+        return {
+            "behind": Measured(error=relative_error(out["behind"][rows], exact), bound=BF16),
+            "before": Measured(error=relative_error(out["before"], room[:2]), bound=0.0),
+        }
+
+    return Trial(backends={TRITON: triton, TORCH: lambda: run(reference_channel_norm_silu)}, judge=judge)
 
 
 def fused_norm(
