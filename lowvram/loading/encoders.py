@@ -56,6 +56,7 @@ def load_decoder(artifact: Artifact, device: torch.device, dtype: torch.dtype) -
     Raises:
         CheckpointError: the artifact lacks a tensor of the decoder.
     """
+    from lowvram.loading.fused_vae import fuse_vae
     from lowvram_models.vae import StreamingVAE, build_vae
 
     component = artifact.component("vae")
@@ -73,6 +74,7 @@ def load_decoder(artifact: Artifact, device: torch.device, dtype: torch.dtype) -
         if scale is not None:
             values = dequantize_weight(turned(values, owned=False), scale.to(device), dtype)
         bind(model, {name: values}, dtype)
+    fuse_vae(model)
     return StreamingVAE(model.eval().requires_grad_(False), dtype=dtype)
 
 
