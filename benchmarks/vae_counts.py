@@ -1,6 +1,7 @@
 """What one latent frame of the published VAE's decoder computes and moves, counted over the code itself without values.
 
-As it runs on a GPU: the norm with its SiLU is one launch that reads and writes once. Read by ``vae_int8.py`` and ``vae_overlap.py``. Shapes are those of PyTorch's "meta" device; weights are bfloat16.
+As it runs on a GPU: a norm with its SiLU is one launch that reads and writes once. Read by ``vae_int8.py`` and
+``vae_overlap.py``. Shapes are those of PyTorch's "meta" device; weights are bfloat16.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ class Counting(TorchDispatchMode):
             counts.pass_bytes += nbytes
             counts.by_name[name] = counts.by_name.get(name, 0) + nbytes
         return out
-
 
     def fused(self, x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """Stands for ``channel_norm_silu``, whose parts nobody runs."""
