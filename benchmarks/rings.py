@@ -67,9 +67,13 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plan-again", type=Path, help="results to show with plans made anew")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), tuple(VARIANTS), people=given.people, seconds=given.seconds)
+        if given.plan_again:
+            result = json.loads(given.plan_again.read_text())
+        else:
+            result = measure(Path(folder), tuple(VARIANTS), people=given.people, seconds=given.seconds)
         result["plans"] = plans(Path(folder))
     print(markdown(result["variants"]), plan_markdown(result["plans"]), sep="\n\n")
     if given.out:
