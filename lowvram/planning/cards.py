@@ -19,8 +19,9 @@ TERA, GIGA = 1e12, 1e9
 LINK_BYTES_PER_S = 10 * GIGA
 
 
-# Of these generations an SM has 64 float32 units, of all others 128; special function units are 16 on every one.
-_FEW_UNITS, _UNITS, _SPECIAL_UNITS = (60, 70, 75, 80), 128, 16
+# Of these generations an SM has 64 float32 units, of all others 128. Special function units are 16 on every one, and
+# instructions that are started in a clock those of 128 threads.
+_WITH_FEW, _FEW_UNITS, _UNITS, _SPECIAL_UNITS, _STARTED = (60, 70, 75, 80), 64, 128, 16, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,15 @@ class Rates:
 
     @property
     def instructions(self) -> float:
-        """Of float32 units, a second: each does a multiplication and an addition in one."""
-        return self.fp32 / 2
+        """That threads can be given in a second: an SM starts four of 32 threads a clock. A float32 unit does a
+        multiplication and an addition in one."""
+        clocks = self.fp32 / 2 / (_FEW_UNITS if self.generation in _WITH_FEW else _UNITS)
+        return clocks * _STARTED
 
     @property
     def exp2(self) -> float:
         """A second, of the special function units."""
-        units = _UNITS // 2 if self.generation in _FEW_UNITS else _UNITS
-        return self.instructions * _SPECIAL_UNITS / units
+        return self.instructions * _SPECIAL_UNITS / _STARTED
 
     def of(self, scheme: str, dtype: torch.dtype) -> float:
         """Peak operations a second of Linears that are stored as ``scheme``, where the others compute in ``dtype``."""

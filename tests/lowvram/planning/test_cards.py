@@ -78,3 +78,21 @@ PRINTED = [
 @pytest.mark.parametrize(("name", "kind", "printed", "times"), PRINTED)
 def test_rates_are_those_that_data_sheets_print(name, kind, printed, times):
     assert getattr(CARDS[name].rates, kind) * times / 1e12 == pytest.approx(printed, rel=0.01)
+
+
+# Multiprocessors and the clock of data sheets, GHz.
+CLOCKS = [
+    ("rtx4090", 128, 2.52),
+    ("rtx3090", 82, 1.695),
+    ("rtx5090", 170, 2.407),
+    ("a100-80gb", 108, 1.41),
+    ("h100", 132, 1.98),
+]
+
+
+@pytest.mark.parametrize(("name", "multiprocessors", "ghz"), CLOCKS)
+def test_units_are_those_of_the_architecture(name, multiprocessors, ghz):
+    """16 exponentials and 128 threads' instructions a clock and multiprocessor, on each of them."""
+    rates = CARDS[name].rates
+    assert rates.exp2 == pytest.approx(16 * multiprocessors * ghz * 1e9, rel=0.01)
+    assert rates.instructions == pytest.approx(128 * multiprocessors * ghz * 1e9, rel=0.01)
