@@ -265,7 +265,9 @@ def test_plans_say_what_makes_them_unsure(gpu, part):
 
 
 def test_plans_for_usual_cards_say_nothing_more():
-    assert len(planned("--gpu", "RTX 4060 Ti 16GB", "--audio-duration", "10")["notes"]) == 1
+    seconds, vae = planned("--gpu", "RTX 4060 Ti 16GB", "--audio-duration", "10")["notes"]
+    assert seconds.startswith("seconds are predicted from data-sheet rates")
+    assert "decoder is widened once" in vae
 
 
 def test_a_budget_beyond_the_card_is_said():
