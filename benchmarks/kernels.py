@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_bars import bars_of
 from kernel_block import PUBLISHED, SMALL, block_row, graph_row
 from kernel_rivals import linear_rivals
 from kernel_tiles import tuned
+from kernel_vae import vae_row
 from torch.nn import functional as F
 
 from lowvram.denoise.cuda_graphs import CudaCapture
@@ -47,6 +49,8 @@ ROWS = (3168, 12672)
 LAYERS = ((5120, 5120), (5120, 13824), (13824, 5120))  # (K, N) of a DiT layer's products
 HEADS, HEAD_DIM = 40, 128
 RING_TOKENS, SINK_TOKENS, QUERIES = (3168, 3168, 3168, 3168), 2640, 3168
+LATENT_SIZE = (48, 88)
+"""Of 704 x 384 pixels."""
 Call = Callable[[], Any]
 
 
@@ -179,8 +183,10 @@ def cuda_table() -> dict[str, Any]:
             "passes": passes(watch, ceilings["copy_bytes_per_second"]),
             "block": cuda_block(watch, ceilings),
             "graphs": graph_rows(watch),
+            "vae": vae_row(watch, LATENT_SIZE, torch.bfloat16, torch.device("cuda")),
         }
-    return result | {"kernels": sorted({f"{operation}: {kernel}" for operation, kernel in kernels})}
+    names = sorted({f"{operation}: {kernel}" for operation, kernel in kernels})
+    return result | {"bars": bars_of(result), "kernels": names}
 
 
 def measured_ceilings(watch: Stopwatch) -> dict[str, float]:
