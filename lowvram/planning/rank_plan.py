@@ -22,7 +22,7 @@ from lowvram.planning.memory import (
     reference_parts,
     stage_peaks,
 )
-from lowvram.planning.memory_costs import Operations, ring_costs, sink_bytes, step_operations
+from lowvram.planning.memory_costs import MIB, Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.model_sizes import ModelSizes
 from lowvram.planning.operation_rates import Bound
 from lowvram.planning.rank_layout import Share
@@ -266,7 +266,8 @@ def _vae_note(job: Job, placement: Placement) -> list[str]:
     """How the VAE's weights are used, where they are in 8 bit."""
     if not job.share.media or not job.sizes.vae_decoder:
         return []
-    nbytes = gib(sum(job.sizes.vae_decoder) * job.work.value_bytes)
+    mib = sum(job.sizes.vae_decoder) * job.work.value_bytes / MIB
+    nbytes = f"{mib:.3g} MiB"  # a small one has no hundredth of a GiB
     if placement.wide_vae:
         return [f"the VAE's 8-bit decoder is widened once, as it is loaded, to {nbytes}"]
     return [f"the VAE's 8-bit decoder is widened at every use: there is no room to keep its {nbytes} instead"]
