@@ -70,7 +70,8 @@ def run(artifact, dtype: torch.dtype, monkeypatch, layout: ParallelLayout = APAR
             gpu = self.engine._simulated
             works_in = planned.stage_peaks["denoise"] - planned.device.total
             lacking = min(planned.device.rings // 8, works_in // 2)
-            left = gpu.memory.capacity - gpu.allocated
+            gpu.empty_cache()  # what lies between tensors is nobody's to take
+            left = gpu.memory.capacity - gpu.reserved
             taken.append(torch.empty(left - works_in + lacking, dtype=torch.uint8, device="meta"))
         real(self, items)
 

