@@ -113,7 +113,7 @@ def test_the_published_vae_computes_what_was_trained(root):
     with torch.no_grad():
         raw = trainable.encode(clip[None])
         decoded = trainable.decode(raw)[0].clamp(-1, 1)
-    # In norm: where a pixel's channels all but cancel, its norm makes the last bits of float32 a thousand times as large.
+    # In norm: where channels of a pixel all but cancel, their norm makes the last bits of float32 large.
     assert off(streaming.denormalise(streaming.encode(clip)), raw[0]) < 1e-4
     found = streaming.start_decoder().decode(streaming.normalise(raw[0]))
     assert off(found, decoded) < 1e-4
