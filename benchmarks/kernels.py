@@ -28,7 +28,6 @@ from kernel_bars import bars_of
 from kernel_block import PUBLISHED, SMALL, block_row, graph_row
 from kernel_rivals import linear_rivals
 from kernel_tiles import tuned
-from kernel_vae import vae_row
 from torch.nn import functional as F
 
 from lowvram.denoise.cuda_graphs import CudaCapture
@@ -169,6 +168,10 @@ class Stopwatch:
 
 @torch.inference_mode()
 def cuda_table() -> dict[str, Any]:
+    # Here, and nothing of diffusers above: transformers looks for a module called kernels, and beside these scripts
+    # this file is it.
+    from kernel_vae import vae_row
+
     torch.manual_seed(0)
     watch = Stopwatch()
     ceilings = measured_ceilings(watch)

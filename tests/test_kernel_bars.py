@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,13 @@ def result(gpu: str, linear: list[float], attention: float, vae: float) -> dict:
         "attention": {"speedup": attention},
         "vae": {"speedup": vae},
     }
+
+
+def test_a_library_that_looks_for_a_module_called_kernels_may_find_this_one():
+    """transformers does; scripts of this folder have it on their path, and it must not ask for transformers again."""
+    said = "import sys, kernels; print(*sorted({'transformers', 'diffusers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", said], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize(
