@@ -35,7 +35,7 @@ Tensor = torch.Tensor
 GRID, FRAMES, HEAD_DIM, QUERIES = (24, 44), (3, 3, 3, 3), 128, 96
 # Standard deviation of the logits in nats; how much of keys and queries has nothing to do with where a token stands.
 SPREADS = {0.7: 1.0, 2.0: 1.0, 4.0: 0.7, 7.0: 0.5}
-SEEDS = 8
+SEEDS = 16
 HEADS, LAYERS, STEPS, BLOCK_TOKENS = 40, 40, 4, 3168
 CARDS_HERE = ("rtx3090", "rtx4090", "rtx5090", "a100-80gb", "h100")
 OURS, FORMER = "int8 P, 255 levels below a tile's largest (ours)", "bf16 P.V, a scale a token (before)"
