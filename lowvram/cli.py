@@ -180,7 +180,7 @@ def infer(**options: Any) -> None:
 def report(files: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     """Draw memory over time: of runs' reports, of what infer --memory-log wrote, or of nvidia-smi's CSV.
 
-    That is nvidia-smi --query-gpu=timestamp,memory.used --format=csv -l 1.
+    That is nvidia-smi -i 0 --query-gpu=timestamp,memory.used --format=csv -l 1, of one card.
     """
     from lowvram.memory_log.report import write_drawing
     from lowvram.outputs import check_apart, check_file

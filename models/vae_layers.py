@@ -33,9 +33,6 @@ def lighten(vae: nn.Module) -> None:
             columns, _, rows, *_ = _around(module)
             module.__class__ = CausalConv3d
             module.padding = (0, rows, columns)
-        elif type(module) is nn.SiLU:
-            # It always follows a norm, whose output nobody else holds.
-            module.inplace = True
         elif type(module) in _LIGHTER:
             module.__class__ = _LIGHTER[type(module)]
 
@@ -216,7 +213,8 @@ def normed_conv(norm: nn.Module, conv: nn.Module, x: Tensor, slots: list[Slot], 
     shape = (batch, channels, CACHED_INPUTS + count, *size)
     seen = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     seen = channels_last(seen)
-    seen[:, :, : CACHED_INPUTS - before].zero_()
+    if before < CACHED_INPUTS:
+        seen[:, :, : CACHED_INPUTS - before].zero_()
     if isinstance(past, Tensor):
         seen[:, :, CACHED_INPUTS - before : CACHED_INPUTS].copy_(past)
     norm.then_silu(x, seen[:, :, CACHED_INPUTS:])

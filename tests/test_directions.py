@@ -80,12 +80,14 @@ ROOMS = {
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder"},
-    "memory_log": {"offload", "runtime"},
+    "memory_log": {"offload", "pages", "runtime"},
     "compare": {
-        "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pipeline", "progress",
-        "recorder", "schedule",
+        "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pages", "pipeline",
+        "progress", "recorder", "schedule",
     },
-    "calibrate": {"compare", "denoise", "devices", "media", "offload", "pipeline", "progress", "request", "schedule"},
+    "calibrate": {
+        "compare", "denoise", "devices", "media", "offload", "pages", "pipeline", "progress", "request", "schedule",
+    },
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.compare.charts import Chart, HeatMap, heat_map, over_count
-from lowvram.compare.document import for_script, rendered, write_text
+from lowvram.pages.document import for_script, rendered, write_text
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _WORST = 10

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.compare import part_rows, teacher_forced_rows
 from lowvram.compare.charts import Chart, over_count, over_time
-from lowvram.compare.document import for_script, rendered, write_text
 from lowvram.compare.pictures import LONGEST_S, make_clip, make_stills
 from lowvram.compare.result import Comparison
 from lowvram.compare.token_errors import UNCERTAINTY
 from lowvram.media.contact_sheet import AMPLIFIED
+from lowvram.pages.document import for_script, rendered, write_text
 from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT
 
 if TYPE_CHECKING:

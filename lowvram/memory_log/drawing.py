@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jinja2
-
 from lowvram.memory_log.rows import Row
+from lowvram.pages.document import rendered
 
 GIB = 2**30
 WIDTH, HEIGHT = 900, 220
 """Of a panel's curves, in the drawing's own units."""
 _POINTS = 900
+_TEMPLATE = Path(__file__).with_name("memory.svg.j2")
 _LANE = 16
 _CURVES: tuple[tuple[str, str, Callable[[Row], int | None]], ...] = (
     ("reserved on the device", "reserved", lambda row: row.reserved),
@@ -65,16 +65,9 @@ def draw(logs: Sequence[tuple[str, Sequence[Row]]], *, title: str, budgets: Sequ
     for index, (name, rows) in enumerate(logs):
         top = panels[-1].top + panels[-1].height if panels else 40
         panels.append(_panel(name, rows, top, budgets[index] if index < len(budgets) else None))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("memory.svg.j2").render(
-        title=title, panels=panels, width=WIDTH, plot=HEIGHT, lane=_LANE, height=panels[-1].top + panels[-1].height + 10
-    )
+    height = panels[-1].top + panels[-1].height + 10
+    sizes = {"width": WIDTH, "plot": HEIGHT, "lane": _LANE, "height": height}
+    return rendered(_TEMPLATE, {"title": title, "panels": panels, **sizes}, {})
 
 
 def _panel(name: str, rows: Sequence[Row], top: int, budget: int | None) -> Panel:

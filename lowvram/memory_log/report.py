@@ -10,7 +10,8 @@ from typing import Any
 
 from lowvram.memory_log.drawing import draw
 from lowvram.memory_log.rows import Row, read_rows
-from lowvram_kernels.errors import InputError, OutputError
+from lowvram.pages.document import write_text
+from lowvram_kernels.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,7 @@ def gathered(files: Sequence[Path]) -> Drawn:
 def write_drawing(files: Sequence[Path], out: Path) -> None:
     """Raises: InputError as of ``gathered``; OutputError where ``out`` cannot be written."""
     found = gathered(files)
-    text = draw(found.logs, title=found.title, budgets=found.budgets)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {error.strerror}; choose another place") from error
+    write_text(draw(found.logs, title=found.title, budgets=found.budgets), out)
 
 
 def _take_report(file: Path, into: Drawn) -> None:

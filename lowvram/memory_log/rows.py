@@ -40,6 +40,8 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+_CARDS = ("index", "uuid", "gpu_uuid", "pci.bus_id", "gpu_bus_id", "serial", "gpu_serial")
+"""Columns of nvidia-smi that tell a card from another."""
 _NUMBERS = ("block", "allocated", "reserved", "free", "rss", "pinned")
 
 
@@ -87,7 +89,18 @@ def _own(path: Path, body: Sequence[Sequence[str]]) -> Iterator[Row]:
 
 
 def _smi(path: Path, head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[Row]:
-    """One card's; bytes used by everybody stand as ``reserved``."""
+    """One card's; bytes used by everybody stand as ``reserved``.
+
+    Raises:
+        InputError: rows of several cards, as far as a column says so, or a row that is none.
+    """
+    for place, name in enumerate(head):
+        cards = {line[place] for line in body if len(line) > place}
+        if name in _CARDS and len(cards) > 1:
+            raise InputError(
+                f"{path} has rows of {len(cards)} cards by its column {name}; expected one: ask nvidia-smi with -i 0, "
+                "-i 1 and so on, a file each"
+            )
     unit = 1 if "[B]" in head[1] else MIB
     begin: datetime.datetime | None = None
     for number, line in enumerate(body, 2):

@@ -74,7 +74,8 @@ class MemoryLog:
             self._failed = self._failed or failed
         if self._failed is not None and error is None:
             raise OutputError(
-                f"--memory-log {self._path} could not be written to its end: {self._failed}; the video is"
+                f"--memory-log {self._path} could not be written to its end ({self._failed}); the video is complete: "
+                "free some space for the next"
             )
 
     def began(self, stage: str) -> None:

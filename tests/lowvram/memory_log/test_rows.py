@@ -62,6 +62,17 @@ def test_nvidia_smi_is_read_too(tmp_path, head, lines, expected):
     assert [(row.time_s, row.reserved) for row in read_rows(path)] == expected
 
 
+@pytest.mark.parametrize("column", ["index", "uuid", "pci.bus_id"])
+def test_rows_of_several_cards_are_no_curve(tmp_path, column):
+    path = tmp_path / "smi.csv"
+    lines = [f"2026/11/30 17:01:5{second}.000, {7 * card} MiB, {card}" for second in range(3) for card in range(2)]
+    path.write_text("\n".join([f"timestamp, memory.used [MiB], {column}", *lines]) + "\n")
+    with pytest.raises(InputError, match=f"rows of 2 cards by its column {column}; expected one"):
+        read_rows(path)
+    path.write_text("\n".join([f"timestamp, memory.used [MiB], {column}", *lines[::2]]) + "\n")
+    assert len(read_rows(path)) == 3
+
+
 HEAD = ",".join(COLUMNS)
 
 
