@@ -21,7 +21,7 @@ from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
 from lowvram.memory_log.writer import MemoryLog, path_of_rank
 from lowvram.offload.oom import smaller_request
-from lowvram.outputs import Outputs
+from lowvram.outputs import Outputs, check_file
 from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
@@ -98,10 +98,16 @@ def _kept(artifact: Artifact) -> Iterator[None]:
 
 
 def _memory_log(pipeline: AvatarPipeline, outputs: Outputs) -> contextlib.AbstractContextManager[object]:
-    """Every rank's own, where one was asked for; ranks beside the one that writes the video number theirs."""
+    """Every rank's own, where one was asked for; ranks beside the one that writes the video number theirs.
+
+    Raises:
+        InputError, OutputError: another rank's log is there already, or cannot be written.
+    """
     path, runtime = _log_of(pipeline, outputs), pipeline.runtime
     if path is None:
         return contextlib.nullcontext()
+    if not pipeline.team.role.media:  # of the other one ``Outputs.check`` has looked
+        check_file("--memory-log of this rank", path, overwrite=outputs.overwrite)
     return MemoryLog(path, runtime.stages, runtime.engine, rank=pipeline.team.role.rank)
 
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lowvram.infer import infer
+from lowvram.infer import _memory_log, infer
 from lowvram.memory_log.rows import Row, read_rows
 from lowvram.memory_log.writer import MemoryLog, path_of_rank
 from lowvram.offload.copy_engine import Engine, Held, Peaks
@@ -144,6 +145,25 @@ def test_a_log_needs_a_place_of_its_own(tmp_path):
     (tmp_path / "log.csv").write_text("")
     with pytest.raises(InputError, match="there already"):
         Outputs(video=tmp_path / "a.mp4", memory_log=tmp_path / "log.csv").check()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_rank_replaces_a_log_unasked(tmp_path, overwrite):
+    engine, there = Counted(), tmp_path / "log.rank3.csv"
+    there.write_text("of before")
+    pipeline = SimpleNamespace(
+        team=SimpleNamespace(role=SimpleNamespace(media=False, rank=3)),
+        runtime=SimpleNamespace(stages=StageLog(engine), engine=engine),
+    )
+    outputs = Outputs(video=tmp_path / "a.mp4", memory_log=tmp_path / "log.csv", overwrite=overwrite)
+    if not overwrite:
+        with pytest.raises(InputError, match=r"--memory-log of this rank is .*log\.rank3\.csv, which is there already"):
+            _memory_log(pipeline, outputs)
+        assert there.read_text() == "of before"
+        return
+    with _memory_log(pipeline, outputs):
+        pass
+    assert {row.rank for row in read_rows(there)} == {3}
 
 
 KILLED = """
