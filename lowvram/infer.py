@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
     """Who looks on while a video is made: ``begun`` as of ``AvatarPipeline.stream``; ``recorder`` makes the one that
-    keeps tensors, in the folder ``kept``, instead of the one that makes a dump.
+    keeps tensors, in the folder ``kept``, instead of the one that makes a dump. ``written`` is shown the recorder
+    behind every block that stands in the file; what it raises ends the run, and what was written stays.
 
     Raises:
         ConfigError: one of ``recorder`` and ``kept`` without the other.
@@ -48,6 +49,7 @@ class Watching:
     begun: Begun | None = None
     recorder: Callable[[], Recorder] | None = None
     kept: Path | None = None
+    written: Callable[[Recorder], object] | None = None
 
     def __post_init__(self) -> None:
         if (self.recorder is None) != (self.kept is None):
@@ -176,6 +178,8 @@ def _make(
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)
+            if watching.written is not None:
+                watching.written(recorder)
     return recorder, inputs.facts | {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
 
 
