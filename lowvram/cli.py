@@ -174,6 +174,21 @@ def infer(**options: Any) -> None:
 
 
 @main.command(context_settings=SETTINGS)
+@click.argument("segments", type=FILE, nargs=-1, required=True, metavar="SEGMENT...")
+@click.option("--out", type=FILE, required=True, help="MP4 to write.")
+@click.option("--unfinished", is_flag=True, help="Also where the take goes on behind the last segment that is here.")
+@click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
+def join(segments: tuple[Path, ...], out: Path, unfinished: bool, overwrite: bool) -> None:
+    """Put the segments of a long video behind one another, without encoding again.
+
+    They are given in their order, all of one take; sound goes over the borders without a seam.
+    """
+    from lowvram.commands.join import join_as_asked
+
+    click.echo(join_as_asked(segments, out, overwrite=overwrite, unfinished=unfinished))
+
+
+@main.command(context_settings=SETTINGS)
 @click.argument("files", type=FILE, nargs=-1, required=True, metavar="FILE...")
 @click.option("--out", type=FILE, help="SVG to write; default: beside the first file, under its name.")
 @click.option("--overwrite", is_flag=True, help="Replace a drawing of that name.")

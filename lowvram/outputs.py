@@ -81,8 +81,9 @@ class Outputs:
             _check_place(option, real(path), overwrite=self.overwrite, make_folder=to_make)
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Be the only run that writes there; an unfinished video of an earlier one gets another name.
+    def claimed(self, command: str = "lowvram infer") -> Iterator[None]:
+        """Be the only run that writes there, as others are told; an unfinished video of an earlier one gets another
+        name.
 
         Raises:
             InputError: another run writes there; which one.
@@ -92,7 +93,7 @@ class Outputs:
             if self.make_folder:
                 claims.enter_context(_folder(real(self.video).parent))
             for path in self.named.values():
-                claims.enter_context(writing(real(path), "lowvram infer"))
+                claims.enter_context(writing(real(path), command))
             _put_aside(self.partial)
             yield
 

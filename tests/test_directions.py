@@ -70,7 +70,7 @@ ROOMS = {
         "progress", "selftest",
     },
     "commands": {
-        "byte_sizes", "calibrate", "compare", "devices", "infer", "offload", "outputs", "parallel", "pipeline",
+        "byte_sizes", "calibrate", "compare", "devices", "infer", "media", "offload", "outputs", "parallel", "pipeline",
         "planning", "request", "selftest", "simulate",
     },
     "selftest": {

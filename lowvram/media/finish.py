@@ -1,9 +1,11 @@
 """A fragmented MP4, as it is written, made into an ordinary one: one index in front, and a length that players show."""
 
 import errno
+import functools
 import itertools
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import av
@@ -12,15 +14,17 @@ from av.container import InputContainer, OutputContainer
 logger = logging.getLogger(__name__)
 
 # The index goes in front, so that a video plays while it is still being loaded.
-_MUXER = {"movflags": "faststart"}
+ORDINARY = {"movflags": "faststart"}
+# The same, and metadata under any name; otherwise the muxer keeps those that players show.
+ANY_METADATA = {"movflags": "faststart+use_metadata_tags"}
 
 
-def finish(fragmented: Path, finished: Path) -> bool:
+def finish(fragmented: Path, finished: Path, metadata: Mapping[str, str] | None = None) -> bool:
     """Give a whole fragmented MP4 its final name, as an ordinary MP4; nothing is encoded again.
 
     The ordinary file is made beside the fragmented one, which goes only when the other has the final name. Where it
     cannot be made (a full disk) the fragmented file, which holds the same pictures and sound, gets the name instead,
-    with a warning.
+    with a warning. ``metadata``: what the file is to say of itself beside its streams.
 
     Returns:
         Whether the file is an ordinary MP4.
@@ -29,8 +33,9 @@ def finish(fragmented: Path, finished: Path) -> bool:
         OSError: the final name cannot be given; the fragmented file is where it was.
     """
     beside = _unused(finished)
+    copy = functools.partial(_copy, metadata=metadata) if metadata else _copy
     try:
-        _copy(fragmented, beside)
+        copy(fragmented, beside)
         os.replace(beside, finished)
     except (av.FFmpegError, OSError) as error:
         beside.unlink(missing_ok=True)
@@ -50,12 +55,14 @@ def finish(fragmented: Path, finished: Path) -> bool:
     return True
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Copy the packets of all streams, with their times, into an MP4 that has its index in front."""
+    options = ANY_METADATA if metadata else ORDINARY
     with (
         av.open(f"file:{source.absolute()}", options={"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2"}) as given,
-        av.open(f"file:{target.absolute()}", "w", "mp4", options=_MUXER) as made,
+        av.open(f"file:{target.absolute()}", "w", "mp4", options=options) as made,
     ):
+        made.metadata.update(metadata or {})
         _copy_packets(given, made)
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
-from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
@@ -19,7 +18,9 @@ from numpy.typing import NDArray
 
 from lowvram.media.audio import AudioTrack
 from lowvram.media.finish import finish
+from lowvram.media.segment import Segment, SegmentFacts, sample_at
 from lowvram.media.sound import Sound
+from lowvram.media.sound_writer import SoundWriter
 from lowvram_kernels.errors import InputError, OutputError
 from lowvram_models.constants import FPS
 
@@ -38,7 +39,6 @@ _MUXER = {
     "max_interleave_delta": "1000000",  # a track that has ended holds the other back by a second at most
     "flush_packets": "1",
 }
-_AAC_BITS_A_CHANNEL = 96_000
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # none that can name other files
 
 
@@ -51,11 +51,17 @@ class VideoWriter:
     the sound's end are not written but counted in ``frames_dropped``. Memory does not depend on the length, but for
     the index. As a context manager, an exception closes the partial file and leaves it there.
 
+    Of a ``segment`` of a longer take the sound is the take's from where its first frame begins, encoded so that
+    ``lowvram.media.join`` can put segments together without encoding again; alone it plays as any file. What it is a
+    segment of stands in its metadata. ``goes_on``, to be set before it is closed, says there whether the take has more.
+
     Args:
         path: the ``.mp4`` to make, in a folder that exists; replaced if it exists.
         height, width: frame size in px, both even.
         fps: frames a second.
-        audio_path: file with the sound, or the part of one that is meant, or None for a silent video.
+        audio_path: file with the sound, or the part of one that is meant, or None for a silent video; of a segment
+            the sound of the whole take.
+        segment: of which take it is, and where it begins there; None for a whole video.
 
     Raises:
         InputError: no such folder, a suffix other than ``.mp4``, or sound that cannot be read.
@@ -71,6 +77,7 @@ class VideoWriter:
         fps: int = FPS,
         audio_path: str | os.PathLike[str] | Sound | None = None,
         trim_to_audio: bool = True,
+        segment: Segment | None = None,
     ) -> None:
         self.path = _check_target(Path(path))
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
@@ -81,7 +88,8 @@ class VideoWriter:
         self.fragmented = True  # until an ordinary MP4 is made of it
         self._trim = trim_to_audio and audio_path is not None
         self._track = AudioTrack(audio_path) if audio_path is not None else None
-        self._samples = 0  # of sound, given to the encoder
+        self.segment, self.goes_on = segment, None if segment is None else False
+        self._begin = 0 if segment is None else segment.first_frame
         self._closed = False
         try:
             self._guard(self._open)
@@ -120,7 +128,8 @@ class VideoWriter:
         self._finish()
         if self.frames_written == 0:
             raise OutputError(f"{self.path} was not made: no frame was written, expected at least one; check the input")
-        self.fragmented = not self._guard(finish, self.partial_path, self.path)
+        facts = self._facts()
+        self.fragmented = not self._guard(finish, self.partial_path, self.path, facts and facts.to_metadata())
 
     def abort(self) -> None:
         """Close the partial file so that it plays as far as it goes, and leave it there; without a frame it goes."""
@@ -147,50 +156,65 @@ class VideoWriter:
             self.abort()
 
     def _open(self) -> None:
-        self._container: OutputContainer = av.open(f"file:{self.partial_path.absolute()}", "w", "mp4", options=_MUXER)
+        options = dict(_MUXER)
+        if self.segment is not None:
+            options["movflags"] += "+use_metadata_tags"
+        self._container: OutputContainer = av.open(f"file:{self.partial_path.absolute()}", "w", "mp4", options=options)
         self._video = _add_video(self._container, self.height, self.width, self.fps)
-        self._audio = _add_audio(self._container, self._track) if self._track is not None else None
+        self._sound: SoundWriter | None = None
+        if self._track is not None:
+            begin = sample_at(self._begin, self._track.rate_hz, self.fps)
+            self._sound = SoundWriter(self._container, self._track, begin, whole=self.segment is None)
+        if (facts := self._facts()) is not None:
+            self._container.metadata.update(facts.to_metadata())
         self._container.start_encoding()
 
     def _write_frame(self, pixels_HWC: NDArray[np.uint8]) -> None:
         index = self.frames_written + self.frames_dropped
-        self._feed_sound(-(-(index + 1) * AudioTrack.rate_hz // self.fps))
-        if self._trim and self._samples * self.fps <= index * AudioTrack.rate_hz:
-            self.frames_dropped += 1
-            return
+        if self._sound is not None:
+            self._sound.feed(self._sample_at(index + 1))
+            if self._trim and self._sound.samples * self.fps <= (self._begin + index) * AudioTrack.rate_hz:
+                self.frames_dropped += 1
+                return
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
         frame.pts, frame.time_base = index, Fraction(1, self.fps)
         self._container.mux(self._video.encode(frame))
         self.frames_written += 1
 
-    def _feed_sound(self, until_samples: int) -> None:
-        if self._track is None or self._audio is None:
-            return
-        frame = self._track.read(until_samples - self._samples)
-        if frame is None:
-            self._end_sound()
-            return
-        frame.pts, frame.time_base = self._samples, Fraction(1, AudioTrack.rate_hz)
-        self._samples += frame.samples
-        self._container.mux(self._audio.encode(frame))
+    def _sample_at(self, index: int) -> int:
+        """The take's sample with which a frame of this file begins."""
+        return sample_at(self._begin + index, AudioTrack.rate_hz, self.fps)
+
+    def _facts(self) -> SegmentFacts | None:
+        """What its file says of a segment, as far as it is known by now."""
+        if self.segment is None:
+            return None
+        done, sound = self._closed, self._sound
+        heard = sound is not None and sound.heard
+        return SegmentFacts(
+            take=self.segment.take,
+            first_frame=self._begin,
+            fps=self.fps,
+            rate_hz=AudioTrack.rate_hz,
+            sound_begin=self._sample_at(0) if heard else None,
+            sound_end=sound.ended if sound is not None and heard and done else None,
+            frames=self.frames_written if done else None,
+            goes_on=self.goes_on if done else None,
+        )
 
     def _finish(self) -> None:
         self._closed = True
-        self._close_track()
         try:
             self._guard(self._flush)
         finally:
+            self._close_track()
             self._guard(self._container.close)
 
     def _flush(self) -> None:
         self._container.mux(self._video.encode(None))
-        self._end_sound()
-
-    def _end_sound(self) -> None:
-        if self._audio is not None:
-            self._container.mux(self._audio.encode(None))
-            self._audio = None
+        if self._sound is not None:
+            self._sound.end(self._sample_at(self.frames_written))
 
     def _close_track(self) -> None:
         if self._track is not None:
@@ -301,10 +325,4 @@ def _add_video(container: OutputContainer, height: int, width: int, fps: int) ->
     # BT.709, limited range, said in the file: untagged, players guess by the size.
     context.colorspace = context.color_primaries = context.color_trc = 1
     context.color_range = 1
-    return stream
-
-
-def _add_audio(container: OutputContainer, track: AudioTrack) -> AudioStream:
-    stream: AudioStream = container.add_stream("aac", rate=track.rate_hz, layout=track.layout)
-    stream.bit_rate = _AAC_BITS_A_CHANNEL * stream.layout.nb_channels
     return stream
