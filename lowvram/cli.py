@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lowvram.commands.answers import Answering, before_a_command
+from lowvram.commands.batch_options import batch_options
 from lowvram.commands.options import (
     compare_options,
     convert_options,
@@ -171,6 +172,25 @@ def infer(**options: Any) -> None:
 
     if (video := infer_as_asked(options, click.get_current_context().meta["arguments"])) is not None:
         click.echo(video)
+
+
+@main.command(context_settings=SETTINGS)
+@batch_options
+def batch(as_json: bool, **options: Any) -> None:
+    """Make the videos of a list, one after the other: JSON, CSV, or YAML, a job in each entry.
+
+    Jobs that cannot be made are explained, and left out; what is made already is not made again. Exits with 1 where a
+    job is not made.
+    """
+    from lowvram.commands.batch import batch_as_asked
+
+    results = batch_as_asked(options)
+    if as_json:
+        click.echo(json.dumps(results.to_json(), indent=1, allow_nan=False))
+    else:
+        results.show(Console())
+    if not results.good:
+        sys.exit(1)
 
 
 @main.command(context_settings=SETTINGS)

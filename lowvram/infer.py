@@ -9,7 +9,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,10 @@ def infer(
     *,
     quiet: bool = False,
     watching: Watching | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Make the video and return the run's report, which is also written where ``outputs`` says.
+    """Make the video and return the run's report, which is also written where ``outputs`` says; ``noted`` stands in it
+    too.
 
     Of several ranks the media rank does so; the others do their part of the work and return their part of the report.
 
@@ -83,13 +85,12 @@ def infer(
             "expected one of them"
         )
     artifact = pipeline.runtime.artifact
-    pipeline.runtime.count_anew()
     if not pipeline.team.role.media:
         with _kept(artifact), _memory_log(pipeline, outputs):
             return _serve(pipeline, request, outputs)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
     with outputs.claimed(), _kept(artifact), _memory_log(pipeline, outputs):
-        return _infer(pipeline, request, outputs, quiet, watching)
+        return _infer(pipeline, request, outputs, quiet, watching, noted or {})
 
 
 @contextlib.contextmanager
@@ -123,7 +124,12 @@ def _log_of(pipeline: AvatarPipeline, outputs: Outputs) -> Path | None:
 
 
 def _infer(
-    pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool, watching: Watching
+    pipeline: AvatarPipeline,
+    request: Request,
+    outputs: Outputs,
+    quiet: bool,
+    watching: Watching,
+    noted: Mapping[str, Any],
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     lost: list[str] = []
@@ -144,7 +150,7 @@ def _infer(
     if isinstance(recorder, TensorRecorder) and outputs.dump_tensors:
         recorder.save(real(outputs.dump_tensors), {"base_seed": request.base_seed, "size": request.size})
     report = make_report(pipeline, request, outputs, recorder, time.perf_counter() - begin)
-    report |= written | {"quality_lost": lost}
+    report |= written | {"quality_lost": lost} | dict(noted)
     if watching.kept:
         report["dump_tensors"] = str(watching.kept.absolute())
     if pipeline.team.layout.world_size > 1:
@@ -167,17 +173,15 @@ def _serve(pipeline: AvatarPipeline, request: Request, outputs: Outputs) -> dict
 def _make(
     pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool, watching: Watching
 ) -> tuple[Recorder, dict[str, Any]]:
-    """One attempt: what the report says of files read and written, and what was recorded on the way. The stream is
-    closed at once where this fails: what it holds goes before the next video comes."""
+    """One attempt: what the report says of files read and written, and what was recorded on the way."""
     inputs = read_inputs(request)
     recorder = (watching.recorder or (TensorRecorder if outputs.dump_tensors else Recorder))()
     height, width = inputs.portrait.shape[1:]
     with (
         VideoWriter(real(outputs.video), height, width, FPS, audio_path=inputs.sound or request.audio) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
-        contextlib.closing(pipeline.stream(inputs, recorder=recorder, begun=watching.begun)) as stream,
     ):
-        for frames in stream:
+        for frames in pipeline.stream(inputs, recorder=recorder, begun=watching.begun):
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)

@@ -70,8 +70,8 @@ ROOMS = {
         "progress", "selftest",
     },
     "commands": {
-        "byte_sizes", "calibrate", "compare", "devices", "infer", "media", "offload", "outputs", "parallel", "pipeline",
-        "planning", "request", "selftest", "simulate",
+        "batch", "byte_sizes", "calibrate", "compare", "devices", "infer", "media", "offload", "outputs", "parallel",
+        "pipeline", "planning", "request", "selftest", "simulate",
     },
     "selftest": {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
@@ -79,6 +79,7 @@ ROOMS = {
     },
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
+    "batch": {"infer", "outputs", "pipeline", "request"},
     "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder"},
     "memory_log": {"offload", "pages", "runtime"},
     "compare": {

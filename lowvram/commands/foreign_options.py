@@ -78,7 +78,7 @@ def _convert_first(value: str, given: Given) -> str:
     return f"weights are converted once, with {shlex.join([*words, '--out'])} DIR{fetch}, and {then}"
 
 
-def _one_voice(value: str, given: Given) -> str:
+def one_voice(value: str, given: Given) -> str:
     """The reference takes several voices, joined with "+", for several people in the picture."""
     if "+" not in value or Path(value).exists() or not all(Path(part).suffix for part in value.split("+")):
         return ""
@@ -128,7 +128,7 @@ _ANYWHERE = (
     Foreign("use_dataset", _DATA, switch=True),
     Foreign("dataset_sample_idx", _DATA),
     Foreign("prompt_file", lambda value, given: f"give it as --prompt @{value}"),
-    Foreign("sample_list", "a run makes one video, call infer once for each sample of the list"),
+    Foreign("sample_list", "a run makes one video, lowvram batch takes the list; or call infer once for each sample"),
     Foreign("single_gpu", _single, switch=True),
     Foreign("enable_compile", "nothing is compiled ahead, --cuda-graphs replays layers instead", switch=True),
     Foreign("server_port", _WEB),
@@ -156,7 +156,7 @@ _RUN = (
     Foreign("training_config", _convert_first),
     Foreign("fp8", _convert_first, switch=True),
     Foreign("convert_model_dtype", _convert_first, switch=True),
-    Foreign("audio", _one_voice),
+    Foreign("audio", one_voice),
 )
 _SIZES = "plan knows weights by --model DIR, or by --preset 14b with --precision int8, fp8 or bf16"
 _PLAN = tuple(Foreign(each.name, _SIZES, switch=each.switch) for each in _RUN if each.said is _convert_first)
@@ -185,9 +185,12 @@ _ELSEWHERE = (
 )
 
 BY_COMMAND = {
-    command: {foreign.name: foreign for foreign in (*_ANYWHERE, *own)}
+    command: {
+        foreign.name: foreign for foreign in (*_ANYWHERE, *own) if (command, foreign.name) != ("batch", "sample_list")
+    }
     for command, own in {
         "infer": (*_RUN, *_ELSEWHERE),
+        "batch": (*_RUN, *_ELSEWHERE),
         "compare": (*_RUN, *_ELSEWHERE),
         "compare record": (*_RUN, *_ELSEWHERE),
         "plan": _PLAN,

@@ -199,15 +199,15 @@ def test_hints_are_for_slips_alone(arguments, part):
         ),
         (
             ["plan", "--image", "x", "--audio", "y"],
-            "--image, --audio: for lowvram compare, compare record, demo and infer, not",
+            "--image, --audio: for lowvram batch, compare, compare record, demo and infer, not",
         ),
         (
             ["convert", "--size", "704*384"],
-            "--size: for lowvram compare, compare record, infer and plan, not for convert",
+            "--size: for lowvram batch, compare, compare record, infer and plan, not for convert",
         ),
         (
             ["convert", "--model", "x"],
-            "--model: for lowvram compare, compare record, doctor, infer and plan, not for convert",
+            "--model: for lowvram batch, compare, compare record, doctor, infer and plan, not for convert",
         ),
         (["doctor", "--preset", "14b"], "--preset: for lowvram plan, not for doctor"),
     ],

@@ -1,0 +1,181 @@
+"""Jobs: what is to be made of an entry of a list, where, and whether it is made already."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+
+from lowvram.outputs import check_folder
+from lowvram.request import Request
+from lowvram_kernels.errors import InputError
+from lowvram_quantize.places import real, within
+from lowvram_quantize.slabs import sha256_file
+
+KEY = "job"
+"""Under which a report says of which job it is."""
+_PART_LENGTH = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """An entry of a list: which one, from 1 on, what it is called, what is to be made and where. ``wrong`` says why it
+    cannot be, "" where it can; ``drawn``: any seed will do."""
+
+    place: int
+    name: str
+    request: Request | None = None
+    video: Path | None = None
+    wrong: str = ""
+    drawn: bool = False
+
+    @property
+    def report(self) -> Path:
+        """Beside the video."""
+        assert self.video is not None
+        return self.video.with_suffix(".json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class There:
+    """What lies where a job's video is to be: nothing, its own video, one that is known to be of another job or of
+    other settings, or something else. ``words`` say it."""
+
+    state: Literal["nothing", "done", "changed", "foreign"]
+    words: str = ""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def name_of(request: Request, given: str) -> str:
+    """What a job's files are called: by the name that it was given, or by those of its portrait and voice."""
+    words = given or f"{request.image.stem[:_PART_LENGTH]}_{request.audio.stem[:_PART_LENGTH]}"
+    return re.sub(r"[^\w.+-]+", "_", words).strip("._") or "job"
+
+
+def apart(names: Iterable[str]) -> list[str]:
+    """The same names, numbered from the second of those that are alike: apart on disks that fold case, too."""
+    taken: dict[str, int] = {}
+    made = []
+    for name in names:
+        count = taken[name.casefold()] = taken.get(name.casefold(), 0) + 1
+        made.append(name if count == 1 else f"{name}-{count}")
+    return made
+
+
+def settle_places(jobs: Sequence[Job], others: dict[str, Path]) -> list[Job]:
+    """The same jobs; those with something wrong whose files would be another job's, or one that is read, or that cannot
+    be written at all. ``others`` are files and folders that are read or written beside the jobs', by what they are."""
+    taken = {_key(path): what for what, path in others.items()}
+    for job in jobs:
+        if job.request is not None:
+            taken |= {_key(job.request.image): f"the portrait of job {job.place}"}
+            taken |= {_key(job.request.audio): f"the voice of job {job.place}"}
+    return [job if job.wrong or job.video is None else _placed(job, taken, others) for job in jobs]
+
+
+def _placed(job: Job, taken: dict[str, str], others: dict[str, Path]) -> Job:
+    assert job.video is not None
+    try:
+        if job.video.suffix.lower() != ".mp4":
+            raise InputError(f"out is {job.video}; expected a name that ends in .mp4")
+        for path in (job.video, job.report):
+            if (what := taken.get(_key(path))) is not None:
+                raise InputError(f"{path} is {what} too: one would destroy the other; give another out or name")
+        for what, folder in others.items():
+            if folder.is_dir() and within(job.video, folder):
+                raise InputError(f"out is {job.video}, inside {what}; name a file in another folder")
+        check_folder("out", job.video.parent, make=True)
+    except InputError as error:
+        return dataclasses.replace(job, wrong=str(error))
+    taken |= {_key(path): f"what job {job.place} writes" for path in (job.video, job.report)}
+    return job
+
+
+def _key(path: Path) -> str:
+    return str(real(path)).casefold()
+
+
+def record_of(job: Job, beside: dict[str, Any]) -> dict[str, Any]:
+    """All that a video depends on, as its report keeps it: settings, checksums of portrait and voice, and what is the
+    same for all jobs, ``beside``.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    assert job.request is not None
+    settings = dataclasses.asdict(job.request)
+    files = {f"{name}_sha256": checksum(settings.pop(name)) for name in ("image", "audio")}
+    found: dict[str, Any] = json.loads(json.dumps(settings | files | beside))
+    return found
+
+
+def checksum(path: Path) -> str:
+    """Of a file's bytes, made once for each time that it is written.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        facts = path.stat()
+        return _checksum(path, facts.st_mtime_ns, facts.st_size)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path} cannot be read ({said}); expected a file, check the path") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(path: Path, _time: int, _size: int) -> str:
+    return sha256_file(path)
+
+
+def look(job: Job, wanted: dict[str, Any]) -> There:
+    """What lies where a job's video is to be; its own one is known by the report beside it, and by its frames."""
+    assert job.video is not None
+    video, report = job.video, job.report
+    if not video.exists() and not report.exists():
+        return There(state="nothing")
+    found = _report(report)
+    made = found.get(KEY)
+    if not isinstance(made, dict):
+        here = video if video.exists() else report
+        return There(
+            state="foreign", words=f"{here} is there already, and no report beside it says that it is this job"
+        )
+    ignored = {"base_seed"} if job.drawn else set()
+    changed = sorted(
+        name.removesuffix("_sha256").replace("artifact", "model")
+        for name in (wanted.keys() | made.keys()) - ignored
+        if wanted.get(name) != made.get(name)
+    )
+    if changed:
+        return There(state="changed", words=f"{video} was made with another {', '.join(changed)}", facts=found)
+    if not video.exists():
+        return There(state="nothing", facts=found)
+    if (frames := _frames(video)) != found.get("frames_written") and not found.get("fragmented"):
+        there = "cannot be read" if frames is None else f"has {frames} frames"
+        said = f"{video} {there}, and its report says {found.get('frames_written')}"
+        return There(state="changed", words=said, facts=found)
+    return There(state="done", facts=found)
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _frames(video: Path) -> int | None:
+    """As its index has them; None of a file that is no video."""
+    try:
+        with av.open(f"file:{video.absolute()}", options={"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2"}) as container:
+            return container.streams.video[0].frames
+    except (av.FFmpegError, OSError, IndexError):
+        return None

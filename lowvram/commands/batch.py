@@ -1,0 +1,152 @@
+"""Command ``batch``: a list of jobs, with the command line's options where a job has none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowvram.batch.jobs import Job, apart, name_of, settle_places
+from lowvram.batch.lists import Listed, read_list
+from lowvram.batch.results import FILES, Results, unfinished
+from lowvram.batch.run import Batch
+from lowvram.commands.foreign_options import one_voice
+from lowvram.commands.shared_options import DRAWN, make_request, open_pipeline, prompt_file
+from lowvram.outputs import check_folder
+from lowvram_kernels.errors import ConfigError, LowvramError, OutputError
+from lowvram_quantize.claims import writing
+from lowvram_quantize.format import MANIFEST, Artifact
+from lowvram_quantize.slabs import sha256_file
+
+_NEEDED = ("image", "audio", "prompt")
+
+
+def batch_as_asked(options: dict[str, Any]) -> Results:
+    """Make all that can be made of a list. Returns what became of each job.
+
+    Args:
+        options: all of ``batch``, by the names of their parameters.
+
+    Raises:
+        LowvramError: the list, the model or the folder cannot be used at all; nothing is made.
+    """
+    path, folder = _one_list(options["jobs"], options["sample_list"]), options["out_dir"]
+    listed = read_list(path, frozenset(_KINDS))
+    artifact = Artifact.open(options["model"])
+    check_folder("--out-dir", folder, make=True)
+    jobs = _jobs(listed, options, folder)
+    others = {"the list": path, "--model": artifact.path, **{name: folder / name for name in FILES}}
+    jobs = settle_places(jobs, others)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--out-dir {folder} cannot be made ({error.strerror}); name another") from error
+    beside = {"artifact_sha256": sha256_file(artifact.path / MANIFEST)} | {n: options[n] for n in ("dtype", "kv")}
+    with writing(folder / FILES[0], "lowvram batch"):
+        cut = unfinished(folder, overwrite=options["overwrite"])
+        batch = Batch(jobs, folder, beside=beside, cut=cut, overwrite=options["overwrite"], quiet=options["quiet"])
+        batch.results.facts = {"list": str(path.absolute()), "model": str(artifact.path)}
+        batch.look()
+        batch.make(lambda: open_pipeline(options))
+    return batch.results
+
+
+def _one_list(jobs: Path | None, sample_list: Path | None) -> Path:
+    if (path := jobs or sample_list) is None or (jobs is not None and sample_list is not None):
+        raise ConfigError("batch is given no list of jobs, or two; expected one, as lowvram batch jobs.json")
+    return path
+
+
+def _jobs(listed: list[Listed], options: dict[str, Any], folder: Path) -> list[Job]:
+    """Each with a request, or with what is wrong."""
+    made = [_job(each, options, folder) for each in listed]
+    names = iter(apart(job.name for job in made))
+    return [_placed(job, next(names), folder) for job in made]
+
+
+def _placed(job: Job, name: str, folder: Path) -> Job:
+    video = job.video or (None if job.request is None else folder / f"{name}.mp4")
+    return Job(place=job.place, name=name, request=job.request, video=video, wrong=job.wrong, drawn=job.drawn)
+
+
+def _job(listed: Listed, options: dict[str, Any], folder: Path) -> Job:
+    name = listed.name or f"job {listed.place}"
+    if listed.wrong:
+        return Job(place=listed.place, name=name, wrong=f"it {listed.wrong}")
+    try:
+        own = {setting: _KINDS[setting](setting, value) for setting, value in listed.settings.items()}
+        asked = options | own
+        missing = [setting for setting in _NEEDED if asked[setting] is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} missing; expected them in the list, or as options for all jobs")
+        if said := one_voice(str(asked["audio"]), {}):
+            raise ConfigError(f"audio: {said}")
+        prompt_file(asked["prompt"])
+        request = make_request(asked)
+    except LowvramError as error:
+        return Job(place=listed.place, name=name, wrong=" ".join(str(error).split()))
+    out = own.get("out")
+    return Job(
+        place=listed.place,
+        name=name_of(request, listed.name),
+        request=request,
+        video=None if out is None else folder / out,
+        drawn=asked["base_seed"] == DRAWN,
+    )
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number") from error
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{name} is {value!r}; expected text, or a number")
+    return str(value)
+
+
+def _switch(name: str, value: Any) -> bool:
+    try:
+        return bool(click.BOOL.convert(value, None, None))
+    except (click.BadParameter, AttributeError) as error:
+        raise ConfigError(f"{name} is {value!r}; expected true or false") from error
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ConfigError(f"{name} is {value!r}; expected the path of a file")
+    return Path(value)
+
+
+def _euler(name: str, value: Any) -> str:
+    if value != "euler":
+        raise ConfigError(f"{name} is {value!r}; expected euler, which the model is trained for")
+    return "euler"
+
+
+# What a job may have of its own, and what it becomes.
+_KINDS: dict[str, Callable[[str, Any], Any]] = {
+    "image": _path,
+    "audio": _path,
+    "prompt": _words,
+    "out": _path,
+    "size": _words,
+    "upscale": _switch,
+    "audio_track": _whole,
+    "audio_start": _words,
+    "audio_duration": _words,
+    "infer_frames": _whole,
+    "num_clip": _whole,
+    "sample_steps": _whole,
+    "sample_solver": _euler,
+    "base_seed": _whole,
+    "cond_rope_distance": _words,
+    "enable_online_decode": _switch,
+}

@@ -1,0 +1,344 @@
+"""Batches: good jobs made, bad ones explained, nothing twice; what is cut, changed or in the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import lowvram.batch.run as run_module
+import lowvram.commands.batch as command_module
+from lowvram.cli import main
+from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.media.video import VideoWriter, probe
+from lowvram_kernels.errors import OutOfMemoryError
+from lowvram_quantize.claims import writing
+
+SETTINGS = ("--device", "cpu", "--size", "128*128", "--infer-frames", "12", "--num-clip", "1", "--sample-steps", "1")
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Instead of the model something that writes half a second of video, and says of what."""
+    names: list[str] = []
+
+    def infer(pipeline, request, outputs, *, quiet, noted):
+        outputs.check()
+        names.append(outputs.video.name)
+        if request.prompt == "fail":
+            raise OutOfMemoryError("it does not fit")
+        if request.prompt == "crash":
+            raise ValueError("nobody expected this")
+        if request.prompt == "stop":
+            (outputs.video.parent / f"{outputs.video.stem}.partial.mp4").write_bytes(b"begun")
+            raise KeyboardInterrupt
+        with VideoWriter(outputs.video, 64, 64) as writer:
+            writer.write(np.zeros((12, 64, 64, 3), np.uint8))
+        report = {"frames_written": 12, "fragmented": False, "frames_per_second": 2.0, **noted}
+        outputs.report.write_text(json.dumps(report))
+        return report
+
+    monkeypatch.setattr(run_module, "infer", infer)
+    monkeypatch.setattr(command_module, "open_pipeline", lambda options: None)
+    return names
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    draw_portrait(128, 128).save(folder / "a.png")
+    draw_portrait(96, 128).save(folder / "b.png")
+    write_wav(folder / "a.wav", synth_voice(1.0), 16000)
+    write_wav(folder / "b.wav", synth_voice(1.2), 16000)
+    write_wav(folder / "silent.wav", np.zeros(16000, np.float32), 16000)
+    return folder
+
+
+def job(files: Path, **changes) -> dict:
+    return {"image": str(files / "a.png"), "audio": str(files / "a.wav"), "prompt": "A person speaks"} | changes
+
+
+def write_list(folder: Path, jobs, name: str = "jobs.json") -> Path:
+    (folder / name).write_text(json.dumps(jobs))
+    return folder / name
+
+
+def batch(tiny, path: Path, out: Path, *more) -> Result:
+    arguments = ["batch", path, "--model", tiny.artifact("int8"), "--out-dir", out, *SETTINGS, "-q", *more]
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["jobs"]
+
+
+def states(out: Path) -> list[str]:
+    return [each["state"] for each in results(out)]
+
+
+def test_twenty_with_three_bad_ones(tiny, files, tmp_path, made):
+    bad = {3: {"image": "gone.png"}, 9: {"audio": str(files / "silent.wav")}, 15: {"size": "huge"}}
+    jobs = [job(files, seed=place) | bad.get(place, {}) for place in range(20)]
+    path, out = write_list(tmp_path, jobs), tmp_path / "out"
+    done = batch(tiny, path, out)
+    assert done.exit_code == 1, done.output
+    assert len(made) == 17
+    assert [place for place, state in enumerate(states(out)) if state == "refused"] == [3, 9, 15]
+    assert "17 made, 3 refused" in done.stdout
+    for words in ("job 4, gone_a: refused", "gone.png", "silent", "huge"):
+        assert words in " ".join(done.stderr.split())
+    videos = sorted(each.name for each in out.glob("*.mp4"))
+    assert len(videos) == 17
+    assert all((out / name).with_suffix(".json").is_file() for name in videos)
+    before = {each: each.stat().st_mtime_ns for each in out.glob("*_*")}
+    again = batch(tiny, path, out)
+    assert again.exit_code == 1
+    assert len(made) == 17
+    assert "17 there, 3 refused" in again.stdout
+    assert {each: each.stat().st_mtime_ns for each in out.glob("*_*")} == before
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == states(out)
+    assert [row["frames"] for row in rows[:5]] == ["12", "12", "12", "", "12"]
+
+
+def test_by_the_model(tiny, files, tmp_path):
+    """Two videos of one process, and none the second time."""
+    jobs = {"first": job(files), "second": job(files, image=str(files / "b.png"), steps=2)}
+    path, out = write_list(tmp_path, jobs), tmp_path / "out"
+    done = batch(tiny, path, out, "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["counts"] == {"made": 2}
+    assert sorted(each.name for each in out.iterdir()) == [
+        "first.json", "first.mp4", "results.csv", "results.json", "second.json", "second.mp4",
+    ]  # fmt: skip
+    reports = [json.loads((out / f"{name}.json").read_text()) for name in ("first", "second")]
+    assert [report["settings"]["sample_steps"] for report in reports] == [1, 2]
+    assert all(probe(each["video"])["frames"] == each["frames"] for each in facts["jobs"])
+    assert json.loads(batch(tiny, path, out, "--json").stdout)["counts"] == {"there": 2}
+
+
+def test_the_references_sample_list(tiny, files, tmp_path, made):
+    text = f"man:\n  prompt: A man\n  image: {files}/a.png\n  audio: {files}/a.wav\n  num_clip: 1\n"
+    (tmp_path / "samples.yaml").write_text(text)
+    arguments = ["batch", "--sample_list", tmp_path / "samples.yaml", "--save_dir", tmp_path / "out", "--model"]
+    arguments += [tiny.artifact("int8"), *SETTINGS, "--start_from_ref", "--single_gpu"]
+    assert CliRunner().invoke(main, [str(each) for each in arguments]).exit_code == 0
+    assert made == ["man.mp4"]
+
+
+def test_settings_of_the_command_line_are_for_those_that_have_none(tiny, files, tmp_path, made):
+    (tmp_path / "jobs.csv").write_text("audio,prompt,steps\nb.wav,,\nb.wav,own,3\n")
+    write_wav(tmp_path / "b.wav", synth_voice(1.0), 16000)
+    out = tmp_path / "out"
+    done = batch(tiny, tmp_path / "jobs.csv", out, "--image", files / "b.png", "--prompt", "all")
+    assert done.exit_code == 0, done.output
+    found = [json.loads((out / f"{name}.json").read_text())["job"] for name in ("b_b", "b_b-2")]
+    assert [(each["prompt"], each["sample_steps"]) for each in found] == [("all", 1), ("own", 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image": "gone.png"}, "gone.png"),
+        ({"audio": "gone.wav"}, "gone.wav"),
+        ({"image": ""}, "image is"),
+        ({"image": 3}, "3"),
+        ({"audio": "a.wav+b.wav"}, "one person speaks"),
+        ({"prompt": "@gone.txt"}, "gone.txt is no file"),
+        ({"prompt": ["a"]}, "prompt is ['a']; expected text"),
+        ({"steps": 0}, "--sample_steps is 0"),
+        ({"steps": 2.5}, "sample_steps is 2.5; expected a whole number"),
+        ({"steps": True}, "sample_steps is True; expected a whole number"),
+        ({"seed": "x"}, "base_seed is 'x'; expected a whole number"),
+        ({"infer_frames": 13}, "multiple of 4"),
+        ({"audio_start": "later"}, "later"),
+        ({"audio_start": 60}, "60"),
+        ({"upscale": "maybe"}, "upscale is 'maybe'; expected true or false"),
+        ({"sample_solver": "unipc"}, "expected euler"),
+        ({"out": "a.avi"}, "expected a name that ends in .mp4"),
+        ({"out": "jobs.json/a.mp4"}, "jobs.json"),
+        ({"out": "results.mp4"}, "results.json too"),
+        ({"out": "good.mp4"}, "what job 1 writes too"),
+        ({"out": "GOOD.MP4"}, "what job 1 writes too"),
+        ({"guidance": 3}, "the setting 'guidance'"),
+        ({"image": "jobs.json"}, "jobs.json"),
+    ],
+)
+def test_a_bad_job_is_explained_and_the_others_made(tiny, files, tmp_path, made, changes, words):
+    path = write_list(tmp_path, [job(files, out="good.mp4"), job(files) | changes, job(files, seed=-1)])
+    done = batch(tiny, path, tmp_path)
+    assert done.exit_code == 1, done.output
+    assert states(tmp_path) == ["made", "refused", "made"]
+    assert words in results(tmp_path)[1]["reason"]
+    assert not list(tmp_path.glob("*.avi"))
+    assert json.loads(path.read_text())[1] == job(files) | changes  # the list is as it was
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "no JSON"), ("[]", "no job"), ("[3", "no JSON"), ('"a"', "holds str"), (None, "no file")],
+)
+def test_a_list_that_is_none(tiny, tmp_path, made, text, words):
+    if text is not None:
+        (tmp_path / "jobs.json").write_text(text)
+    done = batch(tiny, tmp_path / "jobs.json", tmp_path / "out")
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_that_name_no_list_or_two(tiny, files, tmp_path, made):
+    path = write_list(tmp_path, [job(files)])
+    assert "no list of jobs, or two" in batch(tiny, path, tmp_path, "--sample_list", path).stderr
+    arguments = ["batch", "--model", str(tiny.artifact("int8")), "--out-dir", str(tmp_path)]
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+    assert batch(tiny, path, path).exit_code == 2  # the folder is a file
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "Another"}, "another prompt"),
+        ({"seed": 7}, "another base_seed"),
+        ({"steps": 2}, "another sample_steps"),
+        ({"size": "256*256"}, "another size"),
+        ({"image": "b.png"}, "another image"),
+        ({"audio": "b.wav", "num_clip": 2}, "another audio, num_clip"),
+    ],
+)
+def test_what_has_changed_is_said_and_made_again_when_told(tiny, files, tmp_path, made, changes, words):
+    def with_files(entry: dict) -> dict:
+        return entry | {kind: str(files / entry[kind]) for kind in ("image", "audio") if kind in entry}
+
+    out = tmp_path / "out"
+    assert batch(tiny, write_list(tmp_path, {"one": job(files)}), out).exit_code == 0
+    before = (out / "one.mp4").stat().st_mtime_ns
+    path = write_list(tmp_path, {"one": job(files) | with_files(changes)})
+    done = batch(tiny, path, out)
+    assert (done.exit_code, states(out)) == (1, ["changed"])
+    assert words in results(out)[0]["reason"]
+    assert (out / "one.mp4").stat().st_mtime_ns == before
+    assert batch(tiny, path, out, "--overwrite").exit_code == 0
+    assert states(out) == ["made"]
+    assert batch(tiny, path, out, "--overwrite").exit_code == 0
+    assert states(out) == ["there"]
+    assert len(made) == 2
+
+
+def test_inputs_that_change_under_their_name_and_those_that_move(tiny, files, tmp_path, made):
+    portrait, out = tmp_path / "p.png", tmp_path / "out"
+    portrait.write_bytes((files / "a.png").read_bytes())
+    path = write_list(tmp_path, {"one": job(files, image="p.png")})
+    assert batch(tiny, path, out).exit_code == 0
+    portrait.rename(tmp_path / "q.png")
+    assert batch(tiny, write_list(tmp_path, {"one": job(files, image="q.png")}), out).exit_code == 0
+    assert states(out) == ["there"]
+    (tmp_path / "q.png").write_bytes((files / "b.png").read_bytes())
+    assert batch(tiny, path.rename(tmp_path / "again.json"), out).exit_code == 1
+    assert "another image" in results(out)[0]["reason"]
+
+
+def test_any_seed_will_do(tiny, files, tmp_path, made):
+    path, out = write_list(tmp_path, {"one": job(files, seed=-1)}), tmp_path / "out"
+    assert batch(tiny, path, out).exit_code == 0
+    assert batch(tiny, path, out).exit_code == 0
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "other", "no report"])
+def test_a_video_that_is_not_what_its_report_says(tiny, files, tmp_path, made, damage):
+    path, out = write_list(tmp_path, {"one": job(files)}), tmp_path / "out"
+    batch(tiny, path, out)
+    video = out / "one.mp4"
+    if damage == "gone":
+        video.unlink()
+    elif damage == "cut":
+        video.write_bytes(video.read_bytes()[:100])
+    elif damage == "other":
+        with VideoWriter(video, 64, 64) as writer:
+            writer.write(np.zeros((3, 64, 64, 3), np.uint8))
+    else:
+        (out / "one.json").unlink()
+    done = batch(tiny, path, out)
+    expected = "made" if damage == "gone" else "changed"
+    assert states(out) == [expected], done.output
+    assert (expected == "made") == (done.exit_code == 0)
+    assert batch(tiny, path, out, "--overwrite").exit_code == 0
+
+
+def test_a_job_that_fails_leaves_the_others(tiny, files, tmp_path, made):
+    jobs = {name: job(files, prompt=name) for name in ("one", "fail", "crash", "two")}
+    done = batch(tiny, write_list(tmp_path, jobs), tmp_path / "out")
+    assert done.exit_code == 1
+    assert states(tmp_path / "out") == ["made", "failed", "failed", "made"]
+    assert [each["reason"] for each in results(tmp_path / "out")] == [
+        "", "it does not fit", "ValueError: nobody expected this", "",
+    ]  # fmt: skip
+    assert "Traceback" not in done.stdout
+
+
+def test_interrupted_and_run_again(tiny, files, tmp_path, made):
+    out = tmp_path / "out"
+    jobs = {name: job(files, prompt=name) for name in ("one", "stop", "two")}
+    assert batch(tiny, write_list(tmp_path, jobs), out).exit_code == 1
+    assert states(out) == ["made", "cut", "waiting"]
+    jobs["stop"]["prompt"] = "go on"
+    done = batch(tiny, write_list(tmp_path, jobs), out)
+    assert done.exit_code == 0, done.output
+    assert states(out) == ["there", "made", "made"]
+    assert made == ["one.mp4", "stop.mp4", "stop.mp4", "two.mp4"]
+
+
+def test_killed_between_the_video_and_its_report(tiny, files, tmp_path, made):
+    path, out = write_list(tmp_path, {"one": job(files)}), tmp_path / "out"
+    batch(tiny, path, out)
+    (out / "one.json").unlink()
+    facts = json.loads((out / "results.json").read_text())
+    facts["jobs"][0]["state"] = "under way"
+    (out / "results.json").write_text(json.dumps(facts))
+    assert batch(tiny, path, out).exit_code == 0
+    assert made == ["one.mp4", "one.mp4"]
+
+
+def test_files_of_others_stay(tiny, files, tmp_path, made):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "one.mp4").write_bytes(b"mine")
+    path = write_list(tmp_path, {"one": job(files), "two": job(files, seed=2)})
+    assert batch(tiny, path, out).exit_code == 1
+    assert states(out) == ["changed", "made"]
+    assert (out / "one.mp4").read_bytes() == b"mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "results.json").write_text("{}")
+    refused = batch(tiny, path, other)
+    assert refused.exit_code == 2
+    assert "no results of lowvram batch" in refused.stderr
+    assert (other / "results.json").read_text() == "{}"
+
+
+def test_two_batches_in_one_folder(tiny, files, tmp_path, made):
+    out = tmp_path / "out"
+    out.mkdir()
+    with writing(out / "results.json", "lowvram batch"):
+        done = batch(tiny, write_list(tmp_path, [job(files)]), out)
+    assert done.exit_code == 2
+    assert "lowvram batch" in done.stderr
+    assert not made
+
+
+def test_names_are_files_everywhere(tiny, files, tmp_path, made):
+    names = ["a/b", "..", "a\\b:c", "A/B", "ünï", "x" * 60]
+    done = batch(
+        tiny, write_list(tmp_path, {name: job(files, seed=n) for n, name in enumerate(names)}), tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.output
+    assert made == ["a_b.mp4", "job.mp4", "a_b_c.mp4", "A_B-2.mp4", "ünï.mp4", "x" * 60 + ".mp4"]
+    assert all(each.parent == tmp_path / "out" for each in tmp_path.rglob("*.mp4"))
