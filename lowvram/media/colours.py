@@ -217,7 +217,7 @@ def _by_number(file: Path, primaries: int, curve: int) -> Colours:
 def _of_exif(file: Path, image: Image.Image) -> Colours:
     try:
         exif = image.getexif()
-        inner, interop = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.Interop)
+        inner, interop = exif.get_ifd(ExifTags.IFD.Exif), _interop(exif)
         space, index = inner.get(ExifTags.Base.ColorSpace), str(interop.get(1, ""))
         given = [*exif.get(ExifTags.Base.PrimaryChromaticities, ()), *exif.get(ExifTags.Base.WhitePoint, ())]
         values = tuple(float(value) for value in given)
@@ -234,6 +234,13 @@ def _of_exif(file: Path, image: Image.Image) -> Colours:
             file,
         )
     return SRGB
+
+
+def _interop(exif: Image.Exif) -> dict[int, Any]:
+    try:
+        return exif.get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # up to Pillow 12, of a picture that has none
+        return {}
 
 
 def _known(primaries: tuple[float, ...]) -> Colours:
