@@ -33,6 +33,7 @@ from lowvram.commands.options import (
     plan_options,
     record_options,
 )
+from lowvram.commands.serve import serve_options
 from lowvram.commands.shared_options import (
     FILE,
     SETTINGS,
@@ -206,6 +207,18 @@ def join(segments: tuple[Path, ...], out: Path, unfinished: bool, overwrite: boo
     from lowvram.commands.join import join_as_asked
 
     click.echo(join_as_asked(segments, out, overwrite=overwrite, unfinished=unfinished))
+
+
+@main.command(context_settings=SETTINGS)
+@serve_options
+def serve(**options: Any) -> None:
+    """Stay, and make what is asked through an HTTP API, one video after the other.
+
+    Needs the extra: pip install 'lowvram[ui]'. Ctrl-C ends it; what waits then is made by the next one.
+    """
+    from lowvram.commands.serve import serve_as_asked
+
+    serve_as_asked(options)
 
 
 @main.command(context_settings=SETTINGS)

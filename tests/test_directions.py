@@ -71,11 +71,15 @@ ROOMS = {
     },
     "commands": {
         "batch", "byte_sizes", "calibrate", "compare", "devices", "infer", "media", "offload", "outputs", "parallel",
-        "pipeline", "planning", "request", "selftest", "simulate",
+        "pipeline", "planning", "request", "selftest", "serve", "simulate",
     },
     "selftest": {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
         "schedule", "simulate",
+    },
+    "serve": {
+        "compare", "devices", "infer", "media", "memory_log", "outputs", "pages", "parallel", "pipeline", "planning",
+        "recorder", "request", "schedule",
     },
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},

@@ -170,8 +170,17 @@ def declared(options: Sequence[Callable[..., Any]], command: Callable[..., Any])
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what to make: shared by ``infer`` and ``compare --model``."""
-    options: list[Callable[..., Any]] = [
+    """Options that say what to make, and on what: shared by ``infer`` and ``compare --model``."""
+    return declared([*_made(), *_made_on()], command)
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say on what it is made alone: those of ``serve``, which is told later what to make."""
+    return declared(_made_on(), command)
+
+
+def _made() -> list[Callable[..., Any]]:
+    return [
         click.option("--size", default="704*384", help='Area "A*B"; the portrait decides the shape.'),
         switch("--upscale", False, "Scale a portrait that is smaller than --size up to it."),
         click.option(
@@ -190,6 +199,11 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--cond-rope-distance", default="30", help='How far a block sees the reference frame: 0..30 or "random".'
         ),
         switch("--enable-online-decode", True, "Decode each block at once; False decodes a clip at a time."),
+    ]
+
+
+def _made_on() -> list[Callable[..., Any]]:
+    return [
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option("--dtype", default="auto", help="Of what is not 8-bit: auto, float32 or bfloat16."),
         switch("--offload-model", False, "Keep all of the DiT's layers on the host; each is copied in as it runs."),
@@ -207,7 +221,6 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--verify", is_flag=True, help="Check the artifact's checksums first."),
         click.option("--no-selftest", is_flag=True, help="Do not examine a GPU that is new here; see selftest."),
     ]
-    return declared(options, command)
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
