@@ -48,6 +48,13 @@ class DecoderBackup:
             self._slots.append(self._kept(slot, before) if isinstance(slot, Tensor) else slot)
         self._num_latents = state.num_latents
 
+    def let_go(self) -> list[Tensor]:
+        """Forget what is kept; the host's memory of it, which nothing copies to any more."""
+        self.before_decoding()
+        self._engine.settle()
+        there, self._slots = self._slots, []
+        return [_bytes_of(slot) for slot in there if isinstance(slot, Tensor)] if self._engine.apart else []
+
     def before_decoding(self) -> None:
         """Let the decoder wait until its cache has been copied: it is about to be replaced."""
         _wait_for_copies(self._engine, self._done)
@@ -76,6 +83,10 @@ class DecoderBackup:
         slot = torch.empty(kept.shape, dtype=kept.dtype, device=self._engine.device)
         self._engine.wait(self._engine.copy_in(slot, kept, self._engine.now()))
         return slot
+
+
+def _bytes_of(slot: Tensor) -> Tensor:
+    return slot.view(-1).view(torch.uint8)
 
 
 def _wait_for_copies(engine: Engine, moments: list[Moment]) -> None:
@@ -112,6 +123,11 @@ class BlockDecoder:
                 decoded = self._decode(block, latent_CFhw)
         self._save()
         return decoded
+
+    def end(self) -> None:
+        """No more blocks come: host memory of the cache goes to the next video, where there may be one."""
+        if self._runtime.kept is not None:
+            self._runtime.engine.spare(self._backup.let_go())
 
     def _decode(self, block: Block, latent_CFhw: Tensor) -> tuple[Tensor, np.ndarray]:
         with self._runtime.traced("decode"):

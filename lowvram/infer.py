@@ -85,6 +85,7 @@ def infer(
             "expected one of them"
         )
     artifact = pipeline.runtime.artifact
+    pipeline.runtime.count_anew()
     if not pipeline.team.role.media:
         with _kept(artifact), _memory_log(pipeline, outputs):
             return _serve(pipeline, request, outputs)
@@ -173,15 +174,17 @@ def _serve(pipeline: AvatarPipeline, request: Request, outputs: Outputs) -> dict
 def _make(
     pipeline: AvatarPipeline, request: Request, outputs: Outputs, quiet: bool, watching: Watching
 ) -> tuple[Recorder, dict[str, Any]]:
-    """One attempt: what the report says of files read and written, and what was recorded on the way."""
+    """One attempt: what the report says of files read and written, and what was recorded on the way. The stream is
+    closed at once where this fails: what it holds goes before the next video comes."""
     inputs = read_inputs(request)
     recorder = (watching.recorder or (TensorRecorder if outputs.dump_tensors else Recorder))()
     height, width = inputs.portrait.shape[1:]
     with (
         VideoWriter(real(outputs.video), height, width, FPS, audio_path=inputs.sound or request.audio) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
+        contextlib.closing(pipeline.stream(inputs, recorder=recorder, begun=watching.begun)) as stream,
     ):
-        for frames in pipeline.stream(inputs, recorder=recorder, begun=watching.begun):
+        for frames in stream:
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
             progress.update(recorder)

@@ -7,6 +7,7 @@ H x W pixels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -26,7 +27,7 @@ from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import LatentSize, SingleRank, Team
-from lowvram.planning.decide import decide
+from lowvram.planning.decide import Decision, decide, staying_bytes
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
@@ -61,6 +62,9 @@ class AvatarPipeline:
         self.team: Team = team or SingleRank()
         self._machines = machines
         self._latest: Run | None = None
+        self._decided: tuple[Workload, Decision] | None = None
+        if self.runtime.kept is not None and (ranks := self.team.layout.world_size) > 1:
+            raise ConfigError(f"weights are to stay for the next video, and {ranks} ranks share the work; expected one")
 
     @classmethod
     def from_artifact(
@@ -73,6 +77,7 @@ class AvatarPipeline:
         team: Team | None = None,
         machines: Machines | None = None,
         verify: bool = False,
+        resident: bool = False,
     ) -> AvatarPipeline:
         """Open what ``convert`` wrote. Weights are read when a stage needs them.
 
@@ -84,17 +89,22 @@ class AvatarPipeline:
             team: the other ranks, where several share the work.
             machines: what all ranks run on, where they are several GPUs.
             verify: read every byte and compare the checksums first.
+            resident: weights stay for the next video, which reads none of them again; ``let_go`` ends that. Of a GPU
+                they take what the plan says, between two videos, too.
 
         Raises:
             CheckpointError: no artifact, a damaged one, or one of another format version.
             HardwareError: the device is not there.
+            ConfigError: ``resident``, and there are other ranks.
         """
         where = choose_device(device)
+        if resident:
+            memory = dataclasses.replace(memory or MemoryOptions(), resident=True)
         return cls(Artifact.open(Path(path), verify=verify), where, dtype, memory=memory, team=team, machines=machines)
 
     def stream(
         self, request: Request | Inputs, *, recorder: Recorder | None = None, begun: Begun | None = None
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
 
         All frames of all clips come; the last clip may go on behind the end of the audio, and ``Inputs.voice_frames``
@@ -131,29 +141,52 @@ class AvatarPipeline:
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return computing_on(self.runtime.device)
 
+    def let_go(self) -> None:
+        """Give back what stays for a next video; one that comes all the same loads it again."""
+        if self.runtime.kept is not None:
+            self.runtime.kept.let_go()
+        self._decided = None
+        self.runtime.engine.drop_spare()
+        self.runtime.engine.empty_cache()
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Keep nothing of a video that failed: nobody knows in what state."""
+        try:
+            yield
+        except Exception:
+            if self.runtime.kept is not None:
+                self.let_go()
+            raise
+
     def _stream(self, request: Request | Inputs, recorder: Recorder, begun: Begun | None) -> Iterator[np.ndarray]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
-        run, conditions = self._conditions(inputs, recorder)
-        with listening(conditions.audio):
-            shared = self.team.share_conditions(conditions)
-            yield from self._frames(run, inputs, shared, recorder, begun)
+        with self._keeping():
+            run, conditions = self._conditions(inputs, recorder)
+            with listening(conditions.audio):
+                shared = self.team.share_conditions(conditions)
+                yield from self._frames(run, inputs, shared, recorder, begun)
 
     def _conditions(self, inputs: Inputs, recorder: Recorder) -> tuple[Run, Conditions]:
         self.team.share("latent_size", inputs.latent_size)
         self.team.share("voice_on_host", inputs.voice_on_host)
         run = self._begin(inputs.request, inputs.latent_size, voice_on_host=inputs.voice_on_host)
+        if self.runtime.kept is not None:
+            self.runtime.kept.hold(self.runtime.artifact, apart=self.runtime.engine.apart)
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
             return run, encode_inputs(run, inputs, recorder)
 
     def _denoise(self, request: Request | Inputs, begun: Begun, recorder: Recorder) -> Iterator[tuple[Block, Tensor]]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
-        size, (run, conditions) = inputs.latent_size, self._conditions(inputs, recorder)
-        with listening(conditions.audio):
-            extent = _extent(inputs.request, conditions)
-            denoiser = self._denoiser(run, inputs.request, size, conditions)
-            begun(denoiser.rollout, extent.count)
-            for block, latent, _ in self._denoised(extent, size, denoiser):
-                yield block, latent
+        with self._keeping():
+            size, (run, conditions) = inputs.latent_size, self._conditions(inputs, recorder)
+            with listening(conditions.audio):
+                extent = _extent(inputs.request, conditions)
+                denoiser = self._denoiser(run, inputs.request, size, conditions)
+                begun(denoiser.rollout, extent.count)
+                with _ended(denoiser):
+                    for block, latent, _ in self._denoised(extent, size, denoiser):
+                        yield block, latent
 
     def _frames(
         self, run: Run, inputs: Inputs, conditions: Conditions, recorder: Recorder, begun: Begun | None
@@ -166,12 +199,13 @@ class AvatarPipeline:
         decoder = BlockDecoder(run, conditions.motion, denoiser.degrade if denoiser else None)
         recorder.started(conditions.audio.num_frames - DROPPED_FIRST_FRAMES)
         waiting: list[Denoised] = []
-        for denoised in self._denoised(extent, size, denoiser):
-            recorder.latent(denoised.block, denoised.latent_CFhw)
-            waiting.append(denoised)
-            if run.rung.online_decode or denoised.block.last_of_clip:
-                yield from self._decode(decoder, waiting, recorder)
-                waiting.clear()
+        with _ended(decoder, *([denoiser] if denoiser else [])):
+            for denoised in self._denoised(extent, size, denoiser):
+                recorder.latent(denoised.block, denoised.latent_CFhw)
+                waiting.append(denoised)
+                if run.rung.online_decode or denoised.block.last_of_clip:
+                    yield from self._decode(decoder, waiting, recorder)
+                    waiting.clear()
 
     def _serve(self, request: Request) -> Iterator[Block]:
         height, width = self.team.share("latent_size", None)[self.team.layout.media_rank]
@@ -203,7 +237,7 @@ class AvatarPipeline:
             dtype=runtime.dtype,
         )
         runtime.cap(None)  # an earlier run of this process may have been capped lower
-        found = decide(runtime.artifact, work, runtime.device, runtime.memory, team, self._machines)
+        found = self._decision(work)
         runtime.cap(found.cap_bytes)
         if team.role.media and found.plan is not None:
             plan_log.info("%s", found.summary())
@@ -214,8 +248,31 @@ class AvatarPipeline:
             allowed=runtime.memory.fallback,
             empty_cache=runtime.engine.empty_cache,
         )
-        self._latest = run = Run(runtime=runtime, ladder=ladder, plan=found.plan, with_graphs=found.cuda_graphs)
+        self._latest = run = Run(
+            runtime=runtime,
+            ladder=ladder,
+            plan=found.plan,
+            with_graphs=found.cuda_graphs,
+            read_before=runtime.artifact.read_bytes,
+        )
         return run
+
+    def _decision(self, work: Workload) -> Decision:
+        """As for the video before, where it was of the same size and gave nothing up; else decided anew."""
+        runtime, staying = self.runtime, 0
+        if runtime.kept is not None:
+            before, done = self._latest, self._decided
+            if done is not None and done[0] == work and before is not None and not before.ladder.events:
+                return done[1]
+            runtime.engine.drop_spare()
+            runtime.engine.empty_cache()
+            if runtime.kept.model is not None and before is not None and before.plan is not None:
+                staying = staying_bytes(runtime.artifact, before.plan, before.rung.placement)
+        found = decide(
+            runtime.artifact, work, runtime.device, runtime.memory, self.team, self._machines, staying=staying
+        )
+        self._decided = work, found
+        return found
 
     def _steps(self, request: Request) -> range:
         stage = self.team.role.stage
@@ -262,6 +319,19 @@ class AvatarPipeline:
     def memory_report(self) -> dict[str, Any]:
         """How the latest run was laid out, and the bytes that crossed between host and device."""
         return memory_report(self.runtime, self._latest)
+
+
+@contextlib.contextmanager
+def _ended(*parts: BlockDecoder | Denoiser) -> Iterator[None]:
+    """Let what was done be for a next video, also where nobody wants more of this one."""
+    try:
+        yield
+    except GeneratorExit:
+        for part in parts:
+            part.end()
+        raise
+    for part in parts:
+        part.end()
 
 
 def _waited(latents: Iterator[tuple[Block, Tensor]]) -> Iterator[Denoised]:

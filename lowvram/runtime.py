@@ -16,6 +16,7 @@ import torch
 from lowvram.byte_sizes import gib
 from lowvram.devices import choose_dtype, current
 from lowvram.offload.copy_engine import Engine, Peaks, engine_for
+from lowvram.offload.kept import Kept
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
 from lowvram.planning.rank_plan import Plan
@@ -129,6 +130,7 @@ class Runtime:
             self.engine: Engine = engine or engine_for(device)
         self.stages = StageLog(self.engine)
         self.kernels: dict[tuple[str, str], int] = {}
+        self.kept: Kept | None = Kept() if memory.resident else None
 
     @property
     def dit_config(self) -> dict[str, Any]:
@@ -139,6 +141,13 @@ class Runtime:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), self.device)
+
+    def count_anew(self) -> None:
+        """Stages, kernels and copies of earlier videos are not those of what comes."""
+        self.stages.stages.clear()
+        self.stages.block = None
+        self.kernels.clear()
+        self.engine.bytes_in = self.engine.bytes_out = 0
 
     @contextlib.contextmanager
     def traced(self, name: str) -> Iterator[None]:
@@ -154,7 +163,8 @@ class Run:
     """One video's run: a runtime, the ladder that memory pressure steps it down, and what was planned for it.
 
     ``with_graphs``: layers that stay on the device are to be replayed as CUDA graphs; ``graphs`` has how many were
-    captured, the seconds of it, and their replays; it is empty without graphs.
+    captured, the seconds of it, and their replays; it is empty without graphs. ``read_before``: bytes of weights that
+    this process had read when it began.
     """
 
     runtime: Runtime
@@ -162,6 +172,7 @@ class Run:
     plan: Plan | None = None
     with_graphs: bool = False
     graphs: dict[str, float] = dataclasses.field(default_factory=dict)
+    read_before: int = 0
 
     @property
     def rung(self) -> Rung:
@@ -181,4 +192,5 @@ def memory_report(runtime: Runtime, run: Run | None) -> dict[str, Any]:
         "bytes_out": runtime.engine.bytes_out,
         "host_memory": runtime.engine.host_memory(),
         "plan": to_json(run.plan) if run and run.plan else None,
+        "weight_bytes_read": runtime.artifact.read_bytes - run.read_before if run else None,
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from lowvram_kernels.errors import CheckpointError
 from lowvram_kernels.rotation import GROUP, SYLVESTER
@@ -55,6 +56,9 @@ class Component:
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path, self.facts = path, facts
         self.config: dict[str, Any] = facts["config"]
+        self.read_bytes = 0
+        """Of slabs, read from the file so far; those that are held are read once."""
+        self._held: dict[str, Tensor] = {}
         header, self._data_offset = read_header(path)
         header.pop("__metadata__", None)
         ordered = {name for name in facts["tensors"] if self.tensor_channels_last(name)}
@@ -101,10 +105,20 @@ class Component:
         return bool(self.facts["tensors"].get(name, {}).get("channels_last", False))
 
     def read_slab(self, slab: str, out: Tensor | None = None) -> Tensor:
-        """A slab as uint8 [nbytes]: mapped from the file, or copied to ``out`` (on any device) if that is given."""
-        found = self._slab(slab)
-        mapped = self._mapping[self._data_offset + found.offset :][: found.nbytes]
-        return mapped if out is None else out[: found.nbytes].copy_(mapped)
+        """A slab as uint8 [nbytes]: mapped from the file or as it is held, or copied to ``out`` (on any device) if that
+        is given."""
+        source = self._held.get(slab)
+        if source is None:
+            source = self._mapped(slab)
+            self.read_bytes += source.numel()
+        return source if out is None else out[: source.numel()].copy_(source)
+
+    def hold(self, slab: str, *, copied: bool) -> None:
+        """Have a slab at hand from now on, so that nothing is read from the file for it again: ``copied`` to memory of
+        this process, or mapped, where that is what is computed with."""
+        if slab not in self._held:
+            mapped = self.read_slab(slab)
+            self._held[slab] = mapped.clone() if copied else mapped
 
     def views(self, slab: str, buffer: Tensor) -> dict[str, Tensor]:
         """The tensors of a slab as views of ``buffer``, which holds the slab's bytes on any device."""
@@ -130,6 +144,10 @@ class Component:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable", UserWarning)
             return torch.from_numpy(np.memmap(self.path, np.uint8, mode="r"))
+
+    def _mapped(self, slab: str) -> Tensor:
+        found = self._slab(slab)
+        return self._mapping[self._data_offset + found.offset :][: found.nbytes]
 
     def _slab(self, name: str) -> Slab:
         if name not in self._slabs:
@@ -179,6 +197,8 @@ class Artifact:
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
+        self._file_bytes = 0
+        self._held: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Artifact:
@@ -221,6 +241,27 @@ class Artifact:
                 f"{self.path} has no {name}; it has {', '.join(self._components)}: convert the checkpoint as a whole"
             )
         return self._components[name]
+
+    @property
+    def read_bytes(self) -> int:
+        """Of weights, read from its files so far."""
+        return self._file_bytes + sum(component.read_bytes for component in self._components.values())
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors file beside the components, as "audio_encoder/model.safetensors".
+
+        Raises:
+            OSError, SafetensorError: missing, or damaged.
+        """
+        if name in self._held:
+            return self._held[name]
+        tensors = load_file(self.path / name)
+        self._file_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
+
+    def hold_tensors(self, name: str) -> None:
+        """Have the file's tensors in memory from now on."""
+        self._held[name] = self.read_tensors(name)
 
     def precisions(self) -> dict[str, str]:
         """Component -> precision it was converted to."""

@@ -54,7 +54,8 @@ class Tiny:
     def request(self, **changes) -> Request:
         """Two clips of one and a half blocks each, at the smallest size."""
         settings = {"size": "128*128", "infer_frames": 16, "num_clip": 2, "sample_steps": 2}
-        return Request(image=self.portrait, audio=self.voice, prompt="A person speaks", **settings | changes)
+        files = {"image": self.portrait, "audio": self.voice}
+        return Request(**files | {"prompt": "A person speaks"} | settings | changes)
 
 
 @pytest.fixture(scope="session")

@@ -291,6 +291,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--offload-model", False, "Keep all of the DiT's layers on the host."),
         switch("--offload-kv-cache", False, "Keep all KV rings in host memory."),
         switch("--t5-cpu", False, "Encode the prompt on the host."),
+        switch("--resident", False, "Weights stay for the next video, as of serve and batch."),
         click.option(
             "--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank."
         ),

@@ -15,7 +15,7 @@ import torch
 from lowvram.denoise.cuda_graphs import LayerGraphs, layer_graphs
 from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.encode.conditions import Conditions
-from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared
+from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared, load_start
 from lowvram.offload.layers import Layers
 from lowvram.offload.oom import Attempt, Rung
 from lowvram.parallel.team import Chain, Team
@@ -23,6 +23,8 @@ from lowvram.request import Request
 from lowvram.runtime import Run
 from lowvram.schedule import Block, Denoised, Tick, clip_noise, latent_frames_per_clip, ticks
 from lowvram_models.constants import FRAMES_PER_LATENT, LATENT_CHANNELS
+from lowvram_models.dit import CausalDiT
+from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
 
@@ -57,12 +59,10 @@ class Denoiser:
         runtime = self._runtime
         with runtime.stages.stage("load_dit"), self._team.doing("loading the DiT", "load"):
             component = runtime.artifact.component("dit")
-            dit = build_dit(component)
-            check_complete(dit, component)
-            load_shared(dit, component, runtime.device, runtime.dtype)
+            dit, layers = self._model(component)
             rollout = Rollout(
                 dit,
-                Layers(dit, component, runtime.engine, runtime.dtype, self._team.host_weights),
+                layers,
                 self._conditions.context,
                 self.settings,
                 dtype=runtime.dtype,
@@ -73,7 +73,21 @@ class Denoiser:
                 graphs=self._graphs(dit.config.num_layers) if self._run.with_graphs else None,
             )
             drop_start(dit, component)
+            if runtime.kept is not None:
+                runtime.kept.model = dit, layers
             return rollout
+
+    def _model(self, component: Component) -> tuple[CausalDiT, Layers]:
+        """As an earlier video left it, or without its layers, which the rollout places; in both cases with what a
+        rollout is set up with."""
+        runtime = self._runtime
+        if runtime.kept is not None and runtime.kept.model is not None:
+            load_start(runtime.kept.model[0], component, runtime.device, runtime.dtype)
+            return runtime.kept.model
+        dit = build_dit(component)
+        check_complete(dit, component)
+        load_shared(dit, component, runtime.device, runtime.dtype)
+        return dit, Layers(dit, component, runtime.engine, runtime.dtype, self._team.host_weights)
 
     def _graphs(self, layers: int) -> LayerGraphs | None:
         run, cells = self._run, [(step, layer) for step in self.steps for layer in range(layers)]
@@ -111,6 +125,11 @@ class Denoiser:
     def degrade(self, rung: Rung) -> None:
         """Move weights and rings to where a lower rung has them."""
         self.rollout.place(rung.placement)
+
+    def end(self) -> None:
+        """No more blocks come: host memory of the rings goes to the next video, where there may be one."""
+        if self._runtime.kept is not None:
+            self._runtime.engine.spare(self.rollout.rings.let_go())
 
     def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[Denoised]:
         """Yield each block when it has taken its last step here."""

@@ -140,6 +140,15 @@ class Rings:
             slots = [torch.empty(self.cell_nbytes, dtype=torch.uint8, device=device) for _ in range(staging)]
             self._prefetcher = Prefetcher(self._engine, slots)
 
+    def let_go(self) -> list[Tensor]:
+        """Forget all that is held; the host's memory of it, which nothing copies from or to any more."""
+        self._engine.settle()
+        there = list(self._host.values())
+        self._prefetcher = Prefetcher(self._engine, [])
+        for held in (self._host, self._device, self._written, self._cut):
+            held.clear()
+        return there
+
     def on_device(self, cell: Cell) -> bool:
         return cell in self._device
 

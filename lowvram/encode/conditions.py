@@ -104,13 +104,9 @@ def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder) -> Conditions:
         OutOfMemoryError: an encoder does not fit on the device, and may not run on the host instead.
     """
     runtime, request, ladder = run.runtime, inputs.request, run.ladder
-    artifact, text_len = runtime.artifact, runtime.dit_config["text_len"]
-    text_device = torch.device("cpu") if run.rung.placement.text_on_host else runtime.device
+    artifact = runtime.artifact
     with runtime.stages.stage("encode_text"):
-        for where, attempt in ladder.devices("encode_text", text_device):
-            with attempt:
-                dtype = choose_dtype(runtime.dtype_name, where)
-                ids, context = encode_text(artifact, request.prompt, text_len, where, dtype)
+        ids, context = _prompt(run, request.prompt)
     note, frames_of = functools.partial(recorder.part, "audio_emb"), functools.partial(_frames, inputs)
     goes_on = inputs.speech_goes_on
     with runtime.stages.stage("encode_audio"):
@@ -131,6 +127,22 @@ def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder) -> Conditions:
     recorder.tensor("ref_latents", reference[None])
     recorder.tensor("motion_latents", motion[None])
     return Conditions(context=context, audio=voice, reference=reference, motion=motion)
+
+
+def _prompt(run: Run, prompt: str) -> tuple[Tensor, Tensor]:
+    """As ``encode_text``, or as an earlier video had it."""
+    runtime, kept, placement = run.runtime, run.runtime.kept, run.rung.placement
+    if kept is not None and (known := kept.prompt(prompt)) is not None:
+        return known
+    beside_weights = kept is not None and kept.model is not None
+    on_host = placement.later_text_on_host if beside_weights else placement.text_on_host
+    for where, attempt in run.ladder.devices("encode_text", torch.device("cpu") if on_host else runtime.device):
+        with attempt:
+            dtype, text_len = choose_dtype(runtime.dtype_name, where), runtime.dit_config["text_len"]
+            ids, context = encode_text(runtime.artifact, prompt, text_len, where, dtype)
+    if kept is not None:
+        kept.remember(prompt, ids, context)
+    return ids, context
 
 
 def _frames(inputs: Inputs, clips_in_audio: int) -> int:

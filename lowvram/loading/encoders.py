@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lowvram.devices import is_out_of_memory
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Tensor = torch.Tensor
 NF4_BLOCK = 64
+AUDIO_WEIGHTS = "audio_encoder/model.safetensors"
 
 
 def load_vae(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> StreamingVAE:
@@ -127,7 +127,7 @@ def load_audio_encoder(artifact: Artifact, device: torch.device) -> tuple[Wav2Ve
     try:
         with torch.device("meta"):
             model = build_wav2vec2(config)
-        state = wav2vec2_state(load_file(folder / "model.safetensors"))
+        state = wav2vec2_state(artifact.read_tensors(AUDIO_WEIGHTS))
         model.load_state_dict({k: v.to(device, torch.float32) for k, v in state.items()}, assign=True, strict=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):

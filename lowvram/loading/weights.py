@@ -147,8 +147,13 @@ def check_complete(model: nn.Module, component: Component) -> None:
 
 def load_shared(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
     """Load what belongs to no single layer: embeddings, head, audio encoder."""
-    for slab in (START, SHARED):
-        bind(model, component.views(slab, component.read_slab(slab).to(device)), dtype)
+    load_start(model, component, device, dtype)
+    bind(model, component.views(SHARED, component.read_slab(SHARED).to(device)), dtype)
+
+
+def load_start(model: nn.Module, component: Component, device: torch.device, dtype: torch.dtype) -> None:
+    """Load what a rollout needs only to be set up; see ``drop_start``."""
+    bind(model, component.views(START, component.read_slab(START).to(device)), dtype)
 
 
 def drop_start(model: nn.Module, component: Component) -> None:

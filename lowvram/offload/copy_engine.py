@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -54,6 +54,7 @@ class Engine:
         self.apart = device.type != "cpu"
         """Whether memory of the device is other memory than the host's."""
         self.bytes_in = self.bytes_out = 0
+        self._spare: dict[int, list[Tensor]] = {}
 
     def host_buffer(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] of host memory, its values undefined.
@@ -61,6 +62,8 @@ class Engine:
         Raises:
             OutOfMemoryError: the host has too little.
         """
+        if spare := self._spare.get(nbytes):
+            return spare.pop()
         try:
             return self._host_buffer(nbytes)
         except (MemoryError, OSError, RuntimeError) as error:
@@ -69,6 +72,16 @@ class Engine:
                 f"{gib(nbytes)} of host memory needed, {gib(free)} free ({error}); close other programs, or give the "
                 "run more --vram-budget or a smaller --size"
             ) from error
+
+    def spare(self, buffers: Iterable[Tensor]) -> None:
+        """Take back buffers of ``host_buffer``, for whoever asks for as many bytes: pinning takes seconds for each
+        10 GB."""
+        for buffer in buffers:
+            self._spare.setdefault(buffer.nbytes, []).append(buffer)
+
+    def drop_spare(self) -> None:
+        """Give back to the host what was spared."""
+        self._spare.clear()
 
     def keep_on_host(self, mapped: Tensor) -> Tensor:
         """The bytes of a mapped file, ready to be copied from again and again: as they are, where nothing is gained

@@ -25,6 +25,7 @@ class Placement:
     in 8 bit with a scale a token and head. ``wave``: steps of different blocks that go through a layer together.
     ``text_on_host``: the text encoder computes on the host, which was asked for, or the device is too small for it.
     ``wide_vae``: the 8-bit weights of the VAE's decoder are widened once, as it is loaded, and not at every use.
+    ``later_text_on_host``: the text encoder computes on the host once weights of an earlier video lie on the device.
     """
 
     streamed_layers: tuple[int, ...] = ()
@@ -35,6 +36,7 @@ class Placement:
     wave: int = 1
     text_on_host: bool = False
     wide_vae: bool = False
+    later_text_on_host: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in KV_SCHEMES:
@@ -58,7 +60,8 @@ class PlanOptions:
     the number of steps. ``offload_model``: all layers on the host, ``offload_kv_cache``: all rings. ``cuda_graphs``
     replays layers that stay on the GPU from the third clip on, and takes memory for it; None: where the card was seen
     to replay right, and where that memory moves nothing to the host. ``t5_cpu`` lets the text encoder compute on the
-    host, whether or not it fits on the device.
+    host, whether or not it fits on the device. ``resident``: weights stay where they are for the next video of the same
+    process, whose portrait, voice and prompt are encoded beside them.
     """
 
     kv: str = "auto"
@@ -67,6 +70,7 @@ class PlanOptions:
     offload_kv_cache: bool = False
     cuda_graphs: bool | None = None
     t5_cpu: bool = False
+    resident: bool = False
 
     def __post_init__(self) -> None:
         if self.kv not in ("auto", "int8", "bf16"):

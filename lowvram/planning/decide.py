@@ -14,7 +14,10 @@ from lowvram.offload.replaying import trusted
 from lowvram.planning.library_memory import MODULES_BYTES
 from lowvram.planning.measure import card_at_hand, free_bytes
 from lowvram.planning.members import Machines
+from lowvram.planning.memory import device_parts
+from lowvram.planning.memory import staying as staying_of
 from lowvram.planning.memory_costs import GIB
+from lowvram.planning.model_sizes import model_sizes
 from lowvram.planning.planner import TeamPlan, plan, plan_team
 from lowvram.planning.rank_layout import ParallelLayout, Role
 from lowvram.planning.rank_plan import Plan
@@ -58,10 +61,13 @@ def decide(
     options: MemoryOptions,
     team: Ranks,
     machines: Machines | None = None,
+    *,
+    staying: int = 0,
 ) -> Decision:
     """The placement of this rank's part of a run; ``machines`` are what all ranks run on, where they are several GPUs.
 
-    What an earlier run of this process still holds counts against ``options.vram_budget``.
+    What an earlier run of this process still holds counts against ``options.vram_budget``, but for ``staying``: bytes
+    of weights that this run finds on the device, and that its plan counts itself.
 
     Raises:
         OutOfMemoryError: nothing fits; with bytes needed and there.
@@ -94,8 +100,8 @@ def decide(
         cap = held + allocator_bytes(mine)
         return Decision(placement=mine.placement, cuda_graphs=graphs, plan=mine, team=planned, cap_bytes=cap)
     card = card_at_hand(device)
-    held = torch.cuda.memory_reserved(device)
-    allowed = allowed_bytes(card.usable_bytes, options.vram_budget, held)
+    held = max(0, torch.cuda.memory_reserved(device) - staying)
+    allowed = allowed_bytes(card.usable_bytes + staying, options.vram_budget, held)
     ram = options.ram_budget or psutil.virtual_memory().available
 
     def planned_for(asked: PlanOptions) -> Plan:
@@ -103,6 +109,11 @@ def decide(
 
     found, graphs = _graphs_too(options, device, planned_for(options), planned_for)
     return Decision(placement=found.placement, cuda_graphs=graphs, plan=found, cap_bytes=held + allocator_bytes(found))
+
+
+def staying_bytes(artifact: Artifact, plan: Plan, placement: Placement) -> int:
+    """Of the device, what weights take that stay from a run that was planned so, and ended with ``placement``."""
+    return staying_of(device_parts(model_sizes(artifact), plan.workload, placement, plan.share))
 
 
 def _graphs_too(

@@ -170,7 +170,10 @@ def _too_large(members: Sequence[Member]) -> Shortfall:
 def host_of(members: Sequence[Member], placements: Sequence[Placement]) -> MachineParts:
     """Host memory of the ranks of one machine."""
     pairs = list(zip(members, placements, strict=True))
-    ranks = [host_parts(m.job.sizes, m.job.work, p, m.job.text_device, m.job.share) for m, p in pairs]
+    ranks = [
+        host_parts(m.job.sizes, m.job.work, p, m.job.text_device, m.job.share, resident=m.job.options.resident)
+        for m, p in pairs
+    ]
     return machine_parts(members[0].job.sizes, ranks, [p.streamed_layers for p in placements])
 
 

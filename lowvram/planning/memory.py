@@ -97,13 +97,36 @@ def loading(slabs: Iterable[SlabSizes], dtype: torch.dtype) -> int:
 
 
 def stage_peaks(
-    sizes: ModelSizes, work: Workload, placement: Placement, parts: DeviceParts, text_device: str, share: Share
+    sizes: ModelSizes,
+    work: Workload,
+    placement: Placement,
+    parts: DeviceParts,
+    text_device: str,
+    share: Share,
+    *,
+    resident: bool = False,
 ) -> dict[str, int]:
-    """Device bytes at the worst moment of each stage that the rank has, without the reserve."""
+    """Device bytes at the worst moment of each stage that the rank has, without the reserve.
+
+    Where weights stay for a next video (``resident``), its voice and its portrait are encoded beside them; what its
+    prompt takes then is in ``later_text``.
+    """
     encoding = _encoding_peaks(sizes, work, text_device) if share.media else {}
+    for stage in ("encode_audio", "encode_image") if resident and encoding else ():
+        encoding[stage] += staying(parts)
     denoising = _denoising_peaks(sizes, work, placement, parts, share) if share.denoises else {}
     decode = parts.total + workspace.decode_workspace(sizes.vae_base_dim, work)
     return encoding | denoising | ({"decode": decode} if share.media else {})
+
+
+def staying(parts: DeviceParts) -> int:
+    """Of the device, what stays for the next video where weights stay: they and their slots."""
+    return parts.shared_weights + parts.resident_layers + parts.weight_slots
+
+
+def later_text(sizes: ModelSizes, work: Workload, parts: DeviceParts) -> int:
+    """Device bytes of the text encoder beside the weights of an earlier video."""
+    return staying(parts) + _encoding_peaks(sizes, work, "cuda")["encode_text"]
 
 
 def _encoding_peaks(sizes: ModelSizes, work: Workload, text_device: str) -> dict[str, int]:
@@ -169,15 +192,21 @@ class HostParts:
     pinned_cache: int
     text_encoder: int
     voice_encoder: int
+    held: int = 0
+    """What every video loads anew from, where weights stay for a next one."""
 
     @property
     def peak(self) -> int:
-        """The text encoder is gone before anything is pinned, and before a long voice is gone on with."""
+        """The text encoder is gone before anything is pinned, and before a long voice is gone on with. That of a later
+        video comes beside what is pinned, where weights stay: it is not counted, as the system may take back most of
+        it, which is mapped from a file."""
         pinned = self.pinned_weights + self.pinned_rings + self.pinned_cache
-        return self.base + max(pinned + self.voice_encoder, self.text_encoder)
+        return self.base + self.held + max(pinned + self.voice_encoder, self.text_encoder)
 
 
-def host_parts(sizes: ModelSizes, work: Workload, placement: Placement, text_device: str, share: Share) -> HostParts:
+def host_parts(
+    sizes: ModelSizes, work: Workload, placement: Placement, text_device: str, share: Share, *, resident: bool = False
+) -> HostParts:
     """Of one rank's process; what it streams lies there once for all ranks of a machine. A text encoder computes in
     float32 there, and so does the audio encoder, which stays beside everything else for the windows of a long voice."""
     cell = ring_costs(sizes.config, work, placement.kv, share).cell
@@ -193,7 +222,12 @@ def host_parts(sizes: ModelSizes, work: Workload, placement: Placement, text_dev
         + workspace.audio_workspace(sizes.audio, workspace.WINDOW_S)
         if share.media and work.voice_on_host
         else 0,
+        held=_held(sizes) if resident else 0,
     )
+
+
+def _held(sizes: ModelSizes) -> int:
+    return sizes.vae_bytes + sizes.start.nbytes + sizes.audio.parameters * FLOAT32_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from lowvram.planning.memory import (
     MachineParts,
     ReferenceParts,
     host_parts,
+    later_text,
     reference_parts,
-    stage_peaks,
 )
 from lowvram.planning.memory_costs import MIB, Operations, ring_costs, sink_bytes, step_operations
 from lowvram.planning.model_sizes import ModelSizes
@@ -74,7 +74,7 @@ class Plan:
 
     Of one rank of several, everything is what its ``share`` takes, but for ``reference`` and ``limits``, which are of a
     whole run; the weights in ``host`` lie there once for all ranks of a machine that stream them, and
-    ``text_encoder_device`` is "" on a rank that has none.
+    ``text_encoder_device`` is "" on a rank that has none. ``resident``: weights stay for a next video.
     """
 
     placement: Placement
@@ -103,6 +103,7 @@ class Plan:
     seconds: Seconds
     limits: Limits
     notes: tuple[str, ...] = ()
+    resident: bool = False
 
     @property
     def reserve_bytes(self) -> int:
@@ -207,13 +208,20 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
     """Everything that is predicted of a placement."""
     sizes, work, share = job.sizes, job.work, job.share
     parts = job.device_parts(placement)
-    host = host_parts(sizes, work, placement, job.text_device, share)
+    resident = job.options.resident
+    host = host_parts(sizes, work, placement, job.text_device, share, resident=resident)
     ring = ring_costs(sizes.config, work, placement.kv, share)
     sink = sink_bytes(sizes.config, work, placement.kv, share)
-    peaks = stage_peaks(sizes, work, placement, parts, job.text_device, share)
+    peaks = job.stage_peaks(placement)
+    later = later_text(sizes, work, parts) if resident and share.media else 0
+    later_on_host = resident and (job.text_device == "cpu" or later > budgets.usable)
+    if later and not later_on_host:
+        peaks["encode_text"] = later
     tasks = job.tasks(placement, card.rates)
     return Plan(
-        placement=dataclasses.replace(placement, text_on_host=job.text_device == "cpu"),
+        placement=dataclasses.replace(
+            placement, text_on_host=job.text_device == "cpu", later_text_on_host=later_on_host
+        ),
         workload=work,
         share=share,
         card=card,
@@ -238,7 +246,8 @@ def describe(job: Job, placement: Placement, budgets: Budgets, card: Card) -> Pl
         tasks=tuple(tasks),
         seconds=Seconds.of(tasks),
         limits=limits(sizes, work, card.rates),
-        notes=(*_notes(job, card), *_vae_note(job, placement)),
+        notes=(*_notes(job, card), *_vae_note(job, placement), *_later_note(job, later_on_host=later_on_host)),
+        resident=resident,
     )
 
 
@@ -260,6 +269,14 @@ def _notes(job: Job, card: Card) -> tuple[str, ...]:
             "bfloat16 is the default on GPUs"
         )
     return tuple(notes)
+
+
+def _later_note(job: Job, *, later_on_host: bool) -> list[str]:
+    """Where the text encoder computes beside weights that stay."""
+    if not job.options.resident or job.text_device == "cpu":
+        return []
+    where = "on the host: beside them there is no room for it" if later_on_host else "beside them, on the device"
+    return [f"weights stay for the next video; the text encoder of a new prompt runs {where}"]
 
 
 def _vae_note(job: Job, placement: Placement) -> list[str]:

@@ -63,7 +63,8 @@ class Job:
     def stage_peaks(self, placement: Placement) -> dict[str, int]:
         """Device bytes of each stage, without the reserve."""
         parts = self.device_parts(placement)
-        return stage_peaks(self.sizes, self.work, placement, parts, self.text_device, self.share)
+        resident = self.options.resident
+        return stage_peaks(self.sizes, self.work, placement, parts, self.text_device, self.share, resident=resident)
 
     def device_parts(self, placement: Placement) -> DeviceParts:
         return device_parts(self.sizes, self.work, placement, self.share, cuda_graphs=bool(self.options.cuda_graphs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def dry_run(
 
     Everything is computed but the values: the same code, layer by layer, with the same tensors for as long. Clips
     from the second on see full rings. With a ``layout``, ``plan`` is that of one of its ranks: the others' part in
-    exchanges is made up.
+    exchanges is made up. Where weights stay for a next video, another one follows, with another prompt.
 
     Raises:
         OutOfMemoryError: the device was too small, whatever was given up.
@@ -77,12 +78,14 @@ def dry_run(
         speech=np.ones(int(seconds * SPEECH_RATE_HZ), np.float32),
     )
     with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True) as gpu:
-        memory, team = MemoryOptions(placement=plan.placement), _team(opened, plan, inputs, clips, layout)
+        memory = MemoryOptions(placement=plan.placement, resident=plan.resident)
+        team = _team(opened, plan, inputs, clips, layout)
         engine, crossed = gpu.engine, [(0, 0)]
         pipeline = AvatarPipeline(opened, engine.device, work.dtype_name, memory=memory, team=team, engine=engine)
-        blocks = pipeline.stream(inputs) if team.role.media else pipeline.serve(request)
-        for _ in blocks:
-            crossed.append((engine.bytes_in, engine.bytes_out))
+        for prompt in (request.prompt, f"{request.prompt} again") if plan.resident else (request.prompt,):
+            asked = dataclasses.replace(request, prompt=prompt)
+            for _ in _blocks(pipeline, dataclasses.replace(inputs, request=asked)):
+                crossed.append((engine.bytes_in, engine.bytes_out))
     crossings = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(crossed)]
     last = crossings[-work.blocks_per_clip :]
     stages = {stage.name: stage for stage in pipeline.runtime.stages.stages.values()}
@@ -95,6 +98,10 @@ def dry_run(
         given_up=tuple(pipeline.run.ladder.events),
         sent=sum(team.sent_bytes().values()),
     )
+
+
+def _blocks(pipeline: AvatarPipeline, inputs: Inputs) -> Iterator[Any]:
+    return pipeline.stream(inputs) if pipeline.team.role.media else pipeline.serve(inputs.request)
 
 
 def dry_run_team(artifact: Path | Artifact, plan: TeamPlan, *, clips: int = 2) -> list[DryRun]:

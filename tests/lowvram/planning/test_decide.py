@@ -13,7 +13,7 @@ from lowvram.parallel.team import SingleRank
 from lowvram.planning import CARDS, Workload, measure
 from lowvram.planning import decide as deciding
 from lowvram.planning.cards import Card, Rates
-from lowvram.planning.decide import Decision, decide
+from lowvram.planning.decide import Decision, decide, staying_bytes
 from lowvram.planning.library_memory import FLAT_BYTES, MODULES_BYTES, SLACK_BYTES, OutsideAllocator
 from lowvram.planning.members import Machines
 from lowvram.planning.rank_layout import ParallelLayout
@@ -240,3 +240,27 @@ def test_measured_modules_are_left_out_of_the_cap_and_reserved(artifact, card, m
     found = decide(artifact, WORK, GPU, options, SingleRank())
     assert found.plan.reserve_bytes == SLACK_BYTES + (501 << 20)
     assert found.cap_bytes == 20 * GIB - (300 << 20)
+
+
+def test_weights_that_stay_are_no_room_that_is_lacking(artifact, allocator):
+    """A later video of another size is planned as if nothing lay there: its plan counts the weights itself."""
+    options = MemoryOptions(vram_budget=int(22.15 * GIB), ram_budget=48 * GIB, resident=True)
+    first = decide(artifact, WORK, GPU, options, SingleRank())
+    assert first.plan is not None
+    allocator.holds = there = staying_bytes(artifact, first.plan, first.placement)
+    assert there > 14 * GIB
+    again = decide(artifact, WORK, GPU, options, SingleRank(), staying=there)
+    assert again.plan is not None
+    assert (again.placement, again.cap_bytes) == (first.placement, first.cap_bytes)
+    assert (again.plan.stage_peaks, again.plan.vram_budget_bytes) == (
+        first.plan.stage_peaks,
+        first.plan.vram_budget_bytes,
+    )
+    smaller = decide(artifact, Workload.of_size("384*256"), GPU, options, SingleRank(), staying=there)
+    assert smaller.plan is not None
+    assert not smaller.placement.streamed_layers
+    assert len(smaller.placement.host_rings) < len(first.placement.host_rings)
+    assert smaller.cap_bytes is not None
+    assert smaller.cap_bytes <= 22.15 * GIB
+    with pytest.raises(OutOfMemoryError):
+        decide(artifact, WORK, GPU, dataclasses.replace(options, ram_budget=8 * GIB), SingleRank())
