@@ -20,6 +20,7 @@ from lowvram.schedule import FRAMES_PER_BLOCK, latent_frames_per_clip
 from lowvram_kernels.errors import ConfigError
 from lowvram_models.constants import (
     CONTEXT_S,
+    DROPPED_FIRST_FRAMES,
     FPS,
     FRAMES_PER_LATENT,
     PIXELS_PER_LATENT,
@@ -139,8 +140,29 @@ def read_inputs(request: Request) -> Inputs:
         speech=voice.samples,
         sound=voice.sound,
         speech_goes_on=voice.goes_on,
-        facts={"portrait": portrait.facts, "voice": voice.facts},
+        facts={"portrait": portrait.facts, "voice": voice.facts, "voice_cut": _voice_cut(request, voice)},
     )
+
+
+def _voice_cut(request: Request, voice: Voice) -> dict[str, float | None] | None:
+    """Seconds of the voice that are kept and lost where ``num_clip`` ends the video before it, which is said; None
+    where it does not. How many are lost is None where the file does not say how long it is."""
+    if request.num_clip is None:
+        return None
+    frames = request.num_clip * request.infer_frames - DROPPED_FIRST_FRAMES
+    kept_s = frames / FPS
+    if len(voice.samples) * FPS <= frames * SPEECH_RATE_HZ:
+        return None
+    whole_s = voice.facts["seconds_in_all"]
+    lost_s = None if whole_s is None else whole_s - kept_s
+    log.warning(
+        "--num_clip %d ends the video after %.2f s, and the voice is longer: %s of it are left out; without --num_clip "
+        "the video goes on to its end",
+        request.num_clip,
+        kept_s,
+        "all behind that" if lost_s is None else f"the last {lost_s:.2f} s",
+    )
+    return {"kept_s": kept_s, "lost_s": lost_s}
 
 
 def read_voice(request: Request) -> Voice:

@@ -49,7 +49,7 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
         batch = Batch(jobs, folder, beside=beside, cut=cut, overwrite=options["overwrite"], quiet=options["quiet"])
         batch.results.facts = {"list": str(path.absolute()), "model": str(artifact.path)}
         batch.look()
-        batch.make(lambda: open_pipeline(options))
+        batch.make(lambda: open_pipeline(options, resident=True))
     return batch.results
 
 

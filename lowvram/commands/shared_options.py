@@ -249,8 +249,8 @@ def fields_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options}
 
 
-def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
-    """The artifact of ``--model``, on a device that is known."""
+def open_pipeline(options: dict[str, Any], *, resident: bool = False) -> AvatarPipeline:
+    """The artifact of ``--model``, on a device that is known; ``resident``: weights stay for the next video."""
     from lowvram.devices import choose_device
     from lowvram.pipeline import AvatarPipeline
     from lowvram.selftest.first_run import get_ready
@@ -258,8 +258,8 @@ def open_pipeline(options: dict[str, Any]) -> AvatarPipeline:
     memory = memory_options(options)  # before minutes are spent on a GPU that is new here
     if not options["no_selftest"]:
         get_ready(choose_device(options["device"]))
-    names = ("device", "dtype", "verify")
-    return AvatarPipeline.from_artifact(options["model"], memory=memory, **{name: options[name] for name in names})
+    settings = {name: options[name] for name in ("device", "dtype", "verify")}
+    return AvatarPipeline.from_artifact(options["model"], memory=memory, resident=resident, **settings)
 
 
 def memory_options(options: dict[str, Any]) -> MemoryOptions:

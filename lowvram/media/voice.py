@@ -291,5 +291,23 @@ def _facts(decoding: Decoding, levels: Levels) -> dict[str, Any]:
         "encoder_delay_samples": decoding.delay,
         "seconds": levels.count / decoding.rate_hz,
         "goes_on": levels.goes_on,
+        "seconds_in_all": _seconds_in_all(decoding, levels),
         "peak": levels.peak,
     }
+
+
+def _seconds_in_all(decoding: Decoding, levels: Levels) -> float | None:
+    """Of the part that is meant, also behind what was read of it: as the file says, which some say nearly only, and
+    None where it does not."""
+    sound, stream, container = decoding.sound, decoding.stream, decoding.container
+    read_s = levels.count / decoding.rate_hz
+    if not levels.goes_on:
+        return read_s
+    if stream.duration and stream.time_base:
+        stated = float(stream.duration * stream.time_base)
+    elif container.duration and container.duration > 0:
+        stated = container.duration / 1e6
+    else:
+        return sound.duration_s
+    left = stated - sound.start_s
+    return max(read_s, left if sound.duration_s is None else min(left, sound.duration_s))

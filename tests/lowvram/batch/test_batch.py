@@ -43,7 +43,7 @@ def made(monkeypatch) -> list[str]:
         return report
 
     monkeypatch.setattr(run_module, "infer", infer)
-    monkeypatch.setattr(command_module, "open_pipeline", lambda options: None)
+    monkeypatch.setattr(command_module, "open_pipeline", lambda options, resident: None)
     return names
 
 
@@ -120,6 +120,12 @@ def test_by_the_model(tiny, files, tmp_path):
     reports = [json.loads((out / f"{name}.json").read_text()) for name in ("first", "second")]
     assert [report["settings"]["sample_steps"] for report in reports] == [1, 2]
     assert all(probe(each["video"])["frames"] == each["frames"] for each in facts["jobs"])
+    # The second reads no weights: they stayed, and its prompt is that of the first.
+    assert [report["memory"]["weight_bytes_read"] > 0 for report in reports] == [True, False]
+    # One clip of 12 frames, the first 3 of which are not shown, of a voice of a second.
+    assert [report["voice_cut"] for report in reports] == [{"kept_s": 9 / 25, "lost_s": 1 - 9 / 25}] * 2
+    assert all(report["frames_written"] == 9 for report in reports)
+    assert "--num_clip 1 ends the video after 0.36 s" in " ".join(done.stderr.split())
     assert json.loads(batch(tiny, path, out, "--json").stdout)["counts"] == {"there": 2}
 
 
