@@ -259,7 +259,9 @@ def open_pipeline(options: dict[str, Any], *, resident: bool = False) -> AvatarP
     if not options["no_selftest"]:
         get_ready(choose_device(options["device"]))
     settings = {name: options[name] for name in ("device", "dtype", "verify")}
-    return AvatarPipeline.from_artifact(options["model"], memory=memory, resident=resident, **settings)
+    if resident:
+        settings["resident"] = True
+    return AvatarPipeline.from_artifact(options["model"], memory=memory, **settings)
 
 
 def memory_options(options: dict[str, Any]) -> MemoryOptions:

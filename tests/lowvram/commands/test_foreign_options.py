@@ -207,7 +207,7 @@ def test_hints_are_for_slips_alone(arguments, part):
         ),
         (
             ["convert", "--model", "x"],
-            "--model: for lowvram batch, compare, compare record, doctor, infer and plan, not for convert",
+            "--model: for lowvram batch, compare, compare record, doctor, infer, plan and serve, not for convert",
         ),
         (["doctor", "--preset", "14b"], "--preset: for lowvram plan, not for doctor"),
     ],
