@@ -17,9 +17,9 @@ from lowvram_kernels.rope import Projection
 from lowvram_kernels.triton_rope import (
     bfloat16_steps,
     block_shape,
+    channel_mask,
+    channel_offsets,
     normed_rope,
-    pair_mask,
-    pair_offsets,
     rotated_key,
 )
 from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_warps
@@ -27,8 +27,8 @@ from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, row_
 Tensor = torch.Tensor
 
 MEAN_ROWS, MEAN_COLUMNS = 32, 32
-# Of one program: fewer write more sums, more leave processors of a large chip idle. With 12 the programs of a 14B block
-# and its sink, two on a processor at a time, are a little under two rounds on 128 to 170 processors (not measured).
+# Of one program: fewer write more sums, more leave processors of a large chip idle. Registers let one program of 40
+# heads onto a processor at a time; what 12 gains over other numbers is not measured.
 SUM_TOKENS = 12
 
 
@@ -55,24 +55,24 @@ def _sum_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
 ):
     """Sums over SUM_TOKENS tokens each of the normed, rotated keys, then of the sink's rotated ones; then the largest
     magnitudes of such tokens' values: float32 [programs and those of the block once more, heads, head_dim]."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     own = tl.cdiv(tokens, SUM_TOKENS)
-    total = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.float32)
+    total = tl.zeros((HEADS_P2, DIM_P2), tl.float32)
     if tl.program_id(0) < own:
         first = tl.program_id(0) * SUM_TOKENS
-        largest = tl.zeros((HEADS_P2, PAIRS_P2, 2), tl.int32)
-        apart = tl.arange(0, HEADS_P2)[:, None, None] * (stride_vn - HEAD_DIM)
+        largest = tl.zeros((HEADS_P2, DIM_P2), tl.int32)
+        apart = tl.arange(0, HEADS_P2)[:, None] * (stride_vn - HEAD_DIM)
         for index in range(tl.minimum(SUM_TOKENS, tokens - first)):
             token = (first + index).to(tl.int64)
             value = tl.load(v + token * stride_vt + apart + at, mask=there, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, magnitude_bits(value))
             total += normed_rope(
-                k + token * stride_k, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
+                k + token * stride_k, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, DIM_P2, True
             )
         line = (tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (HEADS * HEAD_DIM)
         tl.store(sums + line + at, largest.to(tl.float32, bitcast=True), mask=there)
@@ -81,7 +81,7 @@ def _sum_kernel(
         for index in range(tl.minimum(SUM_TOKENS, sink_tokens - first)):
             token = (first + index).to(tl.int64)
             total += rotated_key(
-                sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2
+                sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, DIM_P2
             )
     tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * HEAD_DIM) + at, total, mask=there)
 

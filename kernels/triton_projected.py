@@ -35,7 +35,7 @@ from lowvram_kernels.triton_prepare import (
     softmax_scale,
     spread,
 )
-from lowvram_kernels.triton_rope import block_shape, encoded, normed_rope, pair_mask, pair_offsets, rotated_key
+from lowvram_kernels.triton_rope import block_shape, channel_mask, channel_offsets, encoded, normed_rope, rotated_key
 from lowvram_kernels.triton_rows import magnitude_bits, packed, quantize_scales, row_warps, to_8bit
 from lowvram_kernels.triton_values import store_tile
 
@@ -45,11 +45,11 @@ Tensor = torch.Tensor
 @triton.jit
 def _store_keys(
     value, token, origin, table, entry, ALIGNED: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr,
+    HEADS_P2: tl.constexpr, DIM_P2: tl.constexpr,
 ):  # fmt: skip
-    """A token's keys [heads, pairs, 2] into the block of that entry, around its mean."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    """A token's keys [heads, head_dim] into the block of that entry, around its mean."""
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     heads = tl.arange(0, HEADS_P2)
     mean = block_part(origin, table, entry, OF_K_MEAN, ALIGNED).to(tl.pointer_type(tl.bfloat16))
     value -= tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
@@ -62,21 +62,21 @@ def _store_keys(
 @triton.jit
 def _store_queries(
     value, token, tokens, blocks, softmax_scale, origin, table, q8, q_scale, q_mean, ALIGNED: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, DIM_P2: tl.constexpr,
 ):  # fmt: skip
-    """A token's queries [heads, pairs, 2] as ``triton_prepare`` has them: 8 bits, and q . k_mean of every block."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    """A token's queries [heads, head_dim] as ``triton_prepare`` has them: 8 bits, and q . k_mean of every block."""
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     heads = tl.arange(0, HEADS_P2)
-    scale, inverse = quantize_scales(tl.max(tl.max(magnitude_bits(value), 2), 1), 127.0)
+    scale, inverse = quantize_scales(tl.max(magnitude_bits(value), 1), 127.0)
     line = heads.to(tl.int64) * tokens + token
-    apart = (line * HEAD_DIM - heads * HEAD_DIM)[:, None, None]
-    tl.store(q8 + apart + at, to_8bit(value * inverse[:, None, None], True), mask=there)
+    apart = (line * HEAD_DIM - heads * HEAD_DIM)[:, None]
+    tl.store(q8 + apart + at, to_8bit(value * inverse[:, None], True), mask=there)
     tl.store(q_scale + line, scale * softmax_scale, mask=heads < HEADS)
     for block in range(blocks):
         k_mean = block_part(origin, table, block, OF_K_MEAN, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         mean = tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
-        dot = tl.sum(tl.sum(value * mean, 2), 1) * softmax_scale
+        dot = tl.sum(value * mean, 1) * softmax_scale
         tl.store(q_mean + block * HEADS * tokens + line, dot, mask=heads < HEADS)
 
 
@@ -114,7 +114,7 @@ def _store_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
 ):
     """A program for each token's keys, which go into block ``slot``, then for its queries, then for each of the sink's
     tokens, whose rotated keys go into the last of ``blocks``, then for each head and tile of values, for that slot."""
@@ -122,33 +122,29 @@ def _store_kernel(
     if program < tokens:
         token = program.to(tl.int64)
         value = normed_rope(
-            k + token * stride_k, k_weight, cos, sin, token, k_eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
+            k + token * stride_k, k_weight, cos, sin, token, k_eps, HEADS, HEAD_DIM, HEADS_P2, DIM_P2, True
         )
-        _store_keys(value, token, origin, table, slot, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+        _store_keys(value, token, origin, table, slot, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     elif program < 2 * tokens:
         token = (program - tokens).to(tl.int64)
         value = normed_rope(
-            q + token * stride_q, q_weight, cos, sin, token, q_eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, True
+            q + token * stride_q, q_weight, cos, sin, token, q_eps, HEADS, HEAD_DIM, HEADS_P2, DIM_P2, True
         )
         _store_queries(
             value, token, tokens, blocks, softmax_scale, origin, table, q8, q_scale, q_mean, ALIGNED, HEADS, HEAD_DIM,
-            HEADS_P2, PAIRS_P2,
+            HEADS_P2, DIM_P2,
         )  # fmt: skip
     elif program < 2 * tokens + sink_tokens:
         token = (program - 2 * tokens).to(tl.int64)
-        value = rotated_key(
-            sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2
-        )
-        _store_keys(value, token, origin, table, blocks - 1, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+        value = rotated_key(sink_k, sink_scale, sink_mean, sink_cos, sink_sin, token, HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
+        _store_keys(value, token, origin, table, blocks - 1, ALIGNED, HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     else:
         number = program - 2 * tokens - sink_tokens
         head, tile = number % HEADS, number // HEADS
         step = block_part(origin, table, slot, OF_V_SCALE, ALIGNED).to(tl.pointer_type(tl.bfloat16))
         sums = block_part(origin, table, slot, OF_V_SUMS, ALIGNED).to(tl.pointer_type(tl.int16))
         kept = block_part(origin, table, slot, OF_V, ALIGNED)
-        store_tile(
-            v + head.to(tl.int64) * stride_vn, stride_vt, step, kept, sums, head, tile, tokens, HEAD_DIM, 2 * PAIRS_P2
-        )
+        store_tile(v + head.to(tl.int64) * stride_vn, stride_vt, step, kept, sums, head, tile, tokens, HEAD_DIM, DIM_P2)
 
 
 def attend_projected_triton(

@@ -21,29 +21,27 @@ SCALE_STEP = tl.constexpr(STEP)
 
 
 @triton.jit
-def pair_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
-    """Offsets of a token's channels as [heads, pairs, 2]."""
-    heads = tl.arange(0, HEADS_P2)[:, None, None]
-    pairs = tl.arange(0, PAIRS_P2)[None, :, None]
-    return heads * HEAD_DIM + pairs * 2 + tl.arange(0, 2)[None, None, :]
+def channel_offsets(HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, DIM_P2: tl.constexpr):
+    """Offsets of a token's channels as [heads, head_dim]: neighbours in memory are such in a thread and in a warp."""
+    return tl.arange(0, HEADS_P2)[:, None] * HEAD_DIM + tl.arange(0, DIM_P2)[None, :]
 
 
 @triton.jit
-def pair_mask(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, PAIRS_P2: tl.constexpr):
-    heads = tl.arange(0, HEADS_P2)[:, None, None]
-    pairs = tl.arange(0, PAIRS_P2)[None, :, None]
-    return (heads < HEADS) & (pairs * 2 + tl.arange(0, 2)[None, None, :] < HEAD_DIM)
+def channel_mask(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_P2: tl.constexpr, DIM_P2: tl.constexpr):
+    return (tl.arange(0, HEADS_P2) < HEADS)[:, None] & (tl.arange(0, DIM_P2) < HEAD_DIM)[None, :]
 
 
 @triton.jit
-def _rotated(x, cos, sin, token, HEAD_DIM: tl.constexpr, PAIRS_P2: tl.constexpr):
-    """Rotate [heads, pairs, 2] by a token's row of ``cos`` and ``sin`` [tokens, head_dim / 2]."""
-    pairs = tl.arange(0, PAIRS_P2)
+def _rotated(x, cos, sin, token, HEAD_DIM: tl.constexpr):
+    """Rotate [heads, head_dim] by a token's row of ``cos`` and ``sin`` [tokens, head_dim / 2]."""
+    HEADS_P2: tl.constexpr = x.shape[0]
+    DIM_P2: tl.constexpr = x.shape[1]
+    pairs = tl.arange(0, DIM_P2 // 2)
     at = token * (HEAD_DIM // 2) + pairs
     c = tl.load(cos + at, mask=pairs < HEAD_DIM // 2, other=0.0)[None, :]
     s = tl.load(sin + at, mask=pairs < HEAD_DIM // 2, other=0.0)[None, :]
-    even, odd = tl.split(x)
-    return tl.join(even * c - odd * s, even * s + odd * c)
+    even, odd = tl.split(tl.reshape(x, [HEADS_P2, DIM_P2 // 2, 2]))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [HEADS_P2, DIM_P2])
 
 
 @triton.jit
@@ -57,18 +55,18 @@ def normed_rope(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    """A token's channels at ``row``, normed over all of them and rotated: float32 [heads, pairs, 2]."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    """A token's channels at ``row``, normed over all of them and rotated: float32 [heads, head_dim]."""
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     value = tl.load(row + at, mask=there, other=0.0).to(tl.float32)
-    squares = tl.sum(tl.sum(tl.sum(value * value, 2), 1), 0)
+    squares = tl.sum(tl.sum(value * value, 1), 0)
     value *= 1.0 / tl.sqrt_rn(squares / (HEADS * HEAD_DIM) + eps)
     value *= tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
     if ROPE:
-        value = _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+        value = _rotated(value, cos, sin, token, HEAD_DIM)
     return value
 
 
@@ -83,24 +81,23 @@ def rotated_key(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
 ):
-    """A token's keys of an encoded block, decoded and rotated: float32 [heads, pairs, 2]."""
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    """A token's keys of an encoded block, decoded and rotated: float32 [heads, head_dim]."""
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     heads = tl.arange(0, HEADS_P2)
     scale = tl.load(k_scale + token * HEADS + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
     value = tl.load(k + token * (HEADS * HEAD_DIM) + at, mask=there, other=0).to(tl.float32)
-    value = value * scale[:, None, None] + tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
-    return _rotated(value, cos, sin, token, HEAD_DIM, PAIRS_P2)
+    value = value * scale[:, None] + tl.load(k_mean + at, mask=there, other=0.0).to(tl.float32)
+    return _rotated(value, cos, sin, token, HEAD_DIM)
 
 
 @triton.jit
 def encoded(value):
-    """[heads, pairs, 2] float32 -> int8 and the scale of each head, bfloat16 [heads]."""
-    bits = tl.maximum(tl.max(tl.max(magnitude_bits(value), 2), 1), FLOOR_BITS)
-    step, inverse = bfloat16_steps(bits)
-    return to_8bit(value * inverse[:, None, None], True), step
+    """[heads, head_dim] float32 -> int8 and the scale of each head, bfloat16 [heads]."""
+    step, inverse = bfloat16_steps(tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS))
+    return to_8bit(value * inverse[:, None], True), step
 
 
 @triton.jit
@@ -131,7 +128,7 @@ def _norm_rope_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
     ROPE: tl.constexpr,
     MORE: tl.constexpr,
 ):
@@ -143,9 +140,9 @@ def _norm_rope_kernel(
         x, weight = tl.where(second, more_x, x), tl.where(second, more_weight, weight)
         out, stride_x = tl.where(second, more_out, out), tl.where(second, more_stride, stride_x)
         eps = tl.where(second, more_eps, eps)
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    value = normed_rope(x + token * stride_x, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2, ROPE)
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
+    value = normed_rope(x + token * stride_x, weight, cos, sin, token, eps, HEADS, HEAD_DIM, HEADS_P2, DIM_P2, ROPE)
     tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
 
 
@@ -160,12 +157,12 @@ def _rotated_keys_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
+    DIM_P2: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    at = pair_offsets(HEAD_DIM, HEADS_P2, PAIRS_P2)
-    there = pair_mask(HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
-    value = rotated_key(k, k_scale, k_mean, cos, sin, token, HEADS, HEAD_DIM, HEADS_P2, PAIRS_P2)
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
+    value = rotated_key(k, k_scale, k_mean, cos, sin, token, HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
     tl.store(out + token * (HEADS * HEAD_DIM) + at, value.to(out.dtype.element_ty), mask=there)
 
 
@@ -183,24 +180,19 @@ def _encode_kernel(
     DIM_P2: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    heads, dims = tl.arange(0, HEADS_P2), tl.arange(0, DIM_P2)
-    there = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
-    at = heads[:, None] * HEAD_DIM + dims[None, :]
-    value = tl.load(x + token * stride_xt + heads[:, None] * stride_xn + dims[None, :], mask=there, other=0.0)
+    heads = tl.arange(0, HEADS_P2)
+    at = channel_offsets(HEAD_DIM, HEADS_P2, DIM_P2)
+    there = channel_mask(HEADS, HEAD_DIM, HEADS_P2, DIM_P2)
+    apart = heads[:, None] * (stride_xn - HEAD_DIM)
+    value = tl.load(x + token * stride_xt + apart + at, mask=there, other=0.0)
     value = value.to(tl.float32) - tl.load(mean + at, mask=there, other=0.0).to(tl.float32)
-    step, inverse = bfloat16_steps(tl.maximum(tl.max(magnitude_bits(value), 1), FLOOR_BITS))
-    tl.store(q + token * (HEADS * HEAD_DIM) + at, to_8bit(value * inverse[:, None], True), mask=there)
+    q_values, step = encoded(value)
+    tl.store(q + token * (HEADS * HEAD_DIM) + at, q_values, mask=there)
     tl.store(scale + token * HEADS + heads, step, mask=heads < HEADS)
 
 
 @functools.cache
 def block_shape(heads: int, head_dim: int) -> dict[str, int]:
-    pairs = power_of_2(head_dim // 2)
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": power_of_2(heads), "PAIRS_P2": pairs}
-
-
-@functools.cache
-def _encode_shape(heads: int, head_dim: int) -> dict[str, int]:
     return {"HEADS": heads, "HEAD_DIM": head_dim, "HEADS_P2": power_of_2(heads), "DIM_P2": power_of_2(head_dim)}
 
 
@@ -267,7 +259,7 @@ def encode_keys_triton(k_TNH: Tensor, out: KVBlock) -> None:
         out.k_scale,
         k_TNH.stride(0),
         k_TNH.stride(1),
-        **_encode_shape(heads, head_dim),
+        **block_shape(heads, head_dim),
         num_warps=row_warps(heads * head_dim),
         enable_fp_fusion=False,  # rounds where PyTorch rounds
     )
@@ -312,7 +304,7 @@ def _aot_cases(heads: int, x: str) -> list[Case]:
             kernel=_encode_kernel,
             types={"x": x, "mean": "*bf16", "q": "*i8", "scale": "*bf16"}
             | {"stride_xt": "i32:16", "stride_xn": "i32:16"},
-            constants=_encode_shape(heads, head_dim),
+            constants=block_shape(heads, head_dim),
             num_warps=warps,
             fp_fusion=False,
         ),

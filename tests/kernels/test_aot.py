@@ -17,6 +17,8 @@ from lowvram_kernels.machine_code import Pipeline
 
 # The seldom sizes too, where there is time: `make test-triton`.
 MORE = os.environ.get("LOWVRAM_AOT_CASES") == "all"
+# Its machine code has bars of its own where it needs them; all others stand for every version.
+OF_3_6 = version("triton").startswith("3.6.")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,13 +50,21 @@ def test_every_case_has_a_name_of_its_own_and_says_all_its_kernel_takes(generati
 FEW_SPILLS = {(90, "linear fp8 gelu odd"), (90, "linear int8 gelu odd")}
 
 
+def spills_within_the_loop(usage: Usage) -> int:
+    """How many are let pass: two, the rows' scales, of attention into float32 on sm_120 under Triton 3.6, read again in
+    each step of a thousand instructions and more. What the 14B runs, into bfloat16, has none there either."""
+    attends = usage.name.startswith("ring_attention") and usage.name.endswith(("odd", "*fp32"))
+    return 2 if OF_3_6 and usage.generation == 120 and attends else 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_no_spills_and_shared_memory_within_the_limit(usages, generation):
     found = usages[generation].values()
     assert len(found) == len(cases(generation, more=MORE))
-    assert [usage for usage in found if usage.loop and usage.loop.spills] == []
+    assert [usage for usage in found if usage.loop and usage.loop.spills > spills_within_the_loop(usage)] == []
     few = {name for chip, name in FEW_SPILLS if chip == generation}
+    few |= {usage.name for usage in found if spills_within_the_loop(usage) and usage.stack_bytes <= 8}
     assert [usage for usage in found if not usage.fits() and usage.name not in few] == []
     assert all(usage.stack_bytes <= 16 and usage.shared_bytes <= usage.shared_limit for usage in found)
     assert all(0 < usage.registers <= 255 for usage in found)
@@ -130,16 +140,17 @@ CEILINGS = {
 }
 
 
-# Triton 3.6 makes a third more instructions of products on sm_120. Attention's were counted under 3.7.1 alone.
+# Triton 3.6 makes a third more instructions of products on sm_120, and a twentieth more of attention.
 CEILINGS_OF_3_6 = {
     **{kind: {120: 322} for kind in ("linear int8", "linear fp8", "linears int8")},
     **{f"{kind} few rows": {120: 188} for kind in ("linear int8", "linear fp8", "linears int8")},
+    "ring_attention": {90: 986, 120: 1117},
 }
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_instructions_of_the_inner_loop(usages, generation):
-    older = CEILINGS_OF_3_6 if version("triton").startswith("3.6.") else {}
+    older = CEILINGS_OF_3_6 if OF_3_6 else {}
     checked = 0
     for name, usage in usages[generation].items():
         kind = max((kind for kind in CEILINGS if name.replace(" gelu", "").startswith(kind)), key=len, default=None)
@@ -165,7 +176,14 @@ def test_rotating_groups_moves_nothing_through_shared_memory(usages, generation)
     }
     assert len(pairs) == (14 if MORE else 5)
     assert all(found[name].shared_bytes == found[plain].shared_bytes for name, plain in pairs.items())
-    assert all(found[name].registers <= found[plain].registers + 8 for name, plain in pairs.items())
+    assert all(resident(found[name]) >= resident(found[plain]) for name, plain in pairs.items())
+    more = 10 if OF_3_6 and generation >= 90 else 8
+    assert all(found[name].registers <= found[plain].registers + more for name, plain in pairs.items())
+
+
+def resident(usage: Usage) -> int:
+    """Programs for which a multiprocessor's 65,536 registers suffice, of which a warp gets 256 at a time."""
+    return 65536 // (-(-usage.registers * 32 // 256) * 256 * usage.num_warps)
 
 
 def test_a_tile_too_large_is_seen(usages):
