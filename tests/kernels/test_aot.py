@@ -51,8 +51,9 @@ FEW_SPILLS = {(90, "linear fp8 gelu odd"), (90, "linear int8 gelu odd")}
 
 
 def spills_within_the_loop(usage: Usage) -> int:
-    """How many are let pass: two, the rows' scales, of attention into float32 on sm_120 under Triton 3.6, read again in
-    each step of a thousand instructions and more. What the 14B runs, into bfloat16, has none there either."""
+    """How many are let pass: two, places of keys in their tile, of attention into float32 on sm_120 under Triton 3.6:
+    computed once and read again in each step, of a thousand instructions. Into bfloat16, as the 14B runs, there is none
+    there either."""
     attends = usage.name.startswith("ring_attention") and usage.name.endswith(("odd", "*fp32"))
     return 2 if OF_3_6 and usage.generation == 120 and attends else 0
 
