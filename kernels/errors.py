@@ -52,5 +52,9 @@ class OutputError(LowvramError):
     exit_code = 2
 
 
+class FetchError(LowvramError):
+    """What was asked of a hub did not come: no network, a failing server, other bytes than were published."""
+
+
 class DistributedError(LowvramError):
     """A rank failed or the ranks do not agree."""

@@ -163,6 +163,26 @@ def inspect(artifact: Path, verify: bool, as_json: bool, html: Path | None, over
 
 
 @main.command(context_settings=SETTINGS)
+@click.argument("what", type=click.Choice(["live-avatar"]))
+@click.option("--out", type=FILE, default=Path("ckpt"), help="Folder for the folders of both repositories.")
+@click.option("--revision", multiple=True, metavar="REPO@COMMIT", help="Not as it is now; repeatable.")
+@click.option("--yes", is_flag=True, help="Agree to size and licences beforehand.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def fetch(what: str, out: Path, revision: tuple[str, ...], yes: bool, quiet: bool) -> None:
+    """Fetch the published files that convert reads, from the Hugging Face hub or from $HF_ENDPOINT.
+
+    Size and licences are said first. What is there already is checked, what was interrupted goes on. No other command
+    downloads.
+    """
+    from lowvram.commands.fetch import fetch_as_asked, next_step
+
+    folders = fetch_as_asked(what, out, revisions=revision, yes=yes, quiet=quiet)
+    for folder in folders:
+        click.echo(folder)
+    click.echo(f"next: {next_step(folders)}", err=True)
+
+
+@main.command(context_settings=SETTINGS)
 @infer_options
 def infer(**options: Any) -> None:
     """Make an avatar video from a portrait, a voice and a prompt.

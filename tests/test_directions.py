@@ -70,8 +70,8 @@ ROOMS = {
         "progress", "selftest",
     },
     "commands": {
-        "batch", "byte_sizes", "calibrate", "compare", "devices", "infer", "media", "offload", "outputs", "parallel",
-        "pipeline", "planning", "request", "selftest", "serve", "simulate",
+        "batch", "byte_sizes", "calibrate", "compare", "devices", "fetch", "infer", "media", "offload", "outputs",
+        "parallel", "pipeline", "planning", "request", "selftest", "serve", "simulate",
     },
     "selftest": {
         "demo", "denoise", "devices", "encode", "loading", "offload", "parallel", "pipeline", "planning", "request",
@@ -83,6 +83,7 @@ ROOMS = {
     },
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
+    "fetch": {"byte_sizes"},
     "batch": {"infer", "outputs", "pipeline", "request"},
     "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder"},
     "memory_log": {"offload", "pages", "runtime"},
