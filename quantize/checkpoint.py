@@ -169,27 +169,30 @@ class Checkpoint:
         return self._held
 
 
-def hugging_face_snapshot(folder: Path) -> Path:
-    """The files behind a Hugging Face cache: ``models--org--name/snapshots/<revision>`` by ``refs/main``, also from the
-    cache's root where one model's name has S2V in it. Any other folder comes back as it is.
+def hugging_face_snapshot(folder: Path, model: str = "s2v") -> Path:
+    """The files behind a Hugging Face cache: ``models--org--name/snapshots/<revision>`` by ``refs/main``, also from its
+    ``snapshots``, and from the cache's root where one model's name has ``model`` in it, whatever the case and without
+    dashes. Any other folder comes back as it is.
 
     Raises:
         CheckpointError: a cache without a snapshot, or with several and no ``refs/main``.
     """
+    if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+        folder = folder.parent
     if not (folder / "snapshots").is_dir():
         models = sorted(folder.glob("models--*")) or sorted(folder.glob("hub/models--*"))
-        own = [model for model in models if "s2v" in model.name.lower()]
+        own = [each for each in models if model in each.name.lower().replace("-", "")]
         if not models:
             return folder
         if len(own) != 1:
-            names = ", ".join(model.name for model in models[:4])
+            names = ", ".join(each.name for each in models[:4])
             raise CheckpointError(
                 f"{folder} is a Hugging Face cache of {len(models)} models ({names}); name one of them"
             )
         return hugging_face_snapshot(own[0]) if (own[0] / "snapshots").is_dir() else own[0]
     main = folder / "refs" / "main"
-    if main.is_file():
-        snapshot = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+    if main.is_file() and (revision := main.read_text(encoding="utf-8", errors="replace").strip()):
+        snapshot = folder / "snapshots" / revision
         if snapshot.is_dir():
             return snapshot
         raise CheckpointError(f"{main} names {snapshot.name}, which snapshots/ does not hold; fetch the model again")

@@ -179,7 +179,7 @@ def _matched(
 def _find(path: Path) -> tuple[Path, Adapter | None]:
     """The file of weights, in ``path`` where that is a folder, and PEFT's adapter_config.json beside it."""
     if path.is_dir():
-        folder = hugging_face_snapshot(path)
+        folder = hugging_face_snapshot(path, "liveavatar")
         files = sorted(p for p in folder.iterdir() if p.suffix in _FILES)
         named = [p for p in files if p.stem in ("adapter_model", "liveavatar", "pytorch_lora_weights")]
         chosen = named if len(named) == 1 else files

@@ -281,6 +281,25 @@ def test_folders_with_none_or_several_files(base, tmp_path):
     assert open_lora(LoraSource(path=folder), base).file == folder / "liveavatar.safetensors"
 
 
+@pytest.mark.parametrize("named_by", ["the model", "its snapshots", "a snapshot", "the hub", "the home", "no ref"])
+def test_a_hugging_face_cache(base, tmp_path, named_by):
+    model = tmp_path / "hf" / "hub" / "models--Quark-Vision--Live-Avatar"
+    file = model / "snapshots" / ("1" * 40) / "liveavatar.safetensors"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "hf" / "hub" / "models--Wan-AI--Wan2.2-S2V-14B" / "snapshots").mkdir(parents=True)
+    (model / "blobs").mkdir()
+    save_file(named(Q, AB), model / "blobs" / "a")
+    file.symlink_to(Path("..") / ".." / "blobs" / "a")
+    if named_by != "no ref":
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("1" * 40)
+    path = {
+        "the model": model, "its snapshots": model / "snapshots", "a snapshot": file.parent,
+        "the hub": tmp_path / "hf" / "hub", "the home": tmp_path / "hf", "no ref": model,
+    }[named_by]  # fmt: skip
+    assert open_lora(LoraSource(path=path), base).file == file
+
+
 @pytest.mark.parametrize(
     ("text", "path", "weight"),
     [

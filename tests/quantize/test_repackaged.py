@@ -141,6 +141,28 @@ def cache_without_a_ref(tiny, tmp_path: Path) -> dict:
     return {"ckpt_dir": hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "hub", main=False)}
 
 
+def cache_home(tiny, tmp_path: Path) -> dict:
+    hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "huggingface" / "hub")
+    return {"ckpt_dir": tmp_path / "huggingface"}
+
+
+def snapshots_of_a_cache(tiny, tmp_path: Path) -> dict:
+    """Of two, that which the ref names."""
+    model = hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "hub")
+    (model / "snapshots" / ("1" * 40)).mkdir()
+    return {"ckpt_dir": model / "snapshots"}
+
+
+def a_snapshot(tiny, tmp_path: Path) -> dict:
+    return {"ckpt_dir": hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "hub") / "snapshots" / ("0" * 40)}
+
+
+def cache_with_an_empty_ref(tiny, tmp_path: Path) -> dict:
+    model = hugging_face_cache(base_of(tiny.checkpoint), tmp_path / "hub")
+    (model / "refs" / "main").write_text("\n")
+    return {"ckpt_dir": model}
+
+
 def links_to_another_disk(tiny, tmp_path: Path) -> dict:
     """As people keep several programs' models together: a folder of links, the published one two levels down."""
     (tmp_path / "models").mkdir()
@@ -160,8 +182,8 @@ def gguf_of_bf16(tiny, tmp_path: Path) -> dict:
     "make",
     [
         named_one_by_one, found_by_what_they_hold, beside_the_published_folder, without_a_prefix, behind_module,
-        wrapped_encoders, all_in_one_file, cache_of_the_model, cache_root, cache_without_a_ref, links_to_another_disk,
-        gguf_of_bf16,
+        wrapped_encoders, all_in_one_file, cache_of_the_model, cache_root, cache_without_a_ref, cache_home,
+        snapshots_of_a_cache, a_snapshot, cache_with_an_empty_ref, links_to_another_disk, gguf_of_bf16,
     ],
     ids=lambda make: make.__name__,
 )  # fmt: skip

@@ -270,3 +270,20 @@ def test_a_place_that_cannot_be(hub, tmp_path):
     (tmp_path / "file").touch()
     one_line(fetch(tmp_path / "file"), 2, "--out")
     assert hub.asked == []
+
+
+def test_what_is_fetched_converts(hub, tiny, tmp_path):
+    """The tiny checkpoint from the hub, by the command that is said at the end."""
+    base = tiny.checkpoint / "Wan2.2-S2V-14B"
+    hub.repos[BASE] = {name: (base / name).read_bytes() for name in files_of(base)}
+    hub.repos[LORA] = {"liveavatar.safetensors": tiny.lora.read_bytes()}
+    done = fetch(tmp_path / "ckpt")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    words = line.removeprefix("next: lowvram ").split()
+    words[words.index("--out") + 1] = str(tmp_path / "made")
+    made = CliRunner().invoke(main, [*words, "--lora-alpha", "2.0"])
+    assert made.exit_code == 0, made.output
+    expected = tiny.artifact("int8")
+    for file in expected.glob("*.safetensors"):
+        assert (tmp_path / "made" / file.name).read_bytes() == file.read_bytes(), file.name
