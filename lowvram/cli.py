@@ -232,7 +232,7 @@ def join(segments: tuple[Path, ...], out: Path, unfinished: bool, overwrite: boo
 @main.command(context_settings=SETTINGS)
 @serve_options
 def serve(**options: Any) -> None:
-    """Stay, and make what is asked through an HTTP API, one video after the other.
+    """Stay, and make what is asked through a page or an HTTP API, one video after the other.
 
     Needs the extra: pip install 'lowvram[ui]'. Ctrl-C ends it; what waits then is made by the next one.
     """

@@ -1,8 +1,9 @@
-"""Command ``serve``: a process that stays, with a queue and an HTTP API."""
+"""Command ``serve``: a process that stays, with a queue, an HTTP API and a page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-queue", type=int, default=20, help="Jobs that wait, at most."),
         click.option("--max-upload", default="200MiB", help="Of a portrait, and of a voice, at most."),
         click.option("--max-seconds", type=float, default=600.0, help="Of a video, at most."),
+        click.option("--no-page", is_flag=True, help="The HTTP API alone."),
     ]
     return declared(options, machine_options(command))
 
@@ -54,6 +56,7 @@ def serve_as_asked(options: dict[str, Any]) -> None:
         from lowvram.serve.presets import presets_of
         from lowvram.serve.server import Address, serve
 
+        page = None if options["no_page"] else _page()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
@@ -75,4 +78,13 @@ def serve_as_asked(options: dict[str, Any]) -> None:
         address=address,
         limits=limits,
         say=click.echo,
+        page=page,
     )
+
+
+def _page() -> Any:
+    from lowvram.serve.page import mounted
+
+    if find_spec("gradio") is None:  # imported later, when the folder of its files is known
+        raise ModuleNotFoundError("no module gradio", name="gradio")
+    return mounted

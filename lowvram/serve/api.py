@@ -37,7 +37,7 @@ class Api:
 
     def __init__(self, queue: WorkQueue, presets: Callable[[], Presets]):
         self.queue, self.store, self.limits = queue, queue.store, queue.limits
-        self._presets = presets
+        self.presets_now = presets
         self.comparer = Comparer(queue.store)
         self._checking = anyio.CapacityLimiter(1)  # a portrait may take a GB for a moment
         self.listening = 0
@@ -149,7 +149,7 @@ class Api:
 
     def presets(self) -> dict[str, Any]:
         """Settings that fit the card that is here, light, balanced and best, with what its plan predicts."""
-        return self._presets().to_json()
+        return self.presets_now().to_json()
 
     async def compare(self, pair: Pair) -> Response:
         """Compare the videos of two finished jobs, `a` with the baseline `b`; answers where the page is."""
