@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup check-install demo test test-golden test-triton test-gpu bench bench-gpu lint typecheck format clean
+.PHONY: setup check-install demo test test-page test-golden test-triton test-gpu bench bench-gpu lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
+
+# The page of `lowvram serve` in a headless Chromium, on the demo's model; PAGE has options, as "--picture page.png".
+test-page: setup
+	test -d demo-out/artifact-int8 || $(BIN)/lowvram demo --out-dir demo-out
+	$(BIN)/python tests/browser/check_page.py $(PAGE)
 
 test-golden: setup
 	$(BIN)/python -m pytest -m golden tests

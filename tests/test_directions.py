@@ -78,8 +78,8 @@ ROOMS = {
         "schedule", "simulate",
     },
     "serve": {
-        "compare", "devices", "infer", "media", "memory_log", "outputs", "pages", "parallel", "pipeline", "planning",
-        "recorder", "request", "schedule",
+        "byte_sizes", "compare", "devices", "infer", "media", "memory_log", "outputs", "pages", "parallel",
+        "pipeline", "planning", "recorder", "request", "schedule",
     },
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},

@@ -69,7 +69,7 @@ def serve_as_asked(options: dict[str, Any]) -> None:
         seconds=options["max_seconds"],
     )
     address = Address(host=options["host"], port=options["port"], token=options["token"])
-    pipeline = open_pipeline(options)
+    pipeline = open_pipeline(options, resident=True)
     found: Presets = presets_of(pipeline)
     serve(
         options["folder"],

@@ -16,25 +16,16 @@ _EVERY_S = 1.0
 _SIZES = ["384*256", "512*320", "704*384", "720*400", "832*480", "1280*720"]
 
 
-class Portrait(gr.Image):
-    """A picture that is uploaded and handed on as it is: ``media`` reads it, and Pillow alone would refuse HEIC."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return None if payload is None else payload.path
-
-
 def build(api: Api, **options: Any) -> gr.Blocks:
     """The page; ``options`` are those of ``gradio.Blocks``."""
     actions = Actions(api)
-    with gr.Blocks(title="lowvram", analytics_enabled=False, **options) as page:
+    with gr.Blocks(title="lowvram", analytics_enabled=False, fill_width=True, **options) as page:
         shown, seen = gr.State(""), gr.State(("", ""))
         gr.HTML("<h1>lowvram</h1><p>A portrait that speaks.</p>", elem_id="lv-title")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=420):
+            with gr.Column(scale=5, min_width=360):
                 fields, make, cancel = _form(api)
-            with gr.Column(scale=6, min_width=480):
+            with gr.Column(scale=6, min_width=400):
                 player = gr.HTML(parts.player(None), elem_id="lv-player")
                 progress = gr.HTML(parts.progress(None, None), elem_id="lv-progress")
                 memory = gr.HTML(parts.memory([]), elem_id="lv-memory")
@@ -62,9 +53,13 @@ def _form(api: Api) -> tuple[dict[str, Any], Any, Any]:
     """What is to be made, in the order of ``FIELDS``, and the two buttons."""
     fields: dict[str, Any] = {}
     with gr.Row(equal_height=True):
-        fields["image"] = Portrait(
-            label="Portrait", type="filepath", sources=["upload", "clipboard"], height=230, elem_id="lv-image"
+        image: Any = gr.Image(
+            label="Portrait", type="filepath", sources=["upload", "clipboard"], height=220, elem_id="lv-image"
         )
+        # Handed on as it is: ``media`` reads more than Pillow alone, and refuses with a reason. No class of our own,
+        # beside whose file Gradio would write another.
+        image.preprocess = _as_it_is
+        fields["image"] = image
         fields["audio"] = gr.Audio(
             label="Voice", type="filepath", sources=["upload", "microphone"], editable=False, elem_id="lv-audio"
         )
@@ -99,7 +94,7 @@ def _more(fields: dict[str, Any]) -> None:
 
 
 def _history() -> tuple[Any, dict[str, Any], Any, Any, Any, Any]:
-    with gr.Column(scale=5, min_width=420):
+    with gr.Column(scale=5, min_width=360):
         chosen = gr.Dropdown([], label="Video", elem_id="lv-chosen")
         with gr.Row():
             buttons = {
@@ -107,7 +102,7 @@ def _history() -> tuple[Any, dict[str, Any], Any, Any, Any, Any]:
                 "take": gr.Button("Take up settings", size="sm", elem_id="lv-take"),
                 "delete": gr.Button("Delete", size="sm", elem_id="lv-delete"),
             }
-    with gr.Column(scale=6, min_width=480):
+    with gr.Column(scale=6, min_width=400):
         with gr.Row():
             a = gr.Dropdown([], label="Compare", elem_id="lv-a")
             b = gr.Dropdown([], label="with the baseline", elem_id="lv-b")
@@ -115,3 +110,8 @@ def _history() -> tuple[Any, dict[str, Any], Any, Any, Any, Any]:
             compare = gr.Button("Compare", size="sm", elem_id="lv-compare")
             link = gr.HTML("", elem_id="lv-compared")
     return chosen, buttons, compare, a, b, link
+
+
+def _as_it_is(payload: Any) -> Any:
+    """The path of what was uploaded, None where nothing was."""
+    return None if payload is None else payload.path

@@ -14,7 +14,9 @@ from lowvram.serve.jobs import OPEN_STATES, QUEUED, RUNNING, Job
 from lowvram.serve.presets import Preset, Presets
 
 _SHOWN = 30
-_ENDED = "if(!this.dataset.whole){this.dataset.whole=1;this.autoplay=false;this.src=this.src.split('?')[0]+'?whole'}"
+_BEGINS = "if(!this.dataset.begun){this.dataset.begun=1;this.play().catch(()=>{})}"
+"""With the first frames: a browser itself waits until it thinks that it will come to the end without a pause."""
+_ENDED = "if(!this.dataset.whole){this.dataset.whole=1;this.src=this.src.split('?')[0]+'?whole'}"
 """Behind the end of a video that was shown as it was made the finished one takes its place: it can be wound."""
 
 
@@ -29,7 +31,7 @@ def player(job: Job | None) -> str:
     if not job.progress.frames:
         return _stage(f"No video: {job.reason or job.state}.")
     place = f"/api/jobs/{job.id}/video"
-    playing = f'autoplay onended="{_ENDED}"' if job.state in OPEN_STATES else 'data-whole="1"'
+    playing = f'oncanplay="{_BEGINS}" onended="{_ENDED}"' if job.state in OPEN_STATES else 'data-whole="1"'
     return f'<div class="lv-stage"><video id="lv-video" controls playsinline {playing} src="{place}"></video></div>'
 
 

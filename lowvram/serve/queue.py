@@ -108,7 +108,7 @@ class WorkQueue:
         """How many are made before a queued one; None of another."""
         if job.state != QUEUED:
             return None
-        running = sum(other.state == RUNNING for other in self.store.jobs())
+        running = sum(other.state == RUNNING and other.id != job.id for other in self.store.jobs())
         return running + sum(other.created < job.created for other in self.store.waiting())
 
     def _work(self) -> None:

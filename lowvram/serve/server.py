@@ -73,6 +73,8 @@ class _Server(uvicorn.Server):
         """Not uvicorn's own, which raises the signal again behind its end: SIGTERM would end the process before the
         job under way has."""
         self._stop()
+        # Pages that are open wait for events; that they are ended is nothing to be told of.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = self.should_exit
         self.should_exit = True
 

@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(model: Path, folder: Path) -> Iterator[Served]:
-    there = Served(model, folder)
+    there = Served(model, folder, "--no-page")
     yield there
     if there.process.poll() is None:
         there.end()
@@ -120,6 +120,9 @@ def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, model: 
 
     second = Served(model, folder)
     try:
+        page = second.client.get("/")
+        assert "window.gradio_config" in page.text
+        assert "default-src 'self'" in page.headers["content-security-policy"]
         states = {job["id"]: job["state"] for job in second.client.get("/api/jobs").json()}
         assert states[first["id"]] == DONE
         assert states[running["id"]] == states[waiting["id"]] == CANCELLED
