@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ _PART_LENGTH = 48
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """An entry of a list: which one, from 1 on, what it is called, what is to be made and where. ``wrong`` says why it
-    cannot be, "" where it can; ``drawn``: any seed will do."""
+    cannot be, "" where it can; ``drawn``: any seed will do; ``named``: the list says what it is called."""
 
     place: int
     name: str
@@ -34,6 +35,7 @@ class Job:
     video: Path | None = None
     wrong: str = ""
     drawn: bool = False
+    named: bool = False
 
     @property
     def report(self) -> Path:
@@ -58,14 +60,58 @@ def name_of(request: Request, given: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", words).strip("._") or "job"
 
 
-def apart(names: Iterable[str]) -> list[str]:
-    """The same names, numbered from the second of those that are alike: apart on disks that fold case, too."""
-    taken: dict[str, int] = {}
-    made = []
-    for name in names:
-        count = taken[name.casefold()] = taken.get(name.casefold(), 0) + 1
-        made.append(name if count == 1 else f"{name}-{count}")
-    return made
+def give_places(jobs: Sequence[Job], folder: Path, beside: dict[str, Any]) -> list[Job]:
+    """The same jobs, each with a place in ``folder`` where it has none yet: by its name where the list says one, by
+    what lies there where that is its own video, and else by a name that no other has. So a list may be mended, or get
+    longer, and what is made of it stays where it is."""
+    placed = {job.place: job for job in jobs}
+    used = {job.video.stem.casefold() for job in jobs if job.video is not None}
+    waiting = [job for job in jobs if job.request is not None and job.video is None]
+
+    def put(job: Job, name: str) -> None:
+        used.add(name.casefold())
+        placed[job.place] = dataclasses.replace(job, name=name, video=folder / f"{name}.mp4")
+
+    for job in (each for each in waiting if each.named):
+        put(job, _free(job.name, used))
+    loose = [job for job in waiting if not job.named]
+    if loose:
+        made = _made(folder)
+        for job in loose:
+            own = (name for name in made.get(_known(job, beside), ()) if name.casefold() not in used)
+            if (name := next(own, None)) is not None:
+                put(job, name)
+        for job in loose:
+            if placed[job.place].video is None:
+                put(job, _free(job.name, used))
+    return [placed[job.place] for job in jobs]
+
+
+def _free(name: str, used: set[str]) -> str:
+    """The name, or numbered where another has it: apart on disks that fold case, too."""
+    numbered = (f"{name}-{count}" for count in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each.casefold() not in used)
+
+
+def _made(folder: Path) -> dict[str, list[str]]:
+    """Names of videos there by what they were made of, with the seed and without."""
+    found: dict[str, list[str]] = {}
+    for report in sorted(folder.glob("*.json")):
+        if report.name != "results.json" and isinstance(record := _report(report).get(KEY), dict):
+            for drawn in (False, True):
+                found.setdefault(_as_key(record, drawn), []).append(report.stem)
+    return found
+
+
+def _known(job: Job, beside: dict[str, Any]) -> str:
+    try:
+        return _as_key(record_of(job, beside), job.drawn)
+    except InputError:  # said when it is looked at
+        return ""
+
+
+def _as_key(record: dict[str, Any], drawn: bool) -> str:
+    return json.dumps(record | ({"base_seed": None} if drawn else {}), sort_keys=True)
 
 
 def settle_places(jobs: Sequence[Job], others: dict[str, Path]) -> list[Job]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lowvram.batch.jobs import Job, apart, name_of, settle_places
+from lowvram.batch.jobs import Job, give_places, name_of, settle_places
 from lowvram.batch.lists import Listed, read_list
 from lowvram.batch.results import FILES, Results, unfinished
 from lowvram.batch.run import Batch
@@ -36,14 +36,14 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
     listed = read_list(path, frozenset(_KINDS))
     artifact = Artifact.open(options["model"])
     check_folder("--out-dir", folder, make=True)
-    jobs = _jobs(listed, options, folder)
+    beside = {"artifact_sha256": sha256_file(artifact.path / MANIFEST)} | {n: options[n] for n in ("dtype", "kv")}
+    jobs = give_places([_job(each, options, folder) for each in listed], folder, beside)
     others = {"the list": path, "--model": artifact.path, **{name: folder / name for name in FILES}}
     jobs = settle_places(jobs, others)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--out-dir {folder} cannot be made ({error.strerror}); name another") from error
-    beside = {"artifact_sha256": sha256_file(artifact.path / MANIFEST)} | {n: options[n] for n in ("dtype", "kv")}
     with writing(folder / FILES[0], "lowvram batch"):
         cut = unfinished(folder, overwrite=options["overwrite"])
         batch = Batch(jobs, folder, beside=beside, cut=cut, overwrite=options["overwrite"], quiet=options["quiet"])
@@ -57,18 +57,6 @@ def _one_list(jobs: Path | None, sample_list: Path | None) -> Path:
     if (path := jobs or sample_list) is None or (jobs is not None and sample_list is not None):
         raise ConfigError("batch is given no list of jobs, or two; expected one, as lowvram batch jobs.json")
     return path
-
-
-def _jobs(listed: list[Listed], options: dict[str, Any], folder: Path) -> list[Job]:
-    """Each with a request, or with what is wrong."""
-    made = [_job(each, options, folder) for each in listed]
-    names = iter(apart(job.name for job in made))
-    return [_placed(job, next(names), folder) for job in made]
-
-
-def _placed(job: Job, name: str, folder: Path) -> Job:
-    video = job.video or (None if job.request is None else folder / f"{name}.mp4")
-    return Job(place=job.place, name=name, request=job.request, video=video, wrong=job.wrong, drawn=job.drawn)
 
 
 def _job(listed: Listed, options: dict[str, Any], folder: Path) -> Job:
@@ -94,6 +82,7 @@ def _job(listed: Listed, options: dict[str, Any], folder: Path) -> Job:
         request=request,
         video=None if out is None else folder / out,
         drawn=asked["base_seed"] == DRAWN,
+        named=bool(listed.name),
     )
 
 

@@ -251,11 +251,34 @@ def test_inputs_that_change_under_their_name_and_those_that_move(tiny, files, tm
     assert "another image" in results(out)[0]["reason"]
 
 
+def test_a_list_that_is_mended_and_grows(tiny, files, tmp_path, made):
+    """Jobs without names: what is made stays where it is, wherever its job stands now."""
+    out, jobs = tmp_path / "out", [job(files, seed=seed) for seed in range(4)]
+    jobs[1]["image"] = "gone.png"
+    assert batch(tiny, write_list(tmp_path, jobs), out).exit_code == 1
+    assert made == ["a_a.mp4", "a_a-2.mp4", "a_a-3.mp4"]
+    before = {each["video"]: each["place"] for each in results(out) if each["state"] == "made"}
+    jobs[1]["image"] = str(files / "a.png")
+    mended = [job(files, seed=9), *reversed(jobs)]
+    done = batch(tiny, write_list(tmp_path, mended), out)
+    assert done.exit_code == 0, done.output
+    assert states(out) == ["made", "there", "there", "made", "there"]
+    assert made[3:] == ["a_a-4.mp4", "a_a-5.mp4"]
+    assert {each["video"] for each in results(out) if each["state"] == "there"} == set(before)
+    twice = batch(tiny, write_list(tmp_path, [jobs[0], jobs[0]]), out)
+    assert twice.exit_code == 1  # the second would be a_a-2, where another is
+    assert states(out) == ["there", "changed"]
+
+
 def test_any_seed_will_do(tiny, files, tmp_path, made):
     path, out = write_list(tmp_path, {"one": job(files, seed=-1)}), tmp_path / "out"
     assert batch(tiny, path, out).exit_code == 0
     assert batch(tiny, path, out).exit_code == 0
     assert len(made) == 1
+    path = write_list(tmp_path, [job(files, seed=-1), job(files, seed=-1)])
+    for _ in range(2):  # of two, both are made, and known again
+        assert batch(tiny, path, out).exit_code == 0
+    assert made == ["one.mp4", "a_a.mp4"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other", "no report"])
