@@ -191,7 +191,7 @@ def infer(**options: Any) -> None:
     """
     from lowvram.commands.infer import infer_as_asked
 
-    if (video := infer_as_asked(options, click.get_current_context().meta["arguments"])) is not None:
+    for video in infer_as_asked(options, click.get_current_context().meta["arguments"]):
         click.echo(video)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,7 @@ from lowvram.schedule import Block
 from lowvram_models.constants import DROPPED_FIRST_FRAMES, PRIMING_LATENTS
 
 if TYPE_CHECKING:
-    from lowvram_models.vae import StreamingDecoder
+    from lowvram_models.vae import DecoderState, StreamingDecoder
 
 Tensor = torch.Tensor
 
@@ -85,6 +85,17 @@ class DecoderBackup:
         return slot
 
 
+def _restored(fresh: DecoderState, kept: Mapping[str, Tensor], device: torch.device) -> DecoderState:
+    slots: list[Tensor | str | None] = [None] * len(fresh.slots)
+    for name, tensor in kept.items():
+        index, _, kind = name.partition(".")
+        if kind:
+            there = tensor.to(device)
+            word = kind.removeprefix("word.")
+            slots[int(index)] = {"plain": there, "last": there.movedim(-1, 1)}.get(kind, word)
+    return dataclasses.replace(fresh, slots=slots, num_latents=int(kept["latents"]))
+
+
 def _bytes_of(slot: Tensor) -> Tensor:
     return slot.view(-1).view(torch.uint8)
 
@@ -96,10 +107,17 @@ def _wait_for_copies(engine: Engine, moments: list[Moment]) -> None:
 
 
 class BlockDecoder:
-    """Primed with the motion latents [C, 19, h, w]. ``degrade`` moves what else is on the device, if any."""
+    """Primed with the motion latents [C, 19, h, w], or gone on with from a ``state``. ``degrade`` moves what else is on
+    the device, if any."""
 
-    def __init__(self, run: Run, motion_CFhw: Tensor, degrade: Callable[[Rung], None] | None):
-        self._run, self._runtime, self._degrade_others = run, run.runtime, degrade
+    def __init__(
+        self,
+        run: Run,
+        motion_CFhw: Tensor,
+        degrade: Callable[[Rung], None] | None,
+        state: Mapping[str, Tensor] | None = None,
+    ):
+        self._run, self._runtime, self._degrade_others, self._state = run, run.runtime, degrade, state
         for attempt in run.ladder.attempts("decode", degrade):
             with attempt:
                 self._decoder = self._start(motion_CFhw)
@@ -112,8 +130,25 @@ class BlockDecoder:
             load = load_decoder if self._run.rung.placement.wide_vae else load_vae
             found = load(runtime.artifact, runtime.device, runtime.dtype).start_decoder()
             found.strips = self._run.rung.vae_tiles
-            found.prime(motion_CFhw[:, :PRIMING_LATENTS])
+            if self._state is None:
+                found.prime(motion_CFhw[:, :PRIMING_LATENTS])
+            else:
+                found.state = _restored(found.state, self._state, runtime.device)
             return found
+
+    def state(self) -> dict[str, Tensor]:
+        """The decoder's cache as it is now, to go on from: how many latents it has seen, and each slot under its number
+        and how it lies. What a slot says in place of a tensor stands in its name."""
+        state = self._decoder.state
+        kept = {"latents": torch.tensor(state.num_latents)}
+        for index, slot in enumerate(state.slots):
+            if isinstance(slot, str):
+                kept[f"{index}.word.{slot}"] = torch.empty(0)
+            elif slot is not None and slot.is_contiguous():
+                kept[f"{index}.plain"] = slot
+            elif slot is not None:  # channels last
+                kept[f"{index}.last"] = slot.movedim(1, -1).contiguous()
+        return kept
 
     def decode(self, block: Block, latent_CFhw: Tensor) -> tuple[Tensor, np.ndarray]:
         """A block's frames, [3, F, H, W] in [-1, 1], and the same as uint8 [F, H, W, 3]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import platform
@@ -25,6 +26,7 @@ from lowvram.outputs import Outputs, check_file
 from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
+from lowvram.segments.files import SegmentFiles, finished_segments
 from lowvram_kernels import choices
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError, OutputError
 from lowvram_models.constants import FPS
@@ -90,6 +92,10 @@ def infer(
         with _kept(artifact), _memory_log(pipeline, outputs):
             return _serve(pipeline, request, outputs)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
+    if outputs.segment_minutes is not None and pipeline.runtime.memory.allow_quality_loss:
+        raise ConfigError(
+            "--allow-quality-loss may begin a video again, and --segment-minutes goes on with it; leave one out"
+        )
     with outputs.claimed(), _kept(artifact), _memory_log(pipeline, outputs):
         return _infer(pipeline, request, outputs, quiet, watching, noted or {})
 
@@ -179,18 +185,42 @@ def _make(
     inputs = read_inputs(request)
     recorder = (watching.recorder or (TensorRecorder if outputs.dump_tensors else Recorder))()
     height, width = inputs.portrait.shape[1:]
+    video, sound, segments, take = real(outputs.video), inputs.sound or request.audio, None, None
+    if outputs.segment_minutes is not None:
+        of_all = take_of(pipeline, request)
+        if outputs.resume and (there := finished_segments(video, of_all)):
+            log.warning("the take is finished: nothing is left to be made of it")
+            return recorder, inputs.facts | {"segments": [str(path) for path in there]}
+        segments = SegmentFiles(
+            video, of_all, height=height, width=width, sound=sound, resume=outputs.resume, overwrite=outputs.overwrite
+        )
+        take = segments.take(outputs.segment_minutes)
     with (
-        VideoWriter(real(outputs.video), height, width, FPS, audio_path=inputs.sound or request.audio) as writer,
+        segments or VideoWriter(video, height, width, FPS, audio_path=sound) as writer,
         RunProgress(pipeline.runtime.device, enabled=not quiet) as progress,
-        contextlib.closing(pipeline.stream(inputs, recorder=recorder, begun=watching.begun)) as stream,
+        contextlib.closing(pipeline.stream(inputs, recorder=recorder, begun=watching.begun, take=take)) as stream,
     ):
         for frames in stream:
             with pipeline.runtime.stages.stage("write_video"):
                 writer.write(frames)
+                if segments is not None and (coming := recorder.blocks[-1].block + 1) in pipeline.cuts:
+                    segments.cut(coming, pipeline.state())
             progress.update(recorder)
             if watching.written is not None:
                 watching.written(recorder)
-    return recorder, inputs.facts | {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
+    written = {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
+    if segments is not None and take is not None:
+        written |= {"segments": [str(path) for path in segments.paths], "resumed_at_block": take.next_block or None}
+    return recorder, inputs.facts | written
+
+
+def take_of(pipeline: AvatarPipeline, request: Request) -> str:
+    """What a take is called: a checksum of all that its frames and its sound come from."""
+    runtime = pipeline.runtime
+    settings = dataclasses.asdict(request) | {"image": None, "audio": None}
+    files = [sha256_file(path) for path in (runtime.artifact.path / MANIFEST, request.image, request.audio)]
+    said = json.dumps([settings, files, str(runtime.dtype), runtime.memory.kv], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
 def make_report(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lowvram_kernels.errors import InputError, OutputError
+from lowvram_kernels.errors import ConfigError, InputError, OutputError
 from lowvram_quantize.claims import writing
 from lowvram_quantize.places import nearest_folder, real, same, takes_files, takes_name, within
 
@@ -20,7 +21,12 @@ log = logging.getLogger(__name__)
 class Outputs:
     """Where a run writes: the video, and on demand all tensors, a report, and memory over time. ``overwrite``: what is
     there may go; ``make_folder``: the folder of the video is made where it is not there; ``folder_option``: the option
-    that named the folder of all of them, where their own were not given."""
+    that named the folder of all of them, where their own were not given. With ``segment_minutes`` the video comes in
+    segments of about so many minutes, called like it; ``resume`` goes on where another run of the same take was.
+
+    Raises:
+        ConfigError: ``segment_minutes`` is not above 0, or ``resume`` without it.
+    """
 
     video: Path
     dump_tensors: Path | None = None
@@ -29,6 +35,15 @@ class Outputs:
     overwrite: bool = False
     make_folder: bool = False
     folder_option: str = ""
+    segment_minutes: float | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        minutes = self.segment_minutes
+        if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+            raise ConfigError(f"--segment-minutes is {minutes:g}; expected more than 0, or none for a single file")
+        if self.resume and minutes is None:
+            raise ConfigError("--resume goes on with a video in segments; give --segment-minutes as before")
 
     @classmethod
     def in_folder(cls, folder: Path, name: str, option: str, *, overwrite: bool) -> Outputs:
@@ -78,7 +93,7 @@ class Outputs:
         check_apart({**self.named, **self.unfinished}, inputs or {})
         for option, path in self.named.items():
             to_make = self.make_folder and path == self.video
-            _check_place(option, real(path), overwrite=self.overwrite, make_folder=to_make)
+            _check_place(option, real(path), overwrite=self.overwrite or self.resume, make_folder=to_make)
 
     @contextlib.contextmanager
     def claimed(self, command: str = "lowvram infer") -> Iterator[None]:

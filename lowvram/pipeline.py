@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from lowvram.decode import BlockDecoder, to_pixels
-from lowvram.denoise.denoiser import Denoiser
+from lowvram.denoise.denoiser import Denoiser, Resumed
 from lowvram.denoise.rollout import Rollout
 from lowvram.devices import choose_device, computing_on, each_within
 from lowvram.encode.conditions import Conditions, encode_inputs
@@ -26,21 +27,56 @@ from lowvram.encode.voice import listening
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import LatentSize, SingleRank, Team
+from lowvram.parallel.team import Chain, LatentSize, SingleRank, Team
 from lowvram.planning.decide import Decision, decide, staying_bytes
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import Inputs, Request, read_inputs
 from lowvram.runtime import Run, Runtime, memory_report
-from lowvram.schedule import Block, Denoised, Extent
+from lowvram.schedule import Block, Denoised, Extent, block_at
+from lowvram.segments.take import Take
 from lowvram_kernels.errors import ConfigError
-from lowvram_models.constants import DROPPED_FIRST_FRAMES
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 Begun = Callable[[Rollout, int], None]
 plan_log = logging.getLogger("lowvram.plan")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What makes one video: ``denoiser`` and ``chain`` where this rank denoises, ``decoder`` where it decodes. Behind
+    what is done with them, what they hold is for a next video; also where nobody wants more of this one."""
+
+    denoiser: Denoiser | None = None
+    chain: Chain | None = None
+    decoder: BlockDecoder | None = None
+
+    def denoises(self) -> Denoiser:
+        if self.denoiser is None:
+            raise RuntimeError("nothing is denoised on this rank; expected one that denoises")
+        return self.denoiser
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """See ``AvatarPipeline.state``."""
+        if self.chain is None or self.decoder is None:
+            raise RuntimeError("a part of the video is made on other ranks; expected one rank")
+        yield "start", {"reference": self.chain.reference()}
+        yield "decoder", self.decoder.state()
+        yield from self.denoises().rollout.state()
+
+    def __enter__(self) -> None:
+        """Nothing is to be begun."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, GeneratorExit):
+            for part in (self.decoder, self.denoiser):
+                if part is not None:
+                    part.end()
 
 
 class AvatarPipeline:
@@ -63,6 +99,9 @@ class AvatarPipeline:
         self._machines = machines
         self._latest: Run | None = None
         self._decided: tuple[Workload, Decision] | None = None
+        self._parts: Parts | None = None
+        self.cuts: frozenset[int] = frozenset()
+        """Numbers of the blocks that segments of the latest take begin with, but for the first one's."""
         if self.runtime.kept is not None and (ranks := self.team.layout.world_size) > 1:
             raise ConfigError(f"weights are to stay for the next video, and {ranks} ranks share the work; expected one")
 
@@ -103,20 +142,37 @@ class AvatarPipeline:
         return cls(Artifact.open(Path(path), verify=verify), where, dtype, memory=memory, team=team, machines=machines)
 
     def stream(
-        self, request: Request | Inputs, *, recorder: Recorder | None = None, begun: Begun | None = None
+        self,
+        request: Request | Inputs,
+        *,
+        recorder: Recorder | None = None,
+        begun: Begun | None = None,
+        take: Take | None = None,
     ) -> Generator[np.ndarray, None, None]:
         """Yield the video's frames, uint8 [k, H, W, 3], one block at a time as soon as it is decoded.
 
         All frames of all clips come; the last clip may go on behind the end of the audio, and ``Inputs.voice_frames``
         says how many are needed. Of several ranks, this is for the one that reads and writes; ``serve`` is for the
         others. The current CUDA device and PyTorch's switches for float32 are the caller's own between two blocks.
-        ``begun``, for a pipeline of one rank, is as of ``denoise``.
+        ``begun``, for a pipeline of one rank, is as of ``denoise``. Of a ``take``, also of one rank, ``state`` can be
+        asked for when a segment's last block was yielded; the frames are those of a video that is not cut.
 
         Raises:
-            ConfigError: ``begun`` is given, and there are other ranks.
+            ConfigError: ``begun`` or ``take`` is given, and there are other ranks.
         """
-        self._check_alone(begun)
-        return each_within(self._computing, self._stream(request, recorder or Recorder(), begun))
+        self._check_alone(begun, take)
+        return each_within(self._computing, self._stream(request, recorder or Recorder(), begun, take))
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What the take goes on from behind the last block that ``stream`` has yielded, with which a segment ends:
+        parts by name, to be read before the next block is asked for. They are large: one after the other.
+
+        Raises:
+            RuntimeError: nothing is being made, or blocks are under way.
+        """
+        if self._parts is None:
+            raise RuntimeError("nothing is being made; expected a take whose segment has just ended")
+        return self._parts.state()
 
     def denoise(
         self, request: Request | Inputs, begun: Begun, *, recorder: Recorder | None = None
@@ -134,9 +190,11 @@ class AvatarPipeline:
         """Do the part of a rank that neither reads nor writes; yields each block that has taken its steps here."""
         return each_within(self._computing, self._serve(request))
 
-    def _check_alone(self, begun: Begun | None) -> None:
-        if begun is not None and (ranks := self.team.layout.world_size) > 1:
-            raise ConfigError(f"single steps are to be seen of {ranks} ranks, each of which has a part; expected one")
+    def _check_alone(self, begun: Begun | None, take: Take | None = None) -> None:
+        ranks = self.team.layout.world_size
+        for given, what in ((begun, "single steps are to be seen"), (take, "segments are to be made")):
+            if given is not None and ranks > 1:
+                raise ConfigError(f"{what} of {ranks} ranks, each of which has a part; expected one")
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return computing_on(self.runtime.device)
@@ -159,22 +217,28 @@ class AvatarPipeline:
                 self.let_go()
             raise
 
-    def _stream(self, request: Request | Inputs, recorder: Recorder, begun: Begun | None) -> Iterator[np.ndarray]:
+    def _stream(
+        self, request: Request | Inputs, recorder: Recorder, begun: Begun | None, take: Take | None
+    ) -> Iterator[np.ndarray]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
         with self._keeping():
-            run, conditions = self._conditions(inputs, recorder)
-            with listening(conditions.audio):
-                shared = self.team.share_conditions(conditions)
-                yield from self._frames(run, inputs, shared, recorder, begun)
+            run, conditions = self._conditions(inputs, recorder, take)
+            try:
+                with listening(conditions.audio):
+                    shared = self.team.share_conditions(conditions)
+                    yield from self._frames(run, inputs, shared, recorder, begun, take)
+            finally:
+                self._parts = None
 
-    def _conditions(self, inputs: Inputs, recorder: Recorder) -> tuple[Run, Conditions]:
+    def _conditions(self, inputs: Inputs, recorder: Recorder, take: Take | None = None) -> tuple[Run, Conditions]:
         self.team.share("latent_size", inputs.latent_size)
         self.team.share("voice_on_host", inputs.voice_on_host)
         run = self._begin(inputs.request, inputs.latent_size, voice_on_host=inputs.voice_on_host)
         if self.runtime.kept is not None:
             self.runtime.kept.hold(self.runtime.artifact, apart=self.runtime.engine.apart)
         with self.team.doing("encoding portrait, voice and prompt", "encode"):
-            return run, encode_inputs(run, inputs, recorder)
+            block = block_at(0 if take is None else take.next_block, inputs.request.infer_frames)
+            return run, encode_inputs(run, inputs, recorder, first_frame=block.first_frame * FRAMES_PER_LATENT)
 
     def _denoise(self, request: Request | Inputs, begun: Begun, recorder: Recorder) -> Iterator[tuple[Block, Tensor]]:
         inputs = read_inputs(request) if isinstance(request, Request) else request
@@ -182,25 +246,39 @@ class AvatarPipeline:
             size, (run, conditions) = inputs.latent_size, self._conditions(inputs, recorder)
             with listening(conditions.audio):
                 extent = _extent(inputs.request, conditions)
-                denoiser = self._denoiser(run, inputs.request, size, conditions)
-                begun(denoiser.rollout, extent.count)
-                with _ended(denoiser):
-                    for block, latent, _ in self._denoised(extent, size, denoiser):
+                parts = self._made_by(run, inputs.request, size, conditions)
+                begun(parts.denoises().rollout, extent.count)
+                with parts:
+                    for block, latent, _ in self._denoised(extent, size, parts):
                         yield block, latent
 
     def _frames(
-        self, run: Run, inputs: Inputs, conditions: Conditions, recorder: Recorder, begun: Begun | None
+        self,
+        run: Run,
+        inputs: Inputs,
+        conditions: Conditions,
+        recorder: Recorder,
+        begun: Begun | None,
+        take: Take | None,
     ) -> Iterator[np.ndarray]:
         request, size = inputs.request, inputs.latent_size
         extent = _extent(request, conditions)
-        denoiser = self._denoiser(run, request, size, conditions) if self.team.role.denoises else None
-        if denoiser and begun is not None:
-            begun(denoiser.rollout, extent.count)
-        decoder = BlockDecoder(run, conditions.motion, denoiser.degrade if denoiser else None)
-        recorder.started(conditions.audio.num_frames - DROPPED_FIRST_FRAMES)
+        self.cuts = _cuts(take, extent, inputs)
+        first, state = (0, None) if take is None else (take.next_block, take.state)
+        parts = self._made_by(
+            run, request, size, conditions, None if state is None else (next(extent.blocks(first)), state)
+        )
+        if begun is not None:
+            begun(parts.denoises().rollout, extent.count)
+        degrade = parts.denoiser.degrade if parts.denoiser else None
+        decoder = BlockDecoder(run, conditions.motion, degrade, state("decoder") if state else None)
+        self._parts = parts = dataclasses.replace(parts, decoder=decoder)
+        recorder.started(
+            conditions.audio.num_frames - DROPPED_FIRST_FRAMES, next(extent.blocks(first)).first_video_frame
+        )
         waiting: list[Denoised] = []
-        with _ended(decoder, *([denoiser] if denoiser else [])):
-            for denoised in self._denoised(extent, size, denoiser):
+        with parts:
+            for denoised in self._denoised(extent, size, parts, first):
                 recorder.latent(denoised.block, denoised.latent_CFhw)
                 waiting.append(denoised)
                 if run.rung.online_decode or denoised.block.last_of_clip:
@@ -214,8 +292,8 @@ class AvatarPipeline:
         run = self._begin(request, size, voice_on_host=voice_on_host)
         conditions = self.team.share_conditions(None)
         with listening(conditions.audio):
-            denoiser = self._denoiser(run, request, size, conditions)
-            for denoised in self._denoised(_extent(request, conditions), size, denoiser):
+            parts = self._made_by(run, request, size, conditions)
+            for denoised in self._denoised(_extent(request, conditions), size, parts):
                 yield denoised.block
 
     def _begin(self, request: Request, latent_size: LatentSize, *, voice_on_host: bool) -> Run:
@@ -278,15 +356,32 @@ class AvatarPipeline:
         stage = self.team.role.stage
         return range(0) if stage is None else self.team.layout.steps(stage, request.sample_steps)
 
-    def _denoiser(self, run: Run, request: Request, latent_size: LatentSize, conditions: Conditions) -> Denoiser:
-        return Denoiser(run, request, latent_size, conditions, self.team, self._steps(request))
+    def _made_by(
+        self,
+        run: Run,
+        request: Request,
+        latent_size: LatentSize,
+        conditions: Conditions,
+        resumed: Resumed | None = None,
+    ) -> Parts:
+        """Without a decoder."""
+        if not self.team.role.denoises:
+            return Parts()
+        reference = None if resumed is None else resumed[1]("start")["reference"]
+        chain = self.team.chain(
+            _extent(request, conditions).blocks(),
+            latent_size,
+            clips=_extent(request, conditions).clips_begun,
+            reference=reference,
+        )
+        denoiser = Denoiser(run, request, latent_size, conditions, self.team, self._steps(request), resumed=resumed)
+        return Parts(denoiser=denoiser, chain=chain)
 
-    def _denoised(self, extent: Extent, latent_size: LatentSize, denoiser: Denoiser | None) -> Iterator[Denoised]:
-        """Each block: denoised here, or by other ranks."""
-        if denoiser is None:
+    def _denoised(self, extent: Extent, latent_size: LatentSize, parts: Parts, first: int = 0) -> Iterator[Denoised]:
+        """Each block from number ``first`` on: denoised here, or by other ranks."""
+        if parts.denoiser is None or parts.chain is None:
             return _waited(self.team.arriving(extent.blocks(), latent_size))
-        chain = self.team.chain(extent.blocks(), latent_size, clips=extent.clips_begun)
-        return denoiser.run(extent.blocks(), chain)
+        return parts.denoiser.run(extent.blocks(first), parts.chain, cuts=self.cuts)
 
     def _decode(self, decoder: BlockDecoder, waiting: list[Denoised], recorder: Recorder) -> Iterator[np.ndarray]:
         for block, latent, seconds in waiting:
@@ -321,17 +416,12 @@ class AvatarPipeline:
         return memory_report(self.runtime, self._latest)
 
 
-@contextlib.contextmanager
-def _ended(*parts: BlockDecoder | Denoiser) -> Iterator[None]:
-    """Let what was done be for a next video, also where nobody wants more of this one."""
-    try:
-        yield
-    except GeneratorExit:
-        for part in parts:
-            part.end()
-        raise
-    for part in parts:
-        part.end()
+def _cuts(take: Take | None, extent: Extent, inputs: Inputs) -> frozenset[int]:
+    if take is None:
+        return frozenset()
+    within_clips, needed = inputs.request.online_decode, inputs.voice_frames
+    cuts = extent.cuts(take.segment_frames, within_clips=within_clips, needed=needed)
+    return frozenset(block.index for block in cuts)
 
 
 def _waited(latents: Iterator[tuple[Block, Tensor]]) -> Iterator[Denoised]:

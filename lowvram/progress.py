@@ -87,12 +87,11 @@ class RunProgress(_Shown):
 
     def update(self, recorder: Recorder) -> None:
         last = recorder.blocks[-1]
-        done = sum(block.frames for block in recorder.blocks)
         seconds = last.denoise_s + last.decode_s
         self._progress.show(
             self._task,
             description=f"clip {last.clip + 1} block {last.block + 1}",
-            completed=done,
+            completed=recorder.frames,
             total=recorder.total_frames,
             speed=f"{last.frames / seconds:.2f} frames/s",
             memory=memory(self._device),

@@ -34,11 +34,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.blocks: list[BlockRecord] = []
-        self.total_frames = 0
+        self.total_frames = self.earlier_frames = 0
 
-    def started(self, total_frames: int) -> None:
-        """All conditions are encoded; ``total_frames`` video frames will come."""
-        self.total_frames = total_frames
+    @property
+    def frames(self) -> int:
+        """Of the video, that are there by now."""
+        return self.earlier_frames + sum(block.frames for block in self.blocks)
+
+    def started(self, total_frames: int, earlier_frames: int = 0) -> None:
+        """All conditions are encoded; the video has ``total_frames``, of which ``earlier_frames`` were made before."""
+        self.total_frames, self.earlier_frames = total_frames, earlier_frames
 
     def tensor(self, name: str, value: Tensor) -> None:
         """A condition: audio_emb, input_ids, context, ref_latents or motion_latents."""

@@ -6,15 +6,16 @@ Source: model-spec section 3. C latent channels, F latent frames, h x w latent s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from lowvram_kernels.errors import ConfigError
 from lowvram_kernels.rounding import round_up
-from lowvram_models.constants import FRAMES_PER_LATENT, MOTION_FRAMES, MOTION_LATENTS
+from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT, MOTION_FRAMES, MOTION_LATENTS
 
 Tensor = torch.Tensor
 
@@ -33,6 +34,17 @@ class Block:
     frames: int
     first_frame: int
     last_of_clip: bool
+
+    @property
+    def first_video_frame(self) -> int:
+        """Of those that are shown."""
+        return max(0, self.first_frame * FRAMES_PER_LATENT - DROPPED_FIRST_FRAMES)
+
+    @property
+    def sees_generated_reference(self) -> bool:
+        """Whether the sink was filled from the first frame that was generated before this block came; it is just before
+        the second clip's first block."""
+        return self.clip > 1 or (self.clip == 1 and self.slot > 0)
 
 
 class Denoised(NamedTuple):
@@ -98,9 +110,20 @@ class Extent:
         """Of all blocks."""
         return sum(1 for _ in self.blocks())
 
-    def blocks(self) -> Iterator[Block]:
-        """All blocks in order."""
-        return blocks_of(self.clips, self.frames_per_clip, tail=self.tail)
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """All blocks in order, from number ``first`` on."""
+        return itertools.islice(blocks_of(self.clips, self.frames_per_clip, tail=self.tail), first, None)
+
+    def cuts(self, segment_frames: int, *, within_clips: bool, needed: int) -> Iterator[Block]:
+        """Blocks that a new segment begins with, of a video cut into segments of at least ``segment_frames`` video
+        frames: always the same of the same video. The last frame that is ``needed`` is in the last segment.
+        ``within_clips``: a segment may end in the middle of a clip."""
+        begin = 0
+        for block in self.blocks():
+            first = block.first_video_frame
+            if first - begin >= segment_frames and first < needed and (within_clips or block.slot == 0):
+                begin = first
+                yield block
 
 
 def blocks_of(
@@ -124,6 +147,11 @@ def blocks_of(
             index += 1
 
 
+def block_at(index: int, infer_frames: int) -> Block:
+    """Block number ``index`` of a video that goes on for at least a clip behind it."""
+    return next(itertools.islice(blocks_of(index + 1, latent_frames_per_clip(infer_frames)), index, None))
+
+
 def clip_noise(base_seed: int, clip: int, shape_CFhw: tuple[int, int, int, int]) -> Tensor:
     """Noise of one clip from a CPU generator, so that a seed means the same video on any device."""
     return torch.randn(shape_CFhw, generator=torch.Generator("cpu").manual_seed(base_seed + clip))
@@ -144,8 +172,9 @@ class Tick:
         return block if step == steps - 1 else None
 
 
-def ticks(blocks: Iterable[Block], steps: int, wave: int) -> Iterator[Tick]:
-    """All steps of all blocks, with up to ``wave`` blocks under way.
+def ticks(blocks: Iterable[Block], steps: int, wave: int, *, cuts: Collection[int] = ()) -> Iterator[Tick]:
+    """All steps of all blocks, with up to ``wave`` blocks under way; those whose numbers are in ``cuts`` start when all
+    before them are finished.
 
     Step i of block b needs step i - 1 of block b, and what step i of block b - 1 left in its ring: so blocks can share
     a pass over the layers, each at least one step behind the one before it.
@@ -155,10 +184,10 @@ def ticks(blocks: Iterable[Block], steps: int, wave: int) -> Iterator[Tick]:
     """
     coming = deque(blocks)
     flight: deque[list] = deque()
-    refreshed = False
+    refreshed = bool(coming) and coming[0].sees_generated_reference
     while coming or flight:
         starts, refresh = None, False
-        if coming and _may_start(coming[0], flight, wave, refreshed):
+        if coming and _may_start(coming[0], flight, wave, refreshed=refreshed, cut=coming[0].index in cuts):
             starts = coming.popleft()
             refresh = starts.clip > 0 and not refreshed
             refreshed = refreshed or refresh
@@ -170,7 +199,7 @@ def ticks(blocks: Iterable[Block], steps: int, wave: int) -> Iterator[Tick]:
             flight.popleft()
 
 
-def _may_start(block: Block, flight: deque[list], wave: int, refreshed: bool) -> bool:
-    if block.clip > 0 and not refreshed:
+def _may_start(block: Block, flight: deque[list], wave: int, *, refreshed: bool, cut: bool) -> bool:
+    if cut or (block.clip > 0 and not refreshed):
         return not flight
     return len(flight) < wave

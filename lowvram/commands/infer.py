@@ -31,7 +31,7 @@ from lowvram.pipeline import AvatarPipeline
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.request import Request, read_inputs
 from lowvram.selftest.first_run import get_ready
-from lowvram_kernels.errors import LowvramError
+from lowvram_kernels.errors import ConfigError, LowvramError
 from lowvram_quantize.format import Artifact
 
 log = logging.getLogger("lowvram.plan")
@@ -110,8 +110,9 @@ class RankRun:
         self.outputs.check({"--image": self.request.image, "--audio": self.request.audio, "--model": self.model})
 
 
-def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | None:
-    """Make the video. Returns its path where this process wrote it; other ranks did where it is None.
+def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> list[Path]:
+    """Make the video. Returns its path, or those of its segments, where this process wrote it; none where other ranks
+    did.
 
     Args:
         options: all of ``infer``, by the names of their parameters.
@@ -128,22 +129,31 @@ def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> Path | 
         log.info("the prompt is what stands in %s", file)
     layout = ranks.layout(env, Artifact.open(options["model"]), request.sample_steps)
     if layout.world_size > 1:
+        if outputs.segment_minutes is not None:
+            raise ConfigError(
+                f"--segment-minutes is of one GPU, and {layout.world_size} ranks share the work; leave one of them out"
+            )
         several = _rank_run(options, request, outputs, ranks)
         return _as_ranks(several, env, layout, arguments)
     outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
-    infer(open_pipeline(options), request, outputs, quiet=options["quiet"])
-    return outputs.video
+    report = infer(open_pipeline(options), request, outputs, quiet=options["quiet"])
+    if outputs.segment_minutes is None:
+        return [outputs.video]
+    return [Path(path) for path in report["segments"]]
 
 
 def _outputs(options: dict[str, Any], request: Request) -> Outputs:
     outputs = Outputs(
         video=place_of_video(options["out"], options["save_dir"], request),
         make_folder=options["save_dir"] is not None,
-        **{name: options[name] for name in ("dump_tensors", "report", "memory_log", "overwrite")},
+        **{name: options[name] for name in _OUTPUTS},
     )
     if (file := prompt_file(options["prompt"])) is not None:
         outputs.check({"--prompt": file})
     return outputs
+
+
+_OUTPUTS = ("dump_tensors", "report", "memory_log", "overwrite", "segment_minutes", "resume")
 
 
 def _rank_run(options: dict[str, Any], request: Request, outputs: Outputs, ranks: RankOptions) -> RankRun:
@@ -157,15 +167,15 @@ def _rank_run(options: dict[str, Any], request: Request, outputs: Outputs, ranks
     )
 
 
-def _as_ranks(several: RankRun, env: RankEnv | None, layout: ParallelLayout, arguments: Sequence[str]) -> Path | None:
+def _as_ranks(several: RankRun, env: RankEnv | None, layout: ParallelLayout, arguments: Sequence[str]) -> list[Path]:
     if env is None:
         seed = ["--base_seed", str(several.request.base_seed)]  # one for all, also where it was drawn
         several.start(layout, [*arguments, *seed])
-        return None
+        return []
     if env.by_hand:
         log.info("this is rank %d of %d, and waits for the others%s", env.rank, env.world_size, env.hint)
     _log_as(f"rank {env.rank}: ")
-    return several.outputs.video if several.take_part(env, layout) else None
+    return [several.outputs.video] if several.take_part(env, layout) else []
 
 
 def _log_as(prefix: str) -> None:

@@ -237,6 +237,10 @@ def infer_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dump-tensors", type=FILE, help="Write conditions, latents and frames as safetensors."),
         click.option("--report", type=FILE, help="Write settings, timings, memory and kernels as JSON."),
         click.option("--memory-log", type=FILE, help="Write memory over time as CSV; lowvram report draws it."),
+        click.option(
+            "--segment-minutes", type=float, help="Write a long video in segments, each with a state to go on from."
+        ),
+        click.option("--resume", is_flag=True, help="Go on with such a video from its last state."),
         click.option("--overwrite", is_flag=True, help="Replace files of these names."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
     ]

@@ -47,8 +47,8 @@ class BlockRecorder(Recorder):
         self._folder, self._decoded = folder, 0
         self._conditions: dict[str, Tensor] = {}
 
-    def started(self, total_frames: int) -> None:
-        super().started(total_frames)
+    def started(self, total_frames: int, earlier_frames: int = 0) -> None:
+        super().started(total_frames, earlier_frames)
         _save(self._folder / CONDITIONS, self._conditions)
 
     def tensor(self, name: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -27,10 +27,13 @@ from lowvram_models.dit import CausalDiT
 from lowvram_quantize.format import Component
 
 Tensor = torch.Tensor
+Resumed = tuple[Block, Callable[[str], Mapping[str, Tensor]]]
+"""The block that comes next, and the parts, by their names, of the state to go on from."""
 
 
 class Denoiser:
-    """Runs ``steps`` of every block, for this rank's part of tokens and heads."""
+    """Runs ``steps`` of every block, for this rank's part of tokens and heads; ``resumed`` goes on where another one
+    was."""
 
     def __init__(
         self,
@@ -40,6 +43,8 @@ class Denoiser:
         conditions: Conditions,
         team: Team,
         steps: range,
+        *,
+        resumed: Resumed | None = None,
     ):
         self._run, self._runtime = run, run.runtime
         self._conditions, self._team, self.steps = conditions, team, steps
@@ -53,7 +58,12 @@ class Denoiser:
         for attempt in run.ladder.attempts("load_dit"):
             with attempt:
                 self.rollout = self._load()
-        self.fill_sink(conditions.reference)
+        if resumed is None:
+            self.fill_sink(conditions.reference)
+            return
+        block, state = resumed
+        reference = state("start")["reference"] if block.sees_generated_reference else conditions.reference
+        self.rollout.restore(state, (reference, conditions.motion))
 
     def _load(self) -> Rollout:
         runtime = self._runtime
@@ -131,10 +141,11 @@ class Denoiser:
         if self._runtime.kept is not None:
             self._runtime.engine.spare(self.rollout.rings.let_go())
 
-    def run(self, blocks: Iterable[Block], chain: Chain) -> Iterator[Denoised]:
-        """Yield each block when it has taken its last step here."""
+    def run(self, blocks: Iterable[Block], chain: Chain, *, cuts: Collection[int] = ()) -> Iterator[Denoised]:
+        """Yield each block when it has taken its last step here; of one that comes before one of ``cuts``, while no
+        other is under way."""
         seconds: dict[int, float] = {}  # of blocks that are under way, by their index
-        for tick in ticks(blocks, len(self.steps), self._run.rung.placement.wave):
+        for tick in ticks(blocks, len(self.steps), self._run.rung.placement.wave, cuts=cuts):
             begin = time.perf_counter()
             if tick.refresh:
                 # From the second clip on, the first frame that was generated stands for the portrait.

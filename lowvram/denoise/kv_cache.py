@@ -33,8 +33,8 @@ class Sink:
 
     def __init__(self, kind: KVFormat, layers: int, tokens: int, device: torch.device):
         self._kind, self.tokens = kind, tokens
-        blocks = torch.empty(layers, round_up(kind.nbytes(tokens), _ALIGNMENT), dtype=torch.uint8, device=device)
-        self._blocks = blocks.unbind(0)
+        self._all = torch.empty(layers, round_up(kind.nbytes(tokens), _ALIGNMENT), dtype=torch.uint8, device=device)
+        self._blocks = self._all.unbind(0)
         self.rotated: KVBlock | None = None
         """Where a layer's rotated keys stand while they are read; see ``keep_rotated``."""
 
@@ -44,6 +44,11 @@ class Sink:
     def keep_rotated(self) -> None:
         """From now on rotated keys stand at one address, as far as addresses matter: all layers take turns there."""
         self.rotated = self._kind.room_for_keys(self.block(0))
+
+    @property
+    def content(self) -> Tensor:
+        """All keys and values, uint8 [layers, bytes a layer], on the device; to be read, or copied to."""
+        return self._all
 
     def recorder(self, layer: int) -> SinkRecorder:
         return SinkRecorder(self, layer)
@@ -148,6 +153,12 @@ class Rings:
         for held in (self._host, self._device, self._written, self._cut):
             held.clear()
         return there
+
+    def content(self, cell: Cell) -> Tensor:
+        """All keys and values of a cell, uint8, where they lie: on the device or on the host; to be read, or copied to,
+        between two passes."""
+        self._engine.settle()
+        return self._host[cell] if cell in self._host else self._device[cell]
 
     def on_device(self, cell: Cell) -> bool:
         return cell in self._device

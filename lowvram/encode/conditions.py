@@ -62,9 +62,10 @@ def encode_audio(
     note: Callable[[Tensor], None],
     *,
     goes_on: bool = False,
+    first_frame: int = 0,
 ) -> Voice:
     """Speech (mono float32, 16 kHz) -> features of each video frame, float32. ``frames_of`` says how many frames are
-    made of so many clips of ``infer_frames`` as the voice has.
+    made of so many clips of ``infer_frames`` as the voice has. Those before ``first_frame`` are not asked for.
 
     Of a voice that is long (``WINDOWING``), or that ``goes_on`` behind the speech, only the first window is encoded
     here: the others are as the frames need them, on the host. ``note`` is shown the features of all clips, or of each
@@ -80,9 +81,13 @@ def encode_audio(
         return WholeVoice(fit_audio(features, frames_of(features.shape[-1] // infer_frames)))
     frames = frames_of(num_clips(count_features(model.config, len(speech)), infer_frames))
     voice = LongVoice(model.config, speech, frames, do_normalize=do_normalize, windowing=WINDOWING, goes_on=goes_on)
-    first = voice.encode(model, voice.windows[0], None)
-    pieces = BackgroundPieces(voice, first, lambda: load_audio_encoder(artifact, torch.device("cpu"))[0], note)
-    return VoiceInWindows([window.last for window in voice.windows], pieces)
+    index = next(index for index, window in enumerate(voice.windows) if first_frame < window.last)
+    before = voice.encode(model, voice.windows[index - 1], None)[1] if index else None
+    first = voice.encode(model, voice.windows[index], before)
+    pieces = BackgroundPieces(
+        voice, first, lambda: load_audio_encoder(artifact, torch.device("cpu"))[0], note, index=index
+    )
+    return VoiceInWindows([window.last for window in voice.windows], pieces, index=index)
 
 
 def fit_audio(features: Tensor, frames: int) -> Tensor:
@@ -97,8 +102,9 @@ def encode_image(vae: StreamingVAE, portrait_3HW: Tensor) -> tuple[Tensor, Tenso
     return vae.encode(portrait_3HW[:, None]), vae.encode_repeated(portrait_3HW)
 
 
-def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder) -> Conditions:
-    """What all blocks are denoised from; ``recorder`` sees every part of it.
+def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder, *, first_frame: int = 0) -> Conditions:
+    """What all blocks are denoised from; ``recorder`` sees every part of it. The voice is not asked for before
+    ``first_frame``, which counts those that are dropped.
 
     Raises:
         OutOfMemoryError: an encoder does not fit on the device, and may not run on the host instead.
@@ -113,7 +119,14 @@ def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder) -> Conditions:
         for where, attempt in ladder.devices("encode_audio", runtime.device):
             with attempt:
                 voice = encode_audio(
-                    artifact, inputs.speech, request.infer_frames, frames_of, where, note, goes_on=goes_on
+                    artifact,
+                    inputs.speech,
+                    request.infer_frames,
+                    frames_of,
+                    where,
+                    note,
+                    goes_on=goes_on,
+                    first_frame=first_frame,
                 )
     with runtime.stages.stage("encode_image"):
         for where, attempt in ladder.devices("encode_image", runtime.device):

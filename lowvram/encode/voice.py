@@ -75,13 +75,14 @@ class Pieces(Protocol):
 
 
 class VoiceInWindows:
-    """A long voice; ``ends`` says behind which video frame each window ends. Frames are asked for in order, and may
-    overlap with what was asked for last: no more than the windows of these frames are held."""
+    """A long voice; ``ends`` says behind which video frame each window ends, and ``index`` which window comes first.
+    Frames are asked for in order, and may overlap with what was asked for last: no more than the windows of these
+    frames are held."""
 
-    def __init__(self, ends: Sequence[int], pieces: Pieces):
+    def __init__(self, ends: Sequence[int], pieces: Pieces, index: int = 0):
         self.ends, self.pieces = list(ends), pieces
         self._held: list[tuple[int, Tensor]] = []
-        self._next = 0
+        self._next, self._first = index, self.ends[index - 1] if index else 0
 
     @property
     def num_frames(self) -> int:
@@ -108,7 +109,7 @@ class VoiceInWindows:
         return torch.cat(parts, dim=-1)
 
     def _begin(self) -> int:
-        return self._held[0][0] if self._held else 0
+        return self._held[0][0] if self._held else self._first
 
     def close(self) -> None:
         self._held.clear()
@@ -145,8 +146,9 @@ class _SendingFailed(Exception):
 
 
 class BackgroundPieces:
-    """The windows of ``voice``, of which the first is encoded already: ``first`` are its video frames' features and its
-    last feature. ``load`` gives the model for the others, on the host, and ``note`` sees each window's features.
+    """The windows of ``voice`` from ``index`` on, of which the first is encoded already: ``first`` are its video
+    frames' features and its last feature. ``load`` gives the model for the others, on the host, and ``note`` sees each
+    window's features.
 
     The thread starts when the first window is taken, or with ``send_to``, and encodes a window when the one before it
     is asked for.
@@ -158,12 +160,13 @@ class BackgroundPieces:
         first: tuple[Tensor, Tensor],
         load: Callable[[], Wav2Vec2Model],
         note: Callable[[Tensor], None] = lambda piece: None,
+        index: int = 0,
     ):
         self.voice, self._load, self._note = voice, load, note
         self.layers, self.dim = first[0].shape[1:3]
-        self._ready, self._before = {0: first[0]}, first[1]
+        self._first, self._ready, self._before = index, {index: first[0]}, first[1]
         self._to_send: Tensor | None = None
-        self._asked = -1
+        self._asked = index - 1
         self._stopped = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -177,8 +180,8 @@ class BackgroundPieces:
         """Also ``send`` every window, which returns when all others have taken it; ``taken_here`` says whether somebody
         here takes it too. ``failed`` hears, in the thread, what this rank fails with."""
         self._send, self._failed, self._taken_here = send, failed, taken_here
-        self._to_send = self._ready[0] if taken_here else self._ready.pop(0)
-        self._start(0)
+        self._to_send = self._ready[self._first] if taken_here else self._ready.pop(self._first)
+        self._start(self._first)
 
     def take(self, index: int) -> Tensor:
         """Features [1, layers, dim, n] of window ``index``, each once, in order; waits until it is encoded.
@@ -190,8 +193,8 @@ class BackgroundPieces:
         with self._changed:
             self._asked = index
             self._changed.notify_all()
-            if self._thread is None and len(self.voice.windows) > 1:
-                self._start(1)
+            if self._thread is None and len(self.voice.windows) > self._first + 1:
+                self._start(self._first + 1)
             self._changed.wait_for(lambda: index in self._ready or self._stopped or self.failure is not None)
             if self.failure is not None:
                 raise self.failure

@@ -38,8 +38,8 @@ class Chain(Protocol):
 class Alone:
     """All steps run here."""
 
-    def __init__(self) -> None:
-        self._reference: Tensor | None = None
+    def __init__(self, reference: Tensor | None = None) -> None:
+        self._reference = reference
 
     def take(self, block: Block) -> Tensor | None:
         return None
@@ -74,8 +74,11 @@ class Team(Protocol):
         """The media rank tells what it encoded, the others pass None and are told."""
         ...
 
-    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
-        """Where the latents of ``blocks`` come from and go to; for ranks that denoise."""
+    def chain(
+        self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int, reference: Tensor | None = None
+    ) -> Chain:
+        """Where the latents of ``blocks`` come from and go to; for ranks that denoise. ``reference``: the first latent
+        frame, where another process has made it; of one rank alone."""
         ...
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
@@ -116,8 +119,10 @@ class SingleRank:
             raise RuntimeError("there is no other rank to be told by; expected conditions")
         return conditions
 
-    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
-        return Alone()
+    def chain(
+        self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int, reference: Tensor | None = None
+    ) -> Chain:
+        return Alone(reference)
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
         raise RuntimeError("no latents arrive where one rank does everything; expected it to denoise")

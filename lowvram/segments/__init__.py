@@ -1,0 +1,1 @@
+"""Long videos in segments: where they are cut, what the next one goes on from, and their files."""
