@@ -208,7 +208,7 @@ def _make(
             progress.update(recorder)
             if watching.written is not None:
                 watching.written(recorder)
-    written = {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
+    written: dict[str, Any] = {"frames_written": writer.frames_written, "fragmented": writer.fragmented}
     if segments is not None and take is not None:
         written |= {"segments": [str(path) for path in segments.paths], "resumed_at_block": take.next_block or None}
     return recorder, inputs.facts | written

@@ -27,7 +27,7 @@ from lowvram.encode.voice import listening
 from lowvram.offload.copy_engine import Engine
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import Chain, LatentSize, SingleRank, Team
+from lowvram.parallel.team import Alone, Chain, LatentSize, SingleRank, Team
 from lowvram.planning.decide import Decision, decide, staying_bytes
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
@@ -367,13 +367,11 @@ class AvatarPipeline:
         """Without a decoder."""
         if not self.team.role.denoises:
             return Parts()
-        reference = None if resumed is None else resumed[1]("start")["reference"]
-        chain = self.team.chain(
-            _extent(request, conditions).blocks(),
-            latent_size,
-            clips=_extent(request, conditions).clips_begun,
-            reference=reference,
-        )
+        if resumed is None:
+            extent = _extent(request, conditions)
+            chain = self.team.chain(extent.blocks(), latent_size, clips=extent.clips_begun)
+        else:
+            chain = Alone(resumed[1]("start")["reference"])
         denoiser = Denoiser(run, request, latent_size, conditions, self.team, self._steps(request), resumed=resumed)
         return Parts(denoiser=denoiser, chain=chain)
 

@@ -85,7 +85,7 @@ ROOMS = {
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "fetch": {"byte_sizes"},
     "batch": {"infer", "outputs", "pipeline", "request"},
-    "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder"},
+    "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder", "segments"},
     "memory_log": {"offload", "pages", "runtime"},
     "compare": {
         "decode", "denoise", "devices", "infer", "loading", "media", "offload", "outputs", "pages", "pipeline",
@@ -96,8 +96,9 @@ ROOMS = {
     },
     "pipeline": {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
-        "schedule",
+        "schedule", "segments",
     },
+    "segments": {"media"},
     "denoise": {"devices", "encode", "loading", "offload", "parallel", "request", "runtime", "schedule"},
     "doctor": {"byte_sizes", "devices", "offload", "parallel", "planning"},
     "parallel": {"devices", "encode", "offload", "planning", "request", "runtime", "schedule"},

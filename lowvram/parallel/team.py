@@ -36,7 +36,7 @@ class Chain(Protocol):
 
 
 class Alone:
-    """All steps run here."""
+    """All steps run here. ``reference`` is the first latent frame where another process has made it."""
 
     def __init__(self, reference: Tensor | None = None) -> None:
         self._reference = reference
@@ -74,11 +74,8 @@ class Team(Protocol):
         """The media rank tells what it encoded, the others pass None and are told."""
         ...
 
-    def chain(
-        self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int, reference: Tensor | None = None
-    ) -> Chain:
-        """Where the latents of ``blocks`` come from and go to; for ranks that denoise. ``reference``: the first latent
-        frame, where another process has made it; of one rank alone."""
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        """Where the latents of ``blocks`` come from and go to; for ranks that denoise."""
         ...
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
@@ -119,10 +116,8 @@ class SingleRank:
             raise RuntimeError("there is no other rank to be told by; expected conditions")
         return conditions
 
-    def chain(
-        self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int, reference: Tensor | None = None
-    ) -> Chain:
-        return Alone(reference)
+    def chain(self, blocks: Iterable[Block], latent_size: LatentSize, *, clips: int) -> Chain:
+        return Alone()
 
     def arriving(self, blocks: Iterable[Block], latent_size: LatentSize) -> Iterator[tuple[Block, Tensor]]:
         raise RuntimeError("no latents arrive where one rank does everything; expected it to denoise")
