@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,15 @@ from lowvram.devices import choose_device, computing_on, each_within
 from lowvram.encode.conditions import Conditions, encode_inputs
 from lowvram.encode.voice import listening
 from lowvram.offload.copy_engine import Engine
-from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
-from lowvram.parallel.team import Alone, Chain, LatentSize, SingleRank, Team
-from lowvram.planning.decide import Decision, decide, staying_bytes
+from lowvram.parallel.team import Alone, LatentSize, SingleRank, Team
 from lowvram.planning.members import Machines
 from lowvram.planning.workload import Workload
 from lowvram.recorder import BlockRecord, Recorder
 from lowvram.request import Inputs, Request, read_inputs
 from lowvram.runtime import Run, Runtime, memory_report
 from lowvram.schedule import Block, Denoised, Extent, block_at
+from lowvram.segments.parts import Parts
 from lowvram.segments.take import Take
 from lowvram_kernels.errors import ConfigError
 from lowvram_models.constants import DROPPED_FIRST_FRAMES, FRAMES_PER_LATENT
@@ -43,40 +41,6 @@ from lowvram_quantize.format import Artifact
 Tensor = torch.Tensor
 Begun = Callable[[Rollout, int], None]
 plan_log = logging.getLogger("lowvram.plan")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What makes one video: ``denoiser`` and ``chain`` where this rank denoises, ``decoder`` where it decodes. Behind
-    what is done with them, what they hold is for a next video; also where nobody wants more of this one."""
-
-    denoiser: Denoiser | None = None
-    chain: Chain | None = None
-    decoder: BlockDecoder | None = None
-
-    def denoises(self) -> Denoiser:
-        if self.denoiser is None:
-            raise RuntimeError("nothing is denoised on this rank; expected one that denoises")
-        return self.denoiser
-
-    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """See ``AvatarPipeline.state``."""
-        if self.chain is None or self.decoder is None:
-            raise RuntimeError("a part of the video is made on other ranks; expected one rank")
-        yield "start", {"reference": self.chain.reference()}
-        yield "decoder", self.decoder.state()
-        yield from self.denoises().rollout.state()
-
-    def __enter__(self) -> None:
-        """Nothing is to be begun."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None or isinstance(error, GeneratorExit):
-            for part in (self.decoder, self.denoiser):
-                if part is not None:
-                    part.end()
 
 
 class AvatarPipeline:
@@ -97,8 +61,6 @@ class AvatarPipeline:
         self.runtime = Runtime(artifact, device, dtype, memory or MemoryOptions(), engine)
         self.team: Team = team or SingleRank()
         self._machines = machines
-        self._latest: Run | None = None
-        self._decided: tuple[Workload, Decision] | None = None
         self._parts: Parts | None = None
         self.cuts: frozenset[int] = frozenset()
         """Numbers of the blocks that segments of the latest take begin with, but for the first one's."""
@@ -201,11 +163,7 @@ class AvatarPipeline:
 
     def let_go(self) -> None:
         """Give back what stays for a next video; one that comes all the same loads it again."""
-        if self.runtime.kept is not None:
-            self.runtime.kept.let_go()
-        self._decided = None
-        self.runtime.engine.drop_spare()
-        self.runtime.engine.empty_cache()
+        self.runtime.let_go()
 
     @contextlib.contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -299,58 +257,18 @@ class AvatarPipeline:
     def _begin(self, request: Request, latent_size: LatentSize, *, voice_on_host: bool) -> Run:
         """A run whose everything has its place, before anything loads.
 
-        On a GPU the process is capped at what was planned for: what goes beyond fails as on a card of that size, and is
-        met by giving way, instead of taking memory from other programs, or spilling into the host's as Windows' driver
-        lets it.
-
         Raises:
             OutOfMemoryError: it does not fit the budgets, and how much would.
         """
-        runtime, team = self.runtime, self.team
         work = Workload(
             latent_size=latent_size,
             infer_frames=request.infer_frames,
             sample_steps=request.sample_steps,
             voice_on_host=voice_on_host,
-            dtype=runtime.dtype,
+            dtype=self.runtime.dtype,
         )
-        runtime.cap(None)  # an earlier run of this process may have been capped lower
-        found = self._decision(work)
-        runtime.cap(found.cap_bytes)
-        if team.role.media and found.plan is not None:
-            plan_log.info("%s", found.summary())
-        ladder = Ladder(
-            Rung(placement=found.placement, online_decode=request.online_decode),
-            layers=runtime.dit_config["num_layers"],
-            steps=self._steps(request),
-            allowed=runtime.memory.fallback,
-            empty_cache=runtime.engine.empty_cache,
-        )
-        self._latest = run = Run(
-            runtime=runtime,
-            ladder=ladder,
-            plan=found.plan,
-            with_graphs=found.cuda_graphs,
-            read_before=runtime.artifact.read_bytes,
-        )
-        return run
-
-    def _decision(self, work: Workload) -> Decision:
-        """As for the video before, where it was of the same size and gave nothing up; else decided anew."""
-        runtime, staying = self.runtime, 0
-        if runtime.kept is not None:
-            before, done = self._latest, self._decided
-            if done is not None and done[0] == work and before is not None and not before.ladder.events:
-                return done[1]
-            runtime.engine.drop_spare()
-            runtime.engine.empty_cache()
-            if runtime.kept.model is not None and before is not None and before.plan is not None:
-                staying = staying_bytes(runtime.artifact, before.plan, before.rung.placement)
-        found = decide(
-            runtime.artifact, work, runtime.device, runtime.memory, self.team, self._machines, staying=staying
-        )
-        self._decided = work, found
-        return found
+        steps = self._steps(request)
+        return self.runtime.begin(work, self.team, self._machines, steps=steps, online_decode=request.online_decode)
 
     def _steps(self, request: Request) -> range:
         stage = self.team.role.stage
@@ -405,13 +323,13 @@ class AvatarPipeline:
         Raises:
             RuntimeError: none has begun.
         """
-        if self._latest is None:
+        if self.runtime.latest is None:
             raise RuntimeError("nothing is laid out yet; expected a run that has begun")
-        return self._latest
+        return self.runtime.latest
 
     def memory_report(self) -> dict[str, Any]:
         """How the latest run was laid out, and the bytes that crossed between host and device."""
-        return memory_report(self.runtime, self._latest)
+        return memory_report(self.runtime, self.runtime.latest)
 
 
 def _cuts(take: Take | None, extent: Extent, inputs: Inputs) -> frozenset[int]:

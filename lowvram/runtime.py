@@ -19,13 +19,17 @@ from lowvram.offload.copy_engine import Engine, Peaks, engine_for
 from lowvram.offload.kept import Kept
 from lowvram.offload.oom import Ladder, Rung
 from lowvram.offload.placement import MemoryOptions
+from lowvram.planning.decide import Decision, Ranks, decide, staying_bytes
+from lowvram.planning.members import Machines
 from lowvram.planning.rank_plan import Plan
 from lowvram.planning.report import to_json
+from lowvram.planning.workload import Workload
 from lowvram_kernels import ring_codec
 from lowvram_kernels.trace import trace_kernels
 from lowvram_quantize.format import Artifact
 
 log = logging.getLogger(__name__)
+plan_log = logging.getLogger("lowvram.plan")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -131,10 +135,67 @@ class Runtime:
         self.stages = StageLog(self.engine)
         self.kernels: dict[tuple[str, str], int] = {}
         self.kept: Kept | None = Kept() if memory.resident else None
+        self.latest: Run | None = None
+        self._decided: tuple[Workload, Decision] | None = None
 
     @property
     def dit_config(self) -> dict[str, Any]:
         return self.artifact.component("dit").config
+
+    def begin(
+        self, work: Workload, team: Ranks, machines: Machines | None, *, steps: range, online_decode: bool
+    ) -> Run:
+        """A run whose everything has its place, before anything loads. ``steps`` are the denoising steps of this rank.
+
+        On a GPU the process is capped at what was planned for: what goes beyond fails as on a card of that size, and is
+        met by giving way, instead of taking memory from other programs, or spilling into the host's as Windows' driver
+        lets it.
+
+        Raises:
+            OutOfMemoryError: it does not fit the budgets, and how much would.
+        """
+        self.cap(None)  # an earlier run of this process may have been capped lower
+        found = self._decision(work, team, machines)
+        self.cap(found.cap_bytes)
+        if team.role.media and found.plan is not None:
+            plan_log.info("%s", found.summary())
+        ladder = Ladder(
+            Rung(placement=found.placement, online_decode=online_decode),
+            layers=self.dit_config["num_layers"],
+            steps=steps,
+            allowed=self.memory.fallback,
+            empty_cache=self.engine.empty_cache,
+        )
+        self.latest = run = Run(
+            runtime=self,
+            ladder=ladder,
+            plan=found.plan,
+            with_graphs=found.cuda_graphs,
+            read_before=self.artifact.read_bytes,
+        )
+        return run
+
+    def _decision(self, work: Workload, team: Ranks, machines: Machines | None) -> Decision:
+        """As for the video before, where it was of the same size and gave nothing up; else decided anew."""
+        before, staying = self.latest, 0
+        if self.kept is not None:
+            if self._decided is not None and self._decided[0] == work and before and not before.ladder.events:
+                return self._decided[1]
+            self.engine.drop_spare()
+            self.engine.empty_cache()
+            if self.kept.model is not None and before is not None and before.plan is not None:
+                staying = staying_bytes(self.artifact, before.plan, before.rung.placement)
+        found = decide(self.artifact, work, self.device, self.memory, team, machines, staying=staying)
+        self._decided = work, found
+        return found
+
+    def let_go(self) -> None:
+        """Give back what stays for a next video."""
+        if self.kept is not None:
+            self.kept.let_go()
+        self._decided = None
+        self.engine.drop_spare()
+        self.engine.empty_cache()
 
     def cap(self, nbytes: int | None) -> None:
         """Let torch's allocator take so many bytes of a GPU and no more, what it holds included; None for any."""

@@ -98,7 +98,7 @@ ROOMS = {
         "decode", "denoise", "devices", "encode", "offload", "parallel", "planning", "recorder", "request", "runtime",
         "schedule", "segments",
     },
-    "segments": {"media"},
+    "segments": {"decode", "denoise", "media", "parallel"},
     "denoise": {"devices", "encode", "loading", "offload", "parallel", "request", "runtime", "schedule"},
     "doctor": {"byte_sizes", "devices", "offload", "parallel", "planning"},
     "parallel": {"devices", "encode", "offload", "planning", "request", "runtime", "schedule"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lowvram import pipeline as pipeline_module
+from lowvram import runtime as runtime_module
 from lowvram.cli import main
 from lowvram.loading.encoders import load_text_encoder
 from lowvram.offload.placement import PlanOptions
@@ -209,7 +209,7 @@ def test_a_run_is_planned_for_what_it_computes_in(tiny, monkeypatch, given, dtyp
         asked.append(work)
         raise ConfigError("that is enough")
 
-    monkeypatch.setattr(pipeline_module, "decide", decide)
+    monkeypatch.setattr(runtime_module, "decide", decide)
     pipeline = AvatarPipeline.from_artifact(tiny.artifact("bf16"), device="cpu", dtype=given)
     with pytest.raises(ConfigError, match="enough"):
         next(pipeline.stream(tiny.request()))
