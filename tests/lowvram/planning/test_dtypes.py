@@ -205,7 +205,7 @@ def test_a_run_is_planned_for_what_it_computes_in(tiny, monkeypatch, given, dtyp
     """On a CPU, where nothing is planned, "auto" is float32."""
     asked: list[Workload] = []
 
-    def decide(artifact, work, *_) -> None:
+    def decide(artifact, work, *_, **options) -> None:
         asked.append(work)
         raise ConfigError("that is enough")
 
