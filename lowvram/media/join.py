@@ -17,7 +17,9 @@ from lowvram.media.finish import ORDINARY
 from lowvram.media.segment import AAC_SAMPLES, SegmentFacts, aac_frames_until
 from lowvram_kernels.errors import InputError, OutputError
 
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2"
+# Packets as they lie there: what is left out at the start is known by the facts, and an edit list that leaves less than
+# a millisecond is read as none.
+_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2", "ignore_editlist": "1"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,18 +83,20 @@ def read_part(path: Path) -> Part:
             )
         picture = container.streams.video[0]
         sound = container.streams.audio[0] if container.streams.audio else None
-        frames, first_dts = picture.frames, None
+        frames = picture.frames
+        ahead: int | None = None
         try:
             for packet in container.demux(picture):
                 if packet.dts is None:
                     continue
-                first_dts = packet.dts if first_dts is None else first_dts
+                if ahead is None:
+                    ahead = (packet.pts or 0) - packet.dts
                 if picture.frames:
                     break
                 frames += 1  # a fragmented file has no count of them
         except (av.FFmpegError, OSError) as error:
             raise _damaged(path, error.strerror or str(error)) from error
-        if first_dts is None or picture.time_base is None or (facts.frames is not None and facts.frames != frames):
+        if ahead is None or picture.time_base is None or (facts.frames is not None and facts.frames != frames):
             raise _damaged(path, f"it says {facts.frames} frames and has {frames}")
         return Part(
             path=path,
@@ -100,7 +104,7 @@ def read_part(path: Path) -> Part:
             frames=frames,
             picture=_coding(picture, ("width", "height", "pix_fmt", "profile")),
             sound=None if sound is None else _coding(sound, ("sample_rate", "channels", "profile")),
-            ahead=max(0, round(-first_dts * picture.time_base * facts.fps)),
+            ahead=round(ahead * picture.time_base * facts.fps),
         )
 
 
@@ -190,12 +194,15 @@ def _copy_part(
     part: Part, given: InputContainer, streams: dict[str, Any], made: OutputContainer, ahead: int, follower: Part | None
 ) -> None:
     facts, frames, place = part.facts, 0, None
+    begins: dict[str, int] = {}
     for packet in _packets(part.path, given):
-        if packet.stream.type == "video":
-            _set_times(packet, facts.first_frame, frames, ahead, facts.fps)
+        kind = packet.stream.type
+        since = (packet.pts - begins.setdefault(kind, packet.pts)) * packet.time_base
+        if kind == "video":  # the first is shown first
+            _set_times(packet, facts.first_frame + round(since * facts.fps), facts.first_frame + frames - ahead, facts)
             frames += 1
         else:
-            q = _aac_frame(part, packet)
+            q = _aac_frame(part, since)
             if place is not None and q != place + 1:
                 raise _damaged(part.path, f"its sound jumps from AAC frame {place} to {q}")
             place = q
@@ -213,12 +220,11 @@ def _copy_part(
         raise _damaged(part.path, f"its sound ends with AAC frame {place} instead of at sample {facts.sound_end}")
 
 
-def _set_times(packet: Any, first_frame: int, index: int, ahead: int, fps: int) -> None:
-    """Packets come in the order of decoding, one a frame: number ``index`` of a segment is shown ``ahead`` frames later
-    at the earliest."""
-    packet.pts = first_frame + round(packet.pts * packet.time_base * fps)
-    packet.dts = first_frame + index - ahead
-    packet.duration, packet.time_base = 1, Fraction(1, fps)
+def _set_times(packet: Any, shown: int, decoded: int, facts: SegmentFacts) -> None:
+    """As frames of the take; packets come in the order of decoding, one a frame, and are decoded at one pace, whatever
+    segments they come from."""
+    packet.pts, packet.dts = shown, decoded
+    packet.duration, packet.time_base = 1, Fraction(1, facts.fps)
 
 
 def _taken(q: int, facts: SegmentFacts, follower: Part | None) -> bool:
@@ -229,13 +235,12 @@ def _taken(q: int, facts: SegmentFacts, follower: Part | None) -> bool:
     return follower is None or follower.sound is None or q < aac_frames_until(follower.facts.sound_begin or 0)
 
 
-def _aac_frame(part: Part, packet: Any) -> int:
-    """Which of the take's it is."""
-    sample = packet.pts * packet.time_base * part.facts.rate_hz + (part.facts.sound_begin or 0)
-    q, rest = divmod(sample, AAC_SAMPLES)
-    if rest:
-        raise _damaged(part.path, f"its sound lies at sample {float(sample):g} of the take, off its AAC frames")
-    return int(q)
+def _aac_frame(part: Part, since_s: Fraction) -> int:
+    """Which of the take's it is, so much behind the first that the file has: the one before the first that is heard."""
+    frames = since_s * part.facts.rate_hz / AAC_SAMPLES
+    if frames.denominator != 1:
+        raise _damaged(part.path, f"its sound lies {float(frames):g} AAC frames behind its begin; expected whole ones")
+    return (part.facts.sound_begin or 0) // AAC_SAMPLES - 1 + int(frames)
 
 
 def _packets(path: Path, given: InputContainer) -> Iterator[Any]:
@@ -263,9 +268,7 @@ def _opened(path: Path) -> InputContainer:
     if not os.path.isfile(path):
         raise InputError(f"segment {path} is not a file: expected an MP4 that lowvram made; check the path")
     try:
-        container = av.open(
-            f"file:{path.absolute()}", options={"format_whitelist": _DEMUXERS}, metadata_errors="replace"
-        )
+        container = av.open(f"file:{path.absolute()}", options=_OPTIONS, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         raise InputError(
             f"segment {path} cannot be read ({error.strerror or error}): expected an MP4 that lowvram made, whole"

@@ -32,6 +32,7 @@ class SoundWriter:
         self._first = begin // AAC_SAMPLES - 1
         self.samples = 0  # that were read
         self.ended: int | None = None  # where the sound ends that is heard, once all of it is encoded
+        self.goes_on = True  # whether there may be more of it behind that
         self._stream: AudioStream | None = None
         self._skip_to(max(0, self._first - _PRE_ROLL) * AAC_SAMPLES)
         self._waiting = self._read(begin + 1) if begin else None
@@ -62,6 +63,7 @@ class SoundWriter:
             if self._stream is not None:
                 self.ended = self.samples
                 self.feed((aac_frames_until(self.samples) + _LOOK_AHEAD) * AAC_SAMPLES)
+            self.goes_on = self.ended is not None and self.samples > self.ended
         self._flush()
 
     def _flush(self) -> None:

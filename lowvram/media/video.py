@@ -53,7 +53,8 @@ class VideoWriter:
 
     Of a ``segment`` of a longer take the sound is the take's from where its first frame begins, encoded so that
     ``lowvram.media.join`` can put segments together without encoding again; alone it plays as any file. What it is a
-    segment of stands in its metadata. ``goes_on``, to be set before it is closed, says there whether the take has more.
+    segment of stands in its metadata. ``goes_on``, to be set before it is closed, says there whether the take has more;
+    it has none where frames end with the sound, and that ends here.
 
     Args:
         path: the ``.mp4`` to make, in a folder that exists; replaced if it exists.
@@ -200,8 +201,13 @@ class VideoWriter:
             sound_begin=self._sample_at(0) if heard else None,
             sound_end=sound.ended if sound is not None and heard and done else None,
             frames=self.frames_written if done else None,
-            goes_on=self.goes_on if done else None,
+            goes_on=self._goes_on() if done else None,
         )
+
+    def _goes_on(self) -> bool | None:
+        """Whether the take has more behind this segment: where frames end with the sound, not behind its end."""
+        over = self._trim and self._sound is not None and not self._sound.goes_on
+        return False if over else self.goes_on
 
     def _finish(self) -> None:
         self._closed = True

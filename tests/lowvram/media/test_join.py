@@ -169,6 +169,24 @@ def test_frames_past_the_sound_are_dropped_in_the_last_segment(tmp_path):
     assert join(parts, tmp_path / "joined.mp4") == 38
 
 
+@pytest.mark.parametrize(
+    ("seconds", "goes_on"), [(0.8, False), (0.79, False), (0.8005, True), (0.84, True), (3.0, True)]
+)
+def test_a_take_that_trims_to_its_sound_ends_with_it(tmp_path, seconds, goes_on):
+    """Whoever cuts it cannot know that no frame behind the border will be kept."""
+    audio = write_sound(tmp_path / "a.wav", tone(seconds, 48_000), 48_000, "pcm_s16le", "wav")
+    parts = write_segments(tmp_path, [0, 10, 20, 20 + FPS], audio) if goes_on else None
+    if parts is None:
+        parts = write_segments(tmp_path, [0, 10, 20], audio)[:1]
+        segment = Segment(take="a take", first_frame=10)
+        with VideoWriter(tmp_path / "last.mp4", SIDE, SIDE, audio_path=audio, segment=segment) as writer:
+            writer.write(frames(10, 20))
+            writer.goes_on = True
+        parts.append(tmp_path / "last.mp4")
+    assert [read_part(part).facts.goes_on for part in parts] == ([True, True, False] if goes_on else [True, False])
+    assert join(parts, tmp_path / "joined.mp4") == -(-round(min(seconds, 1.8) * 48_000) // 1920)
+
+
 @pytest.mark.parametrize("seconds", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_long_takes_stay_in_step(tmp_path, seconds):
     """A flash and a click every second, in segments of uneven lengths: every click within 10 ms of its flash."""
