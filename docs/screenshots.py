@@ -1,6 +1,7 @@
-"""Makes the pictures of docs/ anew from a demo: the contact sheet, and the comparison's page as Chromium shows it.
+"""Makes the pictures of docs/ anew from a demo: the contact sheet, and the pages of a comparison and of `lowvram
+serve` as Chromium shows them.
 
-python docs/screenshots.py [--demo demo-out]     (after `make demo`; needs chromium)
+python docs/screenshots.py [--demo demo-out]     (after `make demo`; needs chromium and the extra ui)
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def main() -> None:
         command += [f"--user-data-dir={profile}", f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=8000"]
         subprocess.run([*command, f"--screenshot={picture}", (demo / "compare.html").as_uri()], check=True, timeout=120)
     Image.open(picture).convert("RGB").save(picture, optimize=True)
-    print(f"{DOCS / 'contact-sheet.png'}\n{picture}")
+    served = DOCS / "serve-page.png"
+    check = DOCS.parent / "tests" / "browser" / "check_page.py"
+    model = demo / "artifact-int8"
+    subprocess.run([sys.executable, check, "--model", model, "--picture", served], check=True, timeout=600)
+    print(f"{DOCS / 'contact-sheet.png'}\n{picture}\n{served}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def build(api: Api, **options: Any) -> gr.Blocks:
         shown, seen = gr.State(""), gr.State(("", ""))
         gr.HTML("<h1>lowvram</h1><p>A portrait that speaks.</p>", elem_id="lv-title")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=360):
+            with gr.Column(scale=6, min_width=360):
                 fields, make, cancel = _form(api)
             with gr.Column(scale=6, min_width=400):
                 player = gr.HTML(parts.player(None), elem_id="lv-player")

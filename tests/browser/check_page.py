@@ -28,6 +28,7 @@ from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 ROOT = Path(__file__).parents[2]
 PROMPT = "A person speaks to the camera, friendly and calm"
 SECONDS = 8.0
+TIME = "document.querySelector('#lv-video').currentTime"
 STATE = "document.querySelector('#lv-progress .lv-progress')?.dataset.state"
 
 
@@ -62,11 +63,16 @@ def check(page: Page, url: str, folder: Path, picture: Path | None) -> None:
     page.until("document.querySelector('#lv-make')")
     says("the page is there")
     begin(page, folder)
-    plays_while_it_is_made(page, picture)
+    plays_while_it_is_made(page)
     page.until(f"{STATE} === 'done'", 300)
     says("the video is done")
     cancel(page)
     take_up(page)
+    if picture:
+        page.until("document.querySelector('#lv-video')", 120)
+        take_picture(page, picture)
+    page.until(f"{STATE} === 'done'", 300)
+    says("another was made of them")
     compare(page)
     if elsewhere := page.asked_elsewhere("127.0.0.1"):
         sys.exit(f"{len(elsewhere)} requests left this machine: {elsewhere[:5]}")
@@ -88,22 +94,26 @@ def begin(page: Page, folder: Path) -> None:
     says("the job is being made")
 
 
-def plays_while_it_is_made(page: Page, picture: Path | None) -> None:
+def plays_while_it_is_made(page: Page) -> None:
     page.until("document.querySelector('#lv-video')", 120)
-    time_now = "document.querySelector('#lv-video').currentTime"
-    first = page.until(f"{time_now} > 0 && {time_now}", 25)
-    second = page.until(f"{time_now} > {first} + 0.4 && {time_now}", 60)
+    first = page.until(f"{TIME} > 0 && {TIME}")
+    second = page.until(f"{TIME} > {first} + 0.4 && {TIME}")
     if page.value(STATE) != "making":
         sys.exit("the video was done before it played; give it a longer voice")
     says(f"it plays while it is made: from {first:.2f} to {second:.2f} s")
     page.until("document.querySelector('#lv-progress p').innerText.includes('left')")
     page.until("document.querySelector('#lv-memory img')")
-    if picture:
-        page.value("window.scrollTo(0, 0)")
-        page.until(f"{time_now} > 1.2")
-        page.picture(picture)
-        Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)
-        says(str(picture))
+
+
+def take_picture(page: Page, picture: Path) -> None:
+    """Of the page as far as the history, while a video plays."""
+    page.call("Emulation.setDeviceMetricsOverride", width=1280, height=1130, deviceScaleFactor=1, mobile=False)
+    page.value("window.scrollTo(0, 0)")
+    page.until(f"{TIME} > 1")
+    page.until("document.querySelectorAll('.lv-history tr').length >= 4")
+    page.picture(picture)
+    Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)
+    says(str(picture))
 
 
 def cancel(page: Page) -> None:
@@ -126,6 +136,7 @@ def choose(page: Page, name: str, words: str) -> None:
     )
     page.click("#lv-found")
     page.until(f"document.querySelector('#{name} input').value.includes({words!r})")
+    page.until("!document.querySelector('li[role=option]')")  # else the next would be found in this list
 
 
 def take_up(page: Page) -> None:
@@ -138,8 +149,6 @@ def take_up(page: Page) -> None:
     page.write("#lv-seed input", "421")
     page.click("#lv-make")
     page.until(f"{STATE} === 'making'")
-    page.until(f"{STATE} === 'done'", 300)
-    says("another was made of them")
 
 
 def compare(page: Page) -> None:

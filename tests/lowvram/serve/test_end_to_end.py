@@ -109,12 +109,14 @@ def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, model: 
     assert {row["event"] for row in rows} == {"sample", "begin", "end"}
     assert "<svg" in client.get(f"/api/jobs/{first['id']}/memory.svg").text
 
-    running, waiting, broken = (send(client, tiny, prompt=prompt) for prompt in ("cancelled", "waits", "breaks"))
+    running, waiting, broken = (
+        send(client, tiny, prompt=prompt, num_clip=1) for prompt in ("cancelled", "waits", "breaks")
+    )
     wait(client, running["id"], RUNNING)
     assert client.post(f"/api/jobs/{running['id']}/cancel").status_code == 200
     wait(client, running["id"], CANCELLED)
     client.post(f"/api/jobs/{waiting['id']}/cancel")
-    again = send(client, tiny, prompt="is made by the next")
+    again = send(client, tiny, prompt="is made by the next", num_clip=1)
     wait(client, broken["id"], RUNNING)
     assert served.end() == 0
 
