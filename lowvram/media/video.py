@@ -1,9 +1,9 @@
-"""The video: H.264 and AAC in an MP4 that is fragmented while frames come, and read back to be compared."""
+"""The video: H.264 and AAC in an MP4 that is fragmented while frames come; what reads it back stands beside."""
 
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import av
 import numpy as np
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from lowvram.media.audio import AudioTrack
 from lowvram.media.finish import finish
+from lowvram.media.reading import probe, read_frames
 from lowvram.media.segment import Segment, SegmentFacts, sample_at
 from lowvram.media.sound import Sound
 from lowvram.media.sound_writer import SoundWriter
@@ -26,6 +27,7 @@ from lowvram_models.constants import FPS
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+__all__ = ["VideoWriter", "probe", "read_frames"]
 
 # veryfast at 448x768 takes 4 ms a frame on 2 cores, medium 6 ms for no smaller a file. Ten frames of look-ahead
 # halve the file against none, and delay what is on the disk by half a second of video.
@@ -39,7 +41,6 @@ _MUXER = {
     "max_interleave_delta": "1000000",  # a track that has ended holds the other back by a second at most
     "flush_packets": "1",
 }
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # none that can name other files
 
 
 class VideoWriter:
@@ -236,80 +237,6 @@ class VideoWriter:
                 f"{self.partial_path} cannot be written ({error.strerror or error}): expected a writable file with "
                 f"room for the video; {advice} and run again"
             ) from error
-
-
-def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a video holds, counted from its packets without decoding them.
-
-    Returns:
-        ``frames``, ``width`` and ``height`` in px, ``fps``, ``duration_s`` of the picture, ``has_audio`` and
-        ``audio_duration_s`` (0.0 without sound).
-
-    Raises:
-        InputError: missing, not a video, damaged.
-    """
-    with _open_video(Path(path)) as container:
-        video = container.streams.video[0]
-        sound = container.streams.audio[0] if container.streams.audio else None
-        frames, sound_end_s = 0, 0.0
-        for packet in _packets(Path(path), container, *([video] if sound is None else [video, sound])):
-            if packet.size and packet.stream.index == video.index:
-                frames += 1
-            elif packet.size and packet.pts is not None:
-                sound_end_s = max(sound_end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        fps = float(video.average_rate or video.base_rate or 0)
-        return {
-            "frames": frames,
-            "width": video.width,
-            "height": video.height,
-            "fps": fps,
-            "duration_s": frames / fps if fps else 0.0,
-            "has_audio": sound is not None,
-            "audio_duration_s": sound_end_s,
-        }
-
-
-def read_frames(path: str | os.PathLike[str]) -> Iterator[NDArray[np.uint8]]:
-    """The frames of a video in order, one at a time, each uint8 [H, W, 3] RGB.
-
-    Of a file that was cut, the frames before the cut come, then a warning.
-
-    Raises:
-        InputError: missing, not a video, or no frame of it decodes.
-    """
-    count = 0
-    with _open_video(Path(path)) as container:
-        try:
-            for packet in _packets(Path(path), container, container.streams.video[0]):
-                for frame in packet.decode():
-                    count += 1
-                    yield frame.to_ndarray(format="rgb24")
-        except (av.FFmpegError, InputError) as error:
-            if count == 0:
-                raise InputError(f"video {path} does not decode ({error}): expected a whole video") from error
-            logger.warning("video %s breaks off after %d frames (%s)", path, count, error)
-
-
-def _open_video(path: Path) -> InputContainer:
-    if not path.is_file():
-        raise InputError(f"video {path} is not a file: expected a video; check the path")
-    try:
-        container = av.open(
-            f"file:{path.absolute()}", options={"format_whitelist": _DEMUXERS}, metadata_errors="replace"
-        )
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"video {path} cannot be read ({error.strerror}): expected an MP4; check the file") from error
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"video {path} has no picture: expected a video; choose another file")
-    return container
-
-
-def _packets(path: Path, container: InputContainer, *streams: Any) -> Iterator[Any]:
-    try:
-        yield from container.demux(*streams)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"video {path} breaks off ({error.strerror}): expected a whole file") from error
 
 
 def _check_target(path: Path) -> Path:
