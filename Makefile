@@ -62,6 +62,7 @@ bench: setup
 	$(BIN)/python benchmarks/cpu_linear.py --out benchmarks/results/cpu_linear.json
 	$(BIN)/python benchmarks/parallel.py --out benchmarks/results/parallel_cpu.json
 	$(BIN)/python benchmarks/host_time.py --out benchmarks/results/host_time.json
+	$(BIN)/python benchmarks/resident.py --out benchmarks/results/resident_cpu.json
 
 # On a machine with a CUDA device; says so and fails elsewhere. FULL_SIZE has options, as "--dir /data --resume".
 bench-gpu: setup
