@@ -14,6 +14,7 @@ import hmac
 import http.cookies
 import ipaddress
 import json
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,12 @@ _HEADERS = {
     b"cross-origin-opener-policy": b"same-origin",
     b"x-dns-prefetch-control": b"off",
 }
-_JOBS, _UPLOAD = "/api/jobs", "/gradio_api/upload"
+# Of Gradio's routes those that the page asks for; one of the others leads anywhere, one hands requests on.
+_PAGE = re.compile(
+    r"/gradio_api/(heartbeat/\w+|queue/(data|join)|upload|upload_progress|file=(?!\w+:).+|startup-events|cancel|reset"
+    r"|theme\.css|app_id)/?"
+)
+_JOBS, _GRADIO, _UPLOAD = "/api/jobs", "/gradio_api", "/gradio_api/upload"
 _AT_ONCE = 8
 _DRAINED = 8 * MIB
 """As much is still read of what is refused: a client that is sending hears of it only then."""
@@ -84,7 +90,7 @@ class Guard:
     """ASGI middleware. ``room`` says whether files of the page's uploads may take more."""
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits, room: Callable[[], bool] = lambda: True):
-        self._app, self._access, self._limits, self._room = app, access, limits, room
+        self._app, self.access, self._limits, self._room = app, access, limits, room
         self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,6 +107,7 @@ class Guard:
             if (answer := self._token(scope, headers)) is not None:
                 await _answer(body.send, *answer)
                 return
+            self._check_route(scope)
             self._check_size(scope, headers)
         except _Refusal as refusal:
             await body.refuse(refusal)
@@ -136,9 +143,9 @@ class Guard:
 
     def _check_sender(self, scope: Scope, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        if self._access.hosts is not None and _name_of(host) not in self._access.hosts:
+        if self.access.hosts is not None and _name_of(host) not in self.access.hosts:
             raise _Refusal(
-                421, f"the Host is {host[:80]!r}; expected one of {', '.join(sorted(self._access.hosts))}: ask by that"
+                421, f"the Host is {host[:80]!r}; expected one of {', '.join(sorted(self.access.hosts))}: ask by that"
             )
         origin = headers.get("origin")
         if origin is not None and urllib.parse.urlsplit(origin).netloc.lower() != host.lower():
@@ -147,9 +154,13 @@ class Guard:
         if cross and not (scope["method"] in _READS and headers.get("sec-fetch-mode") == "navigate"):
             raise _Refusal(403, "the request comes from a page of another site; expected this one alone")
 
+    def _check_route(self, scope: Scope) -> None:
+        if scope["path"].startswith(_GRADIO) and _PAGE.fullmatch(scope["path"]) is None:
+            raise _Refusal(404, f"{scope['path'][:80]} is no route of the page; /api/docs lists those of the API")
+
     def _token(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, dict[str, str]] | None:
         """None where the token is right, or none is asked for; else an answer, which sets the cookie once."""
-        token = self._access.token
+        token = self.access.token
         if token is None:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -161,13 +172,13 @@ class Guard:
             jar.load(with_cookie)
         except http.cookies.CookieError:
             jar = http.cookies.SimpleCookie()
-        if (found := jar.get(self._access.cookie)) is not None and _equal(found.value, self._access.cookie_value):
+        if (found := jar.get(self.access.cookie)) is not None and _equal(found.value, self.access.cookie_value):
             return None
         query = urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["method"] in _READS and any(name == "token" and _equal(value, token) for name, value in query):
             rest = urllib.parse.urlencode([pair for pair in query if pair[0] != "token"])
             place = "/" + scope["path"].lstrip("/")
-            cookie = f"{self._access.cookie}={self._access.cookie_value}; HttpOnly; SameSite=Strict; Path=/"
+            cookie = f"{self.access.cookie}={self.access.cookie_value}; HttpOnly; SameSite=Strict; Path=/"
             location = urllib.parse.quote(place, safe="/=:@") + (f"?{rest}" if rest else "")
             return 303, "", {"location": location, "set-cookie": cookie}
         raise _Refusal(401, "the token is missing or wrong; expected ?token=... once, or Authorization: Bearer ...")

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram.serve.store import UPLOADS
+from lowvram.serve.store import UPLOADS, uploaded
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,6 +32,8 @@ def mounted(app: FastAPI, api: Api) -> FastAPI:
     from lowvram.serve.page_layout import build
 
     blocks: Any = build(api, delete_cache=(_KEPT_S, _KEPT_S))
+    for block in blocks.blocks.values():
+        _keep_here(block, api.store.folder / UPLOADS)
     return gradio.mount_gradio_app(
         app,
         blocks,
@@ -48,6 +50,18 @@ def mounted(app: FastAPI, api: Api) -> FastAPI:
         theme=_theme(gradio),
         css=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
     )
+
+
+def _keep_here(block: Any, uploads: Path) -> None:
+    """Of files that a client names, a block takes those alone that it uploaded. Gradio fetches others by URL, wherever
+    that is, and copies any of this machine to where they are handed out: of a page that is mounted it checks none."""
+    if (taking := getattr(block, "async_move_resource_to_block_cache", None)) is None:
+        return
+
+    async def taken(source: str | Path | None) -> Any:
+        return await taking(None if source is None else str(uploaded(source, uploads)))
+
+    block.async_move_resource_to_block_cache = taken
 
 
 def _theme(gradio: Any) -> Any:

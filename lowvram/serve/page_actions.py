@@ -15,7 +15,7 @@ from lowvram.serve.errors import Refused
 from lowvram.serve.jobs import DONE, OPEN_STATES, RUNNING, Job, new_id
 from lowvram.serve.limits import MIB
 from lowvram.serve.settings import Settings, parse_settings
-from lowvram.serve.store import UPLOADS
+from lowvram.serve.store import UPLOADS, uploaded
 from lowvram_kernels.errors import LowvramError
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class Actions:
             if not given[name]:
                 raise Refused(422, f"{what} is missing; choose a file")
         with api.queue.reserved(), api.store.incoming() as place:
-            for source, target in ((given["image"], place.image), (given["audio"], place.audio)):
-                if Path(source).stat().st_size > api.limits.upload_bytes:
+            for name, target in (("image", place.image), ("audio", place.audio)):
+                source = uploaded(given[name], api.store.folder / UPLOADS)
+                if source.stat().st_size > api.limits.upload_bytes:
                     raise Refused(
                         413, f"{target.name} is larger than {api.limits.upload_bytes / MIB:g} MiB; take a smaller"
                     )

@@ -23,6 +23,7 @@ from lowvram.serve.errors import Refused
 from lowvram.serve.jobs import BROKEN, OPEN_STATES, QUEUED, RUNNING, Job, is_id, new_id
 from lowvram_kernels.errors import InputError, OutputError
 from lowvram_quantize.claims import writing
+from lowvram_quantize.places import real
 
 log = logging.getLogger(__name__)
 _JOBS, _INCOMING, _REMOVED, _FACTS = "jobs", "incoming", "removed", "job.json"
@@ -188,6 +189,21 @@ class Store:
         partial = folder / f"{_FACTS}.partial"
         partial.write_text(json.dumps(job.kept(), indent=1), encoding="utf-8")
         os.replace(partial, folder / _FACTS)
+
+
+def uploaded(path: str | Path, uploads: Path) -> Path:
+    """The file itself, where it is one below ``uploads``.
+
+    Raises:
+        Refused (422): it is elsewhere, behind a link, or not there.
+    """
+    try:
+        found, folder = real(Path(path)), real(uploads)
+        if folder in found.parents and found.is_file():
+            return found
+    except (OSError, ValueError):  # no name of a file at all
+        pass
+    raise Refused(422, f"{str(path)[-80:]!r} is no file that was uploaded; upload it")
 
 
 def _remove(path: Path) -> None:
