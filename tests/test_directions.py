@@ -84,7 +84,7 @@ ROOMS = {
     "demo": {"compare", "infer", "media", "outputs", "pipeline", "request"},
     "simulate": {"encode", "offload", "parallel", "pipeline", "planning", "schedule"},
     "fetch": {"byte_sizes"},
-    "batch": {"infer", "outputs", "pipeline", "request"},
+    "batch": {"infer", "media", "outputs", "pipeline", "request", "segments"},
     "infer": {"devices", "media", "memory_log", "offload", "outputs", "pipeline", "progress", "recorder", "segments"},
     "memory_log": {"offload", "pages", "runtime"},
     "compare": {

@@ -89,7 +89,7 @@ def give_places(jobs: Sequence[Job], folder: Path, beside: dict[str, Any]) -> li
 
 def _free(name: str, used: set[str]) -> str:
     """The name, or numbered where another has it: apart on disks that fold case, too."""
-    numbered = (f"{name}-{count}" for count in itertools.count(2))
+    numbered = (f"{name}_{count}" for count in itertools.count(2))  # segments have "-"
     return next(each for each in itertools.chain([name], numbered) if each.casefold() not in used)
 
 

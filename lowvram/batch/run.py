@@ -13,6 +13,7 @@ import torch
 
 from lowvram.batch.jobs import KEY, Job, There, look, record_of
 from lowvram.batch.results import Result, Results
+from lowvram.batch.segmented import in_segments, joined
 from lowvram.infer import infer
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline
@@ -33,6 +34,7 @@ class Batch:
         cut: videos that were being made when an earlier batch here ended: what lies there is its own.
         overwrite: what is there and is not the job's own video may go.
         quiet: no bars.
+        segment_minutes: of a video so long a state is kept, from which it goes on when it was cut; None for none.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Batch:
         cut: set[str],
         overwrite: bool = False,
         quiet: bool = False,
+        segment_minutes: float | None = None,
     ) -> None:
         self._beside, self._cut, self._overwrite, self._quiet = beside, cut, overwrite, quiet
+        self._segment_minutes = segment_minutes
         self._jobs = list(jobs)
         self.results = Results(folder=folder, jobs=[Result(place=job.place, name=job.name) for job in jobs])
 
@@ -117,7 +121,11 @@ class Batch:
         replaced = self._may_replace(job, there) or there.state == "nothing"
         outputs = Outputs(video=job.video, report=job.report, overwrite=replaced)
         job.video.parent.mkdir(parents=True, exist_ok=True)
+        if self._segment_minutes is not None:
+            outputs = in_segments(pipeline, job.request, outputs, self._segment_minutes, anew=self._overwrite)
         report = infer(pipeline, job.request, outputs, quiet=self._quiet, noted={KEY: wanted})
+        if self._segment_minutes is not None:
+            report = joined(outputs, report)
         _fill(result, report)
         result.state, result.seconds = "made", time.perf_counter() - begin
 

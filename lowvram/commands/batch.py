@@ -14,7 +14,7 @@ from lowvram.batch.results import FILES, Results, unfinished
 from lowvram.batch.run import Batch
 from lowvram.commands.foreign_options import one_voice
 from lowvram.commands.shared_options import DRAWN, make_request, open_pipeline, prompt_file
-from lowvram.outputs import check_folder
+from lowvram.outputs import Outputs, check_folder
 from lowvram_kernels.errors import ConfigError, LowvramError, OutputError
 from lowvram_quantize.claims import writing
 from lowvram_quantize.format import MANIFEST, Artifact
@@ -36,6 +36,12 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
     listed = read_list(path, frozenset(_KINDS))
     artifact = Artifact.open(options["model"])
     check_folder("--out-dir", folder, make=True)
+    if (minutes := options["segment_minutes"]) is not None:
+        Outputs(video=folder / "any.mp4", segment_minutes=minutes)  # which refuses what cannot be
+        if options["allow_quality_loss"]:
+            raise ConfigError(
+                "--allow-quality-loss may begin a video again, and --segment-minutes goes on with it; leave one out"
+            )
     beside = {"artifact_sha256": sha256_file(artifact.path / MANIFEST)} | {n: options[n] for n in ("dtype", "kv")}
     jobs = give_places([_job(each, options, folder) for each in listed], folder, beside)
     others = {"the list": path, "--model": artifact.path, **{name: folder / name for name in FILES}}
@@ -46,7 +52,8 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
         raise OutputError(f"--out-dir {folder} cannot be made ({error.strerror}); name another") from error
     with writing(folder / FILES[0], "lowvram batch"):
         cut = unfinished(folder, overwrite=options["overwrite"])
-        batch = Batch(jobs, folder, beside=beside, cut=cut, overwrite=options["overwrite"], quiet=options["quiet"])
+        how = {name: options[name] for name in ("overwrite", "quiet", "segment_minutes")}
+        batch = Batch(jobs, folder, beside=beside, cut=cut, **how)
         batch.results.facts = {"list": str(path.absolute()), "model": str(artifact.path)}
         batch.look()
         batch.make(lambda: open_pipeline(options, resident=True))

@@ -25,6 +25,11 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--prompt", help="Prompt of jobs that have none; or @FILE."),
     ]  # fmt: skip
     last: list[Callable[..., Any]] = [
+        click.option(
+            "--segment-minutes",
+            type=float,
+            help="Keep a state every so many minutes of video, from which a job that was cut goes on.",
+        ),
         click.option("--overwrite", is_flag=True, help="Make again what was made of other files or settings."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
         click.option("--json", "as_json", is_flag=True, help="The results as JSON."),

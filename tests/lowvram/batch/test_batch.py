@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lowvram.batch.run as run_module
+import lowvram.batch.segmented as segmented
 import lowvram.commands.batch as command_module
 from lowvram.cli import main
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.video import VideoWriter, probe
+from lowvram.segments.files import SegmentFiles
 from lowvram_kernels.errors import OutOfMemoryError
 from lowvram_quantize.claims import writing
 
@@ -129,6 +131,51 @@ def test_by_the_model(tiny, files, tmp_path):
     assert json.loads(batch(tiny, path, out, "--json").stdout)["counts"] == {"there": 2}
 
 
+def test_one_that_was_cut_goes_on_in_segments(tiny, files, tmp_path, monkeypatch):
+    """Interrupted behind its first segment, killed before its segments are joined, and one file in the end."""
+    path, out = write_list(tmp_path, {"one": job(files, audio=str(tiny.voice), num_clip=3)}), tmp_path / "out"
+    how = ("--segment-minutes", "0.01", "--infer-frames", "16")
+    cut = SegmentFiles.cut
+
+    def interrupted(self, *arguments):
+        cut(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentFiles, "cut", interrupted)
+        assert batch(tiny, path, out, *how).exit_code == 1
+    assert states(out) == ["cut"]
+    changed = write_list(tmp_path, {"one": job(files, audio=str(tiny.voice), num_clip=3, seed=5)}, "changed.json")
+    assert batch(tiny, changed, out, *how).exit_code == 1
+    assert "not what it was" in results(out)[0]["reason"]
+    with monkeypatch.context() as patch:
+        patch.setattr(segmented, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert batch(tiny, path, out, *how).exit_code == 1
+    assert len(list(out.glob("one-*.mp4"))) > 1
+    done = batch(tiny, path, out, *how)
+    assert done.exit_code == 0, done.output
+    assert sorted(each.name for each in out.iterdir()) == ["one.json", "one.mp4", "results.csv", "results.json"]
+    assert probe(out / "one.mp4")["frames"] == results(out)[0]["frames"] == 38
+    assert probe(out / "one.mp4")["audio_duration_s"] == pytest.approx(1.5, abs=0.01)
+    assert batch(tiny, path, out, *how).exit_code == 0
+    assert states(out) == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--segment-minutes", "0"), "expected more than 0"),
+        (("--segment-minutes", "nan"), "expected more than 0"),
+        (("--segment-minutes", "5", "--allow-quality-loss"), "leave one out"),
+    ],
+)
+def test_segments_that_cannot_be(tiny, files, tmp_path, made, more, words):
+    done = batch(tiny, write_list(tmp_path, [job(files)]), tmp_path / "out", *more)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_references_sample_list(tiny, files, tmp_path, made):
     text = f"man:\n  prompt: A man\n  image: {files}/a.png\n  audio: {files}/a.wav\n  num_clip: 1\n"
     (tmp_path / "samples.yaml").write_text(text)
@@ -144,7 +191,7 @@ def test_settings_of_the_command_line_are_for_those_that_have_none(tiny, files, 
     out = tmp_path / "out"
     done = batch(tiny, tmp_path / "jobs.csv", out, "--image", files / "b.png", "--prompt", "all")
     assert done.exit_code == 0, done.output
-    found = [json.loads((out / f"{name}.json").read_text())["job"] for name in ("b_b", "b_b-2")]
+    found = [json.loads((out / f"{name}.json").read_text())["job"] for name in ("b_b", "b_b_2")]
     assert [(each["prompt"], each["sample_steps"]) for each in found] == [("all", 1), ("own", 3)]
 
 
@@ -256,17 +303,17 @@ def test_a_list_that_is_mended_and_grows(tiny, files, tmp_path, made):
     out, jobs = tmp_path / "out", [job(files, seed=seed) for seed in range(4)]
     jobs[1]["image"] = "gone.png"
     assert batch(tiny, write_list(tmp_path, jobs), out).exit_code == 1
-    assert made == ["a_a.mp4", "a_a-2.mp4", "a_a-3.mp4"]
+    assert made == ["a_a.mp4", "a_a_2.mp4", "a_a_3.mp4"]
     before = {each["video"]: each["place"] for each in results(out) if each["state"] == "made"}
     jobs[1]["image"] = str(files / "a.png")
     mended = [job(files, seed=9), *reversed(jobs)]
     done = batch(tiny, write_list(tmp_path, mended), out)
     assert done.exit_code == 0, done.output
     assert states(out) == ["made", "there", "there", "made", "there"]
-    assert made[3:] == ["a_a-4.mp4", "a_a-5.mp4"]
+    assert made[3:] == ["a_a_4.mp4", "a_a_5.mp4"]
     assert {each["video"] for each in results(out) if each["state"] == "there"} == set(before)
     twice = batch(tiny, write_list(tmp_path, [jobs[0], jobs[0]]), out)
-    assert twice.exit_code == 1  # the second would be a_a-2, where another is
+    assert twice.exit_code == 1  # the second would be a_a_2, where another is
     assert states(out) == ["there", "changed"]
 
 
@@ -369,5 +416,5 @@ def test_names_are_files_everywhere(tiny, files, tmp_path, made):
         tiny, write_list(tmp_path, {name: job(files, seed=n) for n, name in enumerate(names)}), tmp_path / "out"
     )
     assert done.exit_code == 0, done.output
-    assert made == ["a_b.mp4", "job.mp4", "a_b_c.mp4", "A_B-2.mp4", "ünï.mp4", "x" * 60 + ".mp4"]
+    assert made == ["a_b.mp4", "job.mp4", "a_b_c.mp4", "A_B_2.mp4", "ünï.mp4", "x" * 60 + ".mp4"]
     assert all(each.parent == tmp_path / "out" for each in tmp_path.rglob("*.mp4"))
