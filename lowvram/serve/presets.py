@@ -16,8 +16,8 @@ from lowvram_kernels.errors import OutOfMemoryError
 from lowvram_models.constants import FRAMES_PER_LATENT
 
 log = logging.getLogger(__name__)
-SIZES = ("384*256", "512*320", "704*384", "832*480", "1024*576", "1280*720")
-"""From small to large."""
+SIZES = ("384*256", "704*384", "832*480", "1280*720")
+"""From small to large; few, as the plan of each takes seconds, once."""
 FRAMES = (48, 24, 12)
 """A clip's, from what the model is used with downwards."""
 _STEPS = 4

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import httpx
 import pytest
 
-from lowvram.serve.jobs import BROKEN, CANCELLED, DONE, QUEUED, RUNNING
+from lowvram.serve.jobs import BROKEN, CANCELLED, DONE, RUNNING
+from tests.lowvram.serve.fakes import FakeMaker, client_of, until
+from tests.lowvram.serve.fakes import running as working
 
 HERE = Path(__file__).parents[3]
 
@@ -53,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(model: Path, folder: Path) -> Iterator[Served]:
-    there = Served(model, folder, "--no-page")
+    there = Served(model, folder, "--max-upload", "1MiB")
     yield there
     if there.process.poll() is None:
         there.end()
@@ -94,7 +97,7 @@ def frames_before_the_end(client: httpx.Client, name: str) -> tuple[int, bytes]:
     return early, taken
 
 
-def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, model: Path, folder: Path):
+def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, folder: Path):
     client = served.client
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", served.url)
     first = send(client, tiny, audio_duration=1.4)
@@ -109,30 +112,47 @@ def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, model: 
     assert {row["event"] for row in rows} == {"sample", "begin", "end"}
     assert "<svg" in client.get(f"/api/jobs/{first['id']}/memory.svg").text
 
-    running, waiting, broken = (
-        send(client, tiny, prompt=prompt, num_clip=1) for prompt in ("cancelled", "waits", "breaks")
-    )
+    compared = client.post("/api/compare", json={"a": first["id"], "b": first["id"]})
+    assert compared.status_code == 201, compared.text
+    assert "PSNR" in client.get(compared.json()["page"]).text
+    refused_over_http(client)
+
+    running, waiting, broken = (send(client, tiny) for _ in range(3))
     wait(client, running["id"], RUNNING)
     assert client.post(f"/api/jobs/{running['id']}/cancel").status_code == 200
     wait(client, running["id"], CANCELLED)
     client.post(f"/api/jobs/{waiting['id']}/cancel")
-    again = send(client, tiny, prompt="is made by the next", num_clip=1)
+    again = send(client, tiny)
     wait(client, broken["id"], RUNNING)
     assert served.end() == 0
 
-    second = Served(model, folder)
-    try:
-        page = second.client.get("/")
-        assert "window.gradio_config" in page.text
-        assert "default-src 'self'" in page.headers["content-security-policy"]
-        states = {job["id"]: job["state"] for job in second.client.get("/api/jobs").json()}
+    with working(folder, FakeMaker(free=True)) as queue, client_of(queue) as client:
+        states = {job["id"]: job["state"] for job in client.get("/api/jobs").json()}
         assert states[first["id"]] == DONE
         assert states[running["id"]] == states[waiting["id"]] == CANCELLED
         assert states[broken["id"]] == BROKEN
-        assert states[again["id"]] in (QUEUED, RUNNING, DONE)
-        wait(second.client, again["id"], DONE)
-        page = second.client.post("/api/compare", json={"a": again["id"], "b": again["id"]})
-        assert page.status_code == 201, page.text
-        assert "PSNR" in second.client.get(page.json()["page"]).text
-    finally:
-        assert second.end() == 0
+        until(lambda: queue.store.job(again["id"]).state == DONE)
+        assert frames(client.get(f"/api/jobs/{first['id']}/video").content) == 35
+
+
+def refused_over_http(client: httpx.Client) -> None:
+    """What is too large is answered although it is still being sent; of many at once those beyond the queue are."""
+
+    def endless() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        for _ in range(64):
+            yield bytes(2**16)
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    for content in (endless(), b"".join(endless())):
+        answer = client.post("/api/jobs", content=content, headers=form)
+        assert answer.status_code == 413, answer.text
+    page = client.get("/")
+    assert "window.gradio_config" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    files = {"image": b"no picture", "audio": b"no sound"}
+    with ThreadPoolExecutor(50) as pool:
+        answers = pool.map(
+            lambda _: client.post("/api/jobs", files=files, data={"prompt": "a"}).status_code, range(200)
+        )
+        assert set(answers) <= {422, 429}
