@@ -177,7 +177,8 @@ def _spread_kernel(
     tl.store(tiles + line + RING_TILE + columns[None, :], bias, mask=real)
     part = block_part(origin, table, block, OF_V_SUMS, ALIGNED).to(tl.pointer_type(tl.int16))
     own = tl.cdiv(tokens, RING_TILE)
-    there = real & (tile < own) & (dims < HEAD_DIM)[None, :]
+    # Not "& (tile < own)": one number's comparison makes integers of a mask in the interpreter, which 3.9's refuses.
+    there = (heads < tl.where(tile < own, HEADS, 0))[:, None] & (dims < HEAD_DIM)[None, :]
     total = tl.load(part + (heads[:, None] * own + tile) * HEAD_DIM + dims[None, :], mask=there, other=0)
     start = (total.to(tl.int32) * HALF + MAGIC_BITS).to(tl.float32, bitcast=True)
     tl.store(tiles + line + 2 * RING_TILE + dims[None, :], start, mask=real)
