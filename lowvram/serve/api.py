@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lowvram.memory_log.drawing import draw
 from lowvram.memory_log.rows import Row, read_rows
@@ -64,7 +65,10 @@ class Api:
         of them in one field `settings` as JSON."""
         with self.queue.reserved(), self.store.incoming() as place:
             files = {"image": place.image, "audio": place.audio}
-            fields = await receive_form(request.headers.get("content-type"), request.stream(), files, self.limits)
+            try:
+                fields = await receive_form(request.headers.get("content-type"), request.stream(), files, self.limits)
+            except ClientDisconnect as error:
+                raise Refused(400, "the upload broke off; send it again") from error
             settings = parse_settings(fields)
             job = await anyio.to_thread.run_sync(self.take, place, settings, limiter=self._checking)
         return JSONResponse(self.described(job), status_code=202, headers={"location": f"/api/jobs/{job.id}"})

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,9 +32,16 @@ class Served:
     def __init__(self, model: Path, folder: Path, *options: str):
         command = [sys.executable, "-m", "lowvram", "serve", "--model", str(model), "--dir", str(folder), "--port", "0"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
-        self.process = subprocess.Popen(
-            [*command, "--device", "cpu", *options], stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE
-        )
+        self.said = folder.with_suffix(".log")
+        with self.said.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--device", "cpu", *options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                cwd=HERE,
+            )
         assert self.process.stdout
         self.url = self.process.stdout.readline().strip()
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
@@ -125,6 +133,7 @@ def test_from_a_form_to_a_video_and_over_a_restart(served: Served, tiny, folder:
     again = send(client, tiny)
     wait(client, broken["id"], RUNNING)
     assert served.end() == 0
+    assert "Traceback" not in served.said.read_text()
 
     with working(folder, FakeMaker(free=True)) as queue, client_of(queue) as client:
         states = {job["id"]: job["state"] for job in client.get("/api/jobs").json()}
@@ -147,6 +156,9 @@ def refused_over_http(client: httpx.Client) -> None:
     for content in (endless(), b"".join(endless())):
         answer = client.post("/api/jobs", content=content, headers=form)
         assert answer.status_code == 413, answer.text
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as leaves:
+        head = f"POST /api/jobs HTTP/1.1\r\nHost: {client.base_url.host}\r\nContent-Type: {form['content-type']}\r\n"
+        leaves.sendall(f"{head}Content-Length: 5000\r\n\r\n--x\r\n".encode())
     page = client.get("/")
     assert "window.gradio_config" in page.text
     assert "default-src 'self'" in page.headers["content-security-policy"]
