@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from starlette.testclient import TestClient
 
@@ -102,3 +103,24 @@ def voice(folder: Path, seconds: float = 1.0) -> bytes:
     path = folder / f"voice-{seconds}.wav"
     write_wav(path, synth_voice(seconds), 16000)
     return path.read_bytes()
+
+
+PICTURE = picture()
+FORM = {"prompt": "A person speaks", "size": "128*128"}
+
+
+def send(client: TestClient, sound: bytes, image: bytes = PICTURE, **fields: Any):
+    files = {"image": ("../../evil.png", image, "image/png"), "audio": ("/etc/passwd", sound, "audio/wav")}
+    return client.post("/api/jobs", files=files, data={**FORM, **fields})
+
+
+def settled(queue: WorkQueue, name: str, state: str) -> None:
+    until(lambda: queue.store.job(name).state == state)
+
+
+def untouched(queue: WorkQueue) -> bool:
+    """Whether nothing of what was refused is left."""
+    folder = queue.store.folder
+    return not queue.store.jobs() and not [
+        path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name
+    ]
