@@ -91,7 +91,7 @@ def infer(
     if not pipeline.team.role.media:
         with _kept(artifact), _memory_log(pipeline, outputs):
             return _serve(pipeline, request, outputs)
-    outputs.check({"--image": request.image, "--audio": request.audio, "--model": artifact.path})
+    outputs.check({**request.files, "--model": artifact.path})
     if outputs.segment_minutes is not None and pipeline.runtime.memory.allow_quality_loss:
         raise ConfigError(
             "--allow-quality-loss may begin a video again, and --segment-minutes goes on with it; leave one out"
@@ -217,8 +217,8 @@ def _make(
 def take_of(pipeline: AvatarPipeline, request: Request) -> str:
     """What a take is called: a checksum of all that its frames and its sound come from."""
     runtime = pipeline.runtime
-    settings = dataclasses.asdict(request) | {"image": None, "audio": None}
-    files = [sha256_file(path) for path in (runtime.artifact.path / MANIFEST, request.image, request.audio)]
+    settings = dataclasses.asdict(request) | dict.fromkeys(("image", "audio", "masks", "pose_video"))
+    files = [sha256_file(path) for path in (runtime.artifact.path / MANIFEST, *request.files.values())]
     said = json.dumps([settings, files, str(runtime.dtype), runtime.memory.kv], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
@@ -228,7 +228,12 @@ def make_report(
 ) -> dict[str, Any]:
     frames = sum(block.frames for block in recorder.blocks)
     working = sum(block.denoise_s + block.decode_s for block in recorder.blocks)
-    settings = dataclasses.asdict(request) | {"image": str(request.image), "audio": str(request.audio)}
+    settings = dataclasses.asdict(request) | {
+        "image": str(request.image),
+        "audio": str(request.audio),
+        "masks": [str(path) for path in request.masks],
+        "pose_video": None if request.pose_video is None else str(request.pose_video),
+    }
     return {
         "lowvram": version("lowvram"),
         "artifact": str(pipeline.runtime.artifact.path),

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from lowvram.media.audio import check_duration
-from lowvram.media.image import portrait_tensor, read_portrait
+from lowvram.media.image import portrait_tensor
+from lowvram.media.pose import check_pose
+from lowvram.media.several import names_of, read_group, token_masks
 from lowvram.media.sizes import output_size
 from lowvram.media.sound import Sound
 from lowvram.media.voice import Voice, load_voice
@@ -37,6 +39,10 @@ log = logging.getLogger(__name__)
 class Request:
     """What to make. ``size`` names an area "A*B"; the portrait decides the shape. Validated at construction.
 
+    Several people speak where ``audio`` names several files, as "a.wav+b.wav": each is heard where its ``masks``
+    picture is white, or in its part of the picture, from left to right; ``image`` may name a portrait of each likewise,
+    which are put side by side. ``pose_video`` is followed, beside the voice.
+
     ``num_clip`` None means as many clips of ``infer_frames`` video frames as the audio fills, and what its last frames
     need of one more. ``online_decode`` False decodes a clip at a time instead of a block at a time. ``upscale``: a
     portrait that is smaller than ``size`` is scaled up to it. Of the audio file sound track ``audio_track`` is taken,
@@ -58,6 +64,8 @@ class Request:
     audio_track: int | None = None
     audio_start: float = 0.0
     audio_duration: float | None = None
+    masks: tuple[Path, ...] = ()
+    pose_video: Path | None = None
 
     def __post_init__(self) -> None:
         latent_frames_per_clip(self.infer_frames)
@@ -79,6 +87,22 @@ class Request:
             raise ConfigError(f"--audio-duration is {duration:g} s; expected more than 0, or none for the rest")
 
     @property
+    def voices(self) -> tuple[Path, ...]:
+        """The file of each voice."""
+        return names_of(self.audio)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """All that are read, by option."""
+        several = {"--image": names_of(self.image), "--audio": self.voices, "--mask": self.masks}
+        named = {
+            option if len(paths) == 1 else f"{option}, {place}": path
+            for option, paths in several.items()
+            for place, path in enumerate(paths, 1)
+        }
+        return named | ({} if self.pose_video is None else {"--pose_video": self.pose_video})
+
+    @property
     def may_be_long(self) -> bool:
         """Whether the voice may be one that is encoded window by window, as far as is known before it is read."""
         return self.audio_duration is None or self.audio_duration > WHOLE_FILE_S
@@ -97,14 +121,22 @@ class Request:
 class Inputs:
     """A request's files, read: portrait [3, H, W] in [-1, 1] and speech, mono float32 at 16 kHz; ``sound`` is the part
     of the audio file that the speech is, or begins: ``speech_goes_on`` where no more of it is needed. ``facts`` say for
-    a report what the files were."""
+    a report what the files were. Of several people ``others`` has the speech of those behind the first, as long as
+    theirs, ``masks`` [people, tokens of a latent frame] says where each is heard, and ``sound`` is that of all."""
 
     request: Request
     portrait: Tensor
     speech: np.ndarray
-    sound: Sound | None = None
+    sound: Sound | tuple[Sound, ...] | None = None
     speech_goes_on: bool = False
+    others: tuple[np.ndarray, ...] = ()
+    masks: Tensor | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def speeches(self) -> tuple[np.ndarray, ...]:
+        """Of everybody."""
+        return self.speech, *self.others
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -131,17 +163,42 @@ def read_inputs(request: Request) -> Inputs:
     Raises:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
-    voice = read_voice(request)
-    portrait = read_portrait(request.image)
+    voices = _of_one_length([read_voice(request, path) for path in request.voices], request.voices)
+    group = read_group(names_of(request.image), request.masks, len(voices))
+    if request.pose_video is not None:
+        check_pose(request.pose_video)
+    portrait, voice = group.portrait, voices[0]
     height, width = _video_size(request, portrait.image.height, portrait.image.width)
+    several = len(voices) > 1
     return Inputs(
         request=request,
         portrait=portrait_tensor(portrait.image, height, width),
         speech=voice.samples,
-        sound=voice.sound,
-        speech_goes_on=voice.goes_on,
-        facts={"portrait": portrait.facts, "voice": voice.facts, "voice_cut": _voice_cut(request, voice)},
+        sound=tuple(each.sound for each in voices) if several else voice.sound,
+        speech_goes_on=all(each.goes_on for each in voices),
+        others=tuple(each.samples for each in voices[1:]),
+        masks=token_masks(group, height, width),
+        facts={
+            "portrait": portrait.facts,
+            "voice": voice.facts,
+            "voice_cut": _voice_cut(request, voice),
+            **({"other_voices": [each.facts for each in voices[1:]]} if several else {}),
+        },
     )
+
+
+def _of_one_length(voices: list[Voice], paths: tuple[Path, ...]) -> list[Voice]:
+    """Several voices end with the shortest, as in the reference; what that leaves out is said."""
+    shortest = min(len(voice.samples) for voice in voices)
+    for voice, path in zip(voices, paths, strict=True):
+        if (lost := len(voice.samples) - shortest) > SPEECH_RATE_HZ // FPS:
+            log.warning(
+                "voice %s is longer than the shortest: the last %.2f s of what was read are left out; give voices of "
+                "one length, with silence where one does not speak",
+                path,
+                lost / SPEECH_RATE_HZ,
+            )
+    return [dataclasses.replace(voice, samples=voice.samples[:shortest]) for voice in voices]
 
 
 def _voice_cut(request: Request, voice: Voice) -> dict[str, float | None] | None:
@@ -165,14 +222,14 @@ def _voice_cut(request: Request, voice: Voice) -> dict[str, float | None] | None
     return {"kept_s": kept_s, "lost_s": lost_s}
 
 
-def read_voice(request: Request) -> Voice:
-    """Read and check the voice alone.
+def read_voice(request: Request, path: Path | None = None) -> Voice:
+    """Read and check a voice alone: that in ``path``, or the only one.
 
     Raises:
         InputError: as of ``read_inputs``.
     """
     voice = load_voice(
-        request.audio,
+        path or request.audio,
         track=request.audio_track,
         start_s=request.audio_start,
         duration_s=request.audio_duration,

@@ -103,7 +103,7 @@ ROOMS = {
     "doctor": {"byte_sizes", "devices", "offload", "parallel", "planning"},
     "parallel": {"devices", "encode", "offload", "planning", "request", "runtime", "schedule"},
     "decode": {"loading", "offload", "runtime", "schedule"},
-    "encode": {"devices", "loading", "precision", "recorder", "request", "runtime", "schedule"},
+    "encode": {"devices", "loading", "media", "precision", "recorder", "request", "runtime", "schedule"},
     "runtime": {"byte_sizes", "devices", "offload", "planning"},
     "planning": {"byte_sizes", "devices", "media", "offload", "schedule"},
     "offload": {"byte_sizes", "devices", "loading", "media"},

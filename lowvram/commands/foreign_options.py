@@ -82,7 +82,7 @@ def one_voice(value: str, given: Given) -> str:
     """The reference takes several voices, joined with "+", for several people in the picture."""
     if "+" not in value or Path(value).exists() or not all(Path(part).suffix for part in value.split("+")):
         return ""
-    return f"{value} names several voices, and one person speaks here, give one file"
+    return f"{value} names several voices, which infer takes, and one person speaks here, give one file"
 
 
 def _single(value: str, given: Given) -> str:
@@ -120,7 +120,7 @@ _ANYWHERE = (
     Foreign("tts_prompt_audio", _TTS),
     Foreign("tts_prompt_text", _TTS),
     Foreign("tts_text", _TTS),
-    Foreign("pose_video", "no poses are followed here, the voice alone moves the portrait: leave it out"),
+    Foreign("pose_video", "poses are followed by infer, here the voice alone moves the portrait: leave it out"),
     # The reference's causal pipeline takes both and does the same with and without: every video begins from the
     # portrait, and motion frames are given at every step. So it is here.
     Foreign("start_from_ref", "", switch=True),
@@ -184,10 +184,11 @@ _ELSEWHERE = (
     Foreign("gpu", "--device cuda:N names a card, --gpus N takes several"),
 )
 
+# What a command has under the same name, with all values.
+_OWN = {"batch": {"sample_list"}, "infer": {"audio", "pose_video"}}
+
 BY_COMMAND = {
-    command: {
-        foreign.name: foreign for foreign in (*_ANYWHERE, *own) if (command, foreign.name) != ("batch", "sample_list")
-    }
+    command: {foreign.name: foreign for foreign in (*_ANYWHERE, *own) if foreign.name not in _OWN.get(command, set())}
     for command, own in {
         "infer": (*_RUN, *_ELSEWHERE),
         "batch": (*_RUN, *_ELSEWHERE),

@@ -107,7 +107,7 @@ class RankRun:
         get_ready(torch.device(where))
 
     def _check_outputs(self) -> None:
-        self.outputs.check({"--image": self.request.image, "--audio": self.request.audio, "--model": self.model})
+        self.outputs.check({**self.request.files, "--model": self.model})
 
 
 def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> list[Path]:
@@ -135,7 +135,7 @@ def infer_as_asked(options: dict[str, Any], arguments: Sequence[str]) -> list[Pa
             )
         several = _rank_run(options, request, outputs, ranks)
         return _as_ranks(several, env, layout, arguments)
-    outputs.check({"--image": request.image, "--audio": request.audio, "--model": options["model"]})
+    outputs.check({**request.files, "--model": options["model"]})
     report = infer(open_pipeline(options), request, outputs, quiet=options["quiet"])
     if outputs.segment_minutes is None:
         return [outputs.video]

@@ -227,8 +227,23 @@ def infer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``infer`` reads and writes, with what it shares with other commands."""
     first: list[Callable[..., Any]] = [
         click.option("--model", type=FILE, required=True, help="Artifact that convert wrote."),
-        click.option("--image", type=FILE, required=True, help="Portrait: any usual kind of picture."),
-        click.option("--audio", type=FILE, required=True, help="Voice: any file with sound in it."),
+        click.option(
+            "--image", type=FILE, required=True, help="Portrait: any usual kind of picture; a.png+b.png: side by side."
+        ),
+        click.option(
+            "--audio",
+            type=FILE,
+            required=True,
+            help="Voice: any file with sound in it; a.wav+b.wav: of several people, from left to right.",
+        ),
+        click.option(
+            "--mask",
+            "masks",
+            type=FILE,
+            multiple=True,
+            help="Of several people: a picture as large as the portrait, white where the next of them is; one of each.",
+        ),
+        click.option("--pose-video", type=FILE, help="Video of a moving skeleton to follow."),
         click.option("--prompt", required=True, help="What is to be seen, or @FILE that says it."),
         click.option("--out", "--save-file", "out", type=FILE, help="MP4 to write."),
         click.option("--save-dir", type=FILE, help="Folder to write to instead, under a name made of what goes in."),

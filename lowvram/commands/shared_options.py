@@ -300,4 +300,6 @@ def make_request(options: dict[str, Any]) -> Request:
         online_decode=options["enable_online_decode"],
         audio_start=start or 0.0,
         audio_duration=duration,
+        masks=tuple(options.get("masks") or ()),
+        pose_video=options.get("pose_video"),
     )

@@ -68,7 +68,7 @@ def record_reference(
         LowvramError: as of ``AvatarPipeline.stream``.
     """
     artifact = pipeline.runtime.artifact
-    inputs = {"--image": request.image, "--audio": request.audio, "--model": artifact.path}
+    inputs = {**request.files, "--model": artifact.path}
     check_reference(folder, inputs, overwrite=overwrite)
     place = real(folder)
     with writing(place, "lowvram compare record"), _unfinished(place) as partial:

@@ -173,13 +173,24 @@ class Denoiser:
                 self._team.sequence.begins()
                 self.rollout.begin_again(before)
                 if tick.starts is not None and audio is not None:
-                    self.rollout.start(tick.starts, self._noise(tick.starts) if latent is None else latent, audio)
+                    noise = self._noise(tick.starts) if latent is None else latent
+                    pose, masks = self._pose(tick.starts), self._masks(tick.starts)
+                    self.rollout.start(tick.starts, noise, audio, pose_CFhw=pose, actor_masks=masks)
                 self.rollout.advance([(block, self.steps[step]) for block, step in tick.items])
 
     def _noise(self, block: Block) -> Tensor:
         shape = (LATENT_CHANNELS, self.settings.frames_per_clip, *self.settings.latent_size)
         noise = clip_noise(self.settings.base_seed, block.clip, shape)
         return noise[:, block.offset : block.offset + block.frames]
+
+    def _pose(self, block: Block) -> Tensor | None:
+        pose = self._conditions.pose
+        return None if pose is None else pose[:, block.first_frame : block.first_frame + block.frames]
+
+    def _masks(self, block: Block) -> Tensor | None:
+        """[people, F, tokens, 1]: people stay where they are."""
+        masks = self._conditions.masks
+        return None if masks is None else masks[:, None, :, None].expand(-1, block.frames, -1, -1).contiguous()
 
     def _audio(self, block: Block) -> Tensor:
         first = block.first_frame * FRAMES_PER_LATENT

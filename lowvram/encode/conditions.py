@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from lowvram.devices import choose_dtype
-from lowvram.encode.voice import BackgroundPieces, Voice, VoiceInWindows, WholeVoice
+from lowvram.encode.voice import BackgroundPieces, Voice, VoiceInWindows, WholeVoice, together
 from lowvram.loading.encoders import load_audio_encoder, load_text_encoder, load_vae
+from lowvram.media.pose import pose_clips
 from lowvram.recorder import Recorder
 from lowvram.request import Inputs
 from lowvram.runtime import Run
@@ -33,13 +34,17 @@ WINDOWING = Windowing()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """``context`` [tokens, text_dim], ``audio`` [1, 25, audio_dim, frames] of any video frames, ``reference``
-    [16, 1, h, w] and ``motion`` [16, 19, h, w] latents."""
+    """``context`` [tokens, text_dim], ``audio`` [people, 25, audio_dim, frames] of any video frames, ``reference``
+    [16, 1, h, w] and ``motion`` [16, 19, h, w] latents. Of several people ``masks`` [people, tokens of a latent frame]
+    say where each is heard; ``pose`` [16, F, h, w], float32 on the host, are latents of all F frames, where poses are
+    followed."""
 
     context: Tensor
     audio: Voice
     reference: Tensor
     motion: Tensor
+    masks: Tensor | None = None
+    pose: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -102,6 +107,41 @@ def encode_image(vae: StreamingVAE, portrait_3HW: Tensor) -> tuple[Tensor, Tenso
     return vae.encode(portrait_3HW[:, None]), vae.encode_repeated(portrait_3HW)
 
 
+@torch.inference_mode()
+def encode_pose(vae: StreamingVAE, inputs: Inputs, num_frames: int, device: torch.device) -> Tensor:
+    """Latents [16, F, h, w], float32 on the host, of the pose video's pictures at the first ``num_frames`` video
+    frames, each clip for itself with its first picture shown before it.
+
+    Source: the reference's pose conditions.
+    """
+    request, (height, width) = inputs.request, inputs.portrait.shape[1:]
+    assert request.pose_video is not None
+    clips, clip_frames = -(-num_frames // request.infer_frames), request.infer_frames
+    latents = []
+    for pictures in pose_clips(request.pose_video, clips, clip_frames, height, width):
+        shown = torch.cat([pictures[:, :1], pictures], dim=1)
+        latents.append(vae.encode(shown.to(device))[:, 1:].float().cpu())
+    return torch.cat(latents, dim=1)
+
+
+def _voice(run: Run, inputs: Inputs, person: int, recorder: Recorder, first_frame: int) -> Voice:
+    name = "audio_emb" if person == 0 else f"audio_emb.{person}"
+    note, frames_of = functools.partial(recorder.part, name), functools.partial(_frames, inputs)
+    for where, attempt in run.ladder.devices("encode_audio", run.runtime.device):
+        with attempt:
+            voice = encode_audio(
+                run.runtime.artifact,
+                inputs.speeches[person],
+                inputs.request.infer_frames,
+                frames_of,
+                where,
+                note,
+                goes_on=inputs.speech_goes_on,
+                first_frame=first_frame,
+            )
+    return voice
+
+
 def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder, *, first_frame: int = 0) -> Conditions:
     """What all blocks are denoised from; ``recorder`` sees every part of it. The voice is not asked for before
     ``first_frame``, which counts those that are dropped.
@@ -113,33 +153,27 @@ def encode_inputs(run: Run, inputs: Inputs, recorder: Recorder, *, first_frame: 
     artifact = runtime.artifact
     with runtime.stages.stage("encode_text"):
         ids, context = _prompt(run, request.prompt)
-    note, frames_of = functools.partial(recorder.part, "audio_emb"), functools.partial(_frames, inputs)
-    goes_on = inputs.speech_goes_on
     with runtime.stages.stage("encode_audio"):
-        for where, attempt in ladder.devices("encode_audio", runtime.device):
-            with attempt:
-                voice = encode_audio(
-                    artifact,
-                    inputs.speech,
-                    request.infer_frames,
-                    frames_of,
-                    where,
-                    note,
-                    goes_on=goes_on,
-                    first_frame=first_frame,
-                )
+        voice = together([_voice(run, inputs, person, recorder, first_frame) for person in range(len(inputs.speeches))])
     with runtime.stages.stage("encode_image"):
         for where, attempt in ladder.devices("encode_image", runtime.device):
             with attempt:
                 vae = functools.partial(load_vae, artifact, where, choose_dtype(runtime.dtype_name, where))
                 reference, motion = encode_image(vae(), inputs.portrait.to(where))
+    pose = None
+    if request.pose_video is not None:
+        with runtime.stages.stage("encode_pose"):
+            for where, attempt in ladder.devices("encode_pose", runtime.device):
+                with attempt:
+                    vae = functools.partial(load_vae, artifact, where, choose_dtype(runtime.dtype_name, where))
+                    pose = encode_pose(vae(), inputs, voice.num_frames, where)
     # Models of libraries hold themselves in cycles: without this they would keep their memory.
     runtime.engine.empty_cache()
     recorder.tensor("input_ids", ids)
     recorder.tensor("context", context)
     recorder.tensor("ref_latents", reference[None])
     recorder.tensor("motion_latents", motion[None])
-    return Conditions(context=context, audio=voice, reference=reference, motion=motion)
+    return Conditions(context=context, audio=voice, reference=reference, motion=motion, masks=inputs.masks, pose=pose)
 
 
 def _prompt(run: Run, prompt: str) -> tuple[Tensor, Tensor]:

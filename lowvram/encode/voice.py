@@ -43,7 +43,7 @@ class Voice(Protocol):
 
 
 class WholeVoice:
-    """Features [1, layers, dim, N] of N video frames."""
+    """Features [people, layers, dim, N] of N video frames."""
 
     failure: BaseException | None = None
 
@@ -114,6 +114,40 @@ class VoiceInWindows:
     def close(self) -> None:
         self._held.clear()
         self.pieces.close()
+
+
+class SeveralVoices:
+    """Voices of several people at once, of which at least one is long."""
+
+    def __init__(self, voices: Sequence[Voice]):
+        self.voices = list(voices)
+
+    @property
+    def num_frames(self) -> int:
+        return min(voice.num_frames for voice in self.voices)
+
+    @property
+    def failure(self) -> BaseException | None:
+        return next((voice.failure for voice in self.voices if voice.failure is not None), None)
+
+    def frames(self, first: int, count: int) -> Tensor:
+        """[people, layers, dim, count]."""
+        return torch.cat([voice.frames(first, count) for voice in self.voices])
+
+    def close(self) -> None:
+        for voice in self.voices:
+            voice.close()
+
+
+def together(voices: Sequence[Voice]) -> Voice:
+    """One voice, or those of several people as one."""
+    whole = [voice for voice in voices if isinstance(voice, WholeVoice)]
+    if len(voices) == 1:
+        return voices[0]
+    if len(whole) < len(voices):
+        return SeveralVoices(voices)
+    frames = min(voice.num_frames for voice in whole)
+    return WholeVoice(torch.cat([voice.features[..., :frames] for voice in whole]))
 
 
 @contextlib.contextmanager

@@ -139,8 +139,8 @@ def _check_size(file: Path, width: int, height: int) -> None:
         )
 
 
-def portrait_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Fit a portrait to ``height`` x ``width`` px.
+def portrait_tensor(image: Image.Image, height: int, width: int, *, said: bool = True) -> torch.Tensor:
+    """Fit a portrait to ``height`` x ``width`` px; ``said``: whether black around it is.
 
     The shorter side is resized to ``min(height, width)`` (Pillow, bilinear), then the centre is cropped; where the
     resized image is smaller than the crop it is centred on black, with a warning. Rounding is that of torchvision's
@@ -154,13 +154,13 @@ def portrait_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor
     """
     if height < 1 or width < 1:
         raise ValueError(f"expected a positive height and width, received {height} and {width}")
-    pixels_HWC = torch.from_numpy(np.array(fitted(image, height, width)))
+    pixels_HWC = torch.from_numpy(np.array(fitted(image, height, width, said=said)))
     return pixels_HWC.permute(2, 0, 1).contiguous().to(torch.float32).div(255).mul(2).sub(1)
 
 
-def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
-    """What ``portrait_tensor`` makes of a portrait, as a picture, RGB."""
-    return _centre_crop(_resize_shorter(image.convert("RGB"), min(height, width)), height, width)
+def fitted(image: Image.Image, height: int, width: int, *, said: bool = True) -> Image.Image:
+    """What ``portrait_tensor`` makes of a portrait, as a picture, RGB; ``said``: whether black around it is."""
+    return _centre_crop(_resize_shorter(image.convert("RGB"), min(height, width)), height, width, said=said)
 
 
 def _resize_shorter(image: Image.Image, side_px: int) -> Image.Image:
@@ -172,16 +172,17 @@ def _resize_shorter(image: Image.Image, side_px: int) -> Image.Image:
     return image.resize(new_size, Image.Resampling.BILINEAR)
 
 
-def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def _centre_crop(image: Image.Image, height: int, width: int, *, said: bool) -> Image.Image:
     if width > image.width or height > image.height:
-        image = _pad(image, height, width)
+        image = _pad(image, height, width, said=said)
     left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
     return image.crop((left, top, left + width, top + height))
 
 
-def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+def _pad(image: Image.Image, height: int, width: int, *, said: bool) -> Image.Image:
     extra_x, extra_y = max(width - image.width, 0), max(height - image.height, 0)
-    logger.warning(
+    logger.log(
+        logging.WARNING if said else logging.DEBUG,
         "the portrait's aspect leaves %d black columns and %d black rows in a video of %dx%d px (width x height); "
         "crop it to that aspect to avoid them",
         extra_x,

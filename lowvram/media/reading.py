@@ -29,7 +29,7 @@ def probe(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: missing, not a video, damaged.
     """
-    with _open_video(Path(path)) as container:
+    with open_video(Path(path)) as container:
         video = container.streams.video[0]
         sound = container.streams.audio[0] if container.streams.audio else None
         frames, sound_end_s = 0, 0.0
@@ -59,7 +59,7 @@ def read_frames(path: str | PathLike[str]) -> Iterator[NDArray[np.uint8]]:
         InputError: missing, not a video, or no frame of it decodes.
     """
     count = 0
-    with _open_video(Path(path)) as container:
+    with open_video(Path(path)) as container:
         try:
             for packet in _packets(Path(path), container, container.streams.video[0]):
                 for frame in packet.decode():
@@ -71,18 +71,23 @@ def read_frames(path: str | PathLike[str]) -> Iterator[NDArray[np.uint8]]:
             logger.warning("video %s breaks off after %d frames (%s)", path, count, error)
 
 
-def _open_video(path: Path) -> InputContainer:
+def open_video(path: Path, what: str = "video") -> InputContainer:
+    """A file with a picture track; ``what`` it is called in errors.
+
+    Raises:
+        InputError: missing, or no video.
+    """
     if not path.is_file():
-        raise InputError(f"video {path} is not a file: expected a video; check the path")
+        raise InputError(f"{what} {path} is not a file: expected a video; check the path")
     try:
         container = av.open(
             f"file:{path.absolute()}", options={"format_whitelist": _DEMUXERS}, metadata_errors="replace"
         )
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"video {path} cannot be read ({error.strerror}): expected an MP4; check the file") from error
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}): expected an MP4; check the file") from error
     if not container.streams.video:
         container.close()
-        raise InputError(f"video {path} has no picture: expected a video; choose another file")
+        raise InputError(f"{what} {path} has no picture: expected a video; choose another file")
     return container
 
 

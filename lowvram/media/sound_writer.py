@@ -10,6 +10,7 @@ from av.container import OutputContainer
 
 from lowvram.media.audio import AudioTrack
 from lowvram.media.segment import AAC_SAMPLES, aac_frames_until
+from lowvram.media.several import MixedTrack
 
 _AAC_BITS_A_CHANNEL = 96_000
 # AAC frames that a segment's encoder is given before the first that is kept. Behind two of them it chooses the windows
@@ -27,7 +28,7 @@ class SoundWriter:
     Samples are counted from the take's begin; times in the file from the segment's.
     """
 
-    def __init__(self, container: OutputContainer, track: AudioTrack, begin: int, *, whole: bool) -> None:
+    def __init__(self, container: OutputContainer, track: AudioTrack | MixedTrack, begin: int, *, whole: bool) -> None:
         self._container, self._track, self._whole, self._begin = container, track, whole, begin
         self._first = begin // AAC_SAMPLES - 1
         self.samples = 0  # that were read

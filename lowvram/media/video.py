@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,11 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from lowvram.media.audio import AudioTrack
+from lowvram.media.audio import TRACK_RATE_HZ
 from lowvram.media.finish import finish
 from lowvram.media.reading import probe, read_frames
 from lowvram.media.segment import Segment, SegmentFacts, sample_at
+from lowvram.media.several import open_track
 from lowvram.media.sound import Sound
 from lowvram.media.sound_writer import SoundWriter
 from lowvram_kernels.errors import InputError, OutputError
@@ -77,7 +78,7 @@ class VideoWriter:
         height: int,
         width: int,
         fps: int = FPS,
-        audio_path: str | os.PathLike[str] | Sound | None = None,
+        audio_path: str | os.PathLike[str] | Sound | Sequence[Sound] | None = None,
         trim_to_audio: bool = True,
         segment: Segment | None = None,
     ) -> None:
@@ -89,7 +90,7 @@ class VideoWriter:
         self.frames_written = self.frames_dropped = 0
         self.fragmented = True  # until an ordinary MP4 is made of it
         self._trim = trim_to_audio and audio_path is not None
-        self._track = AudioTrack(audio_path) if audio_path is not None else None
+        self._track = open_track(audio_path) if audio_path is not None else None
         self.segment, self.goes_on = segment, None if segment is None else False
         self._begin = 0 if segment is None else segment.first_frame
         self._closed = False
@@ -175,7 +176,7 @@ class VideoWriter:
         index = self.frames_written + self.frames_dropped
         if self._sound is not None:
             self._sound.feed(self._sample_at(index + 1))
-            if self._trim and self._sound.samples * self.fps <= (self._begin + index) * AudioTrack.rate_hz:
+            if self._trim and self._sound.samples * self.fps <= (self._begin + index) * TRACK_RATE_HZ:
                 self.frames_dropped += 1
                 return
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
@@ -186,7 +187,7 @@ class VideoWriter:
 
     def _sample_at(self, index: int) -> int:
         """The take's sample with which a frame of this file begins."""
-        return sample_at(self._begin + index, AudioTrack.rate_hz, self.fps)
+        return sample_at(self._begin + index, TRACK_RATE_HZ, self.fps)
 
     def _facts(self) -> SegmentFacts | None:
         """What its file says of a segment, as far as it is known by now."""
@@ -198,7 +199,7 @@ class VideoWriter:
             take=self.segment.take,
             first_frame=self._begin,
             fps=self.fps,
-            rate_hz=AudioTrack.rate_hz,
+            rate_hz=TRACK_RATE_HZ,
             sound_begin=self._sample_at(0) if heard else None,
             sound_end=sound.ended if sound is not None and heard and done else None,
             frames=self.frames_written if done else None,

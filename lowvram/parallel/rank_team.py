@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lowvram.devices import is_out_of_memory
 from lowvram.encode.conditions import Conditions
-from lowvram.encode.voice import Voice, VoiceInWindows, WholeVoice
+from lowvram.encode.voice import SeveralVoices, Voice, VoiceInWindows, WholeVoice
 from lowvram.offload.layers import Shared
 from lowvram.parallel.comm import Comm, Sent, StageExchange
 from lowvram.parallel.heartbeat import Heartbeat, Peer
@@ -143,7 +143,9 @@ class RankTeam:
     def share_conditions(self, conditions: Conditions | None) -> Conditions:
         own: dict[str, Tensor] | None = None
         if conditions is not None:
-            own = {name: getattr(conditions, name).cpu() for name in ("context", "reference", "motion")}
+            _check_voices(conditions)
+            names = [name for name in ("context", "reference", "motion", "masks", "pose") if _there(conditions, name)]
+            own = {name: getattr(conditions, name).cpu() for name in names}
             if isinstance(conditions.audio, WholeVoice):
                 own["audio"] = conditions.audio.features.cpu()
         facts = None
@@ -268,4 +270,17 @@ def _try_exchange(sequence: Ulysses, device: torch.device) -> None:
         raise DistributedError(
             "ranks received other bytes than were sent; export NCCL_P2P_DISABLE=1 and try again (`lowvram doctor` "
             "says more)"
+        )
+
+
+def _there(conditions: Conditions, name: str) -> bool:
+    return getattr(conditions, name) is not None
+
+
+def _check_voices(conditions: Conditions) -> None:
+    """Raises: ConfigError: several long voices, of which windows would have to be sent."""
+    if isinstance(conditions.audio, SeveralVoices):
+        raise ConfigError(
+            "several voices of more than a minute are for one GPU, and several ranks share the work; give shorter "
+            "ones, or leave --gpus out"
         )

@@ -78,7 +78,7 @@ class SegmentFiles:
         *,
         height: int,
         width: int,
-        sound: Sound | Path | None,
+        sound: Sound | tuple[Sound, ...] | Path | None,
         resume: bool,
         overwrite: bool = False,
     ) -> None:
