@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,7 @@ def serve_as_asked(options: dict[str, Any]) -> None:
         seconds=options["max_seconds"],
     )
     address = Address(host=options["host"], port=options["port"], token=options["token"])
+    logging.getLogger("lowvram.serve").setLevel(logging.INFO)  # what becomes of each job is said
     pipeline = open_pipeline(options, resident=True)
     found: Presets = presets_of(pipeline)
     serve(

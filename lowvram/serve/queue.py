@@ -113,6 +113,7 @@ class WorkQueue:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
+            log.info("job %s is being made", job.id)
             try:
                 ended = self._made(job)
             except Exception as error:  # whatever it is, it is one job's end, and not the queue's
