@@ -87,6 +87,11 @@ class Request:
             raise ConfigError(f"--audio-duration is {duration:g} s; expected more than 0, or none for the rest")
 
     @property
+    def portraits(self) -> tuple[Path, ...]:
+        """The file of each portrait."""
+        return names_of(self.image)
+
+    @property
     def voices(self) -> tuple[Path, ...]:
         """The file of each voice."""
         return names_of(self.audio)
@@ -94,7 +99,7 @@ class Request:
     @property
     def files(self) -> dict[str, Path]:
         """All that are read, by option."""
-        several = {"--image": names_of(self.image), "--audio": self.voices, "--mask": self.masks}
+        several = {"--image": self.portraits, "--audio": self.voices, "--mask": self.masks}
         named = {
             option if len(paths) == 1 else f"{option}, {place}": path
             for option, paths in several.items()
@@ -164,7 +169,7 @@ def read_inputs(request: Request) -> Inputs:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
     """
     voices = _of_one_length([read_voice(request, path) for path in request.voices], request.voices)
-    group = read_group(names_of(request.image), request.masks, len(voices))
+    group = read_group(request.portraits, request.masks, len(voices))
     if request.pose_video is not None:
         check_pose(request.pose_video)
     portrait, voice = group.portrait, voices[0]

@@ -26,11 +26,32 @@ _MARGIN = 0.1
 
 
 def names_of(path: Path) -> tuple[Path, ...]:
-    """The files that are meant: of "a.wav+b.wav" both, unless that is the name of a file itself."""
+    """The files that are meant: of "a.wav+b.wav" both, unless that is the name of a file itself. A "+" within a name
+    or a folder divides nothing where the files are there; where they are not, each has to have an ending."""
     parts = str(path).split("+")
-    if len(parts) == 1 or os.path.lexists(path) or not all(Path(part).suffix for part in parts):
+    if len(parts) == 1 or os.path.lexists(path):
         return (path,)
-    return tuple(Path(part) for part in parts)
+    if found := _there(parts):
+        return tuple(Path(name) for name in found)
+    return tuple(Path(part) for part in parts) if all(Path(part).suffix for part in parts) else (path,)
+
+
+def joined(paths: Sequence[Path]) -> Path:
+    """What ``names_of`` takes apart again."""
+    return Path("+".join(str(path) for path in paths))
+
+
+def _there(parts: Sequence[str]) -> list[str]:
+    """The fewest files, all of them there, whose names with "+" between them are these parts; none where none are."""
+    behind: list[list[str] | None] = [None] * len(parts) + [[]]
+    for first in reversed(range(len(parts))):
+        for last in range(first + 1, len(parts) + 1):
+            rest, known = behind[last], behind[first]
+            if rest is None or (known is not None and len(known) <= len(rest) + 1):
+                continue
+            if os.path.isfile(name := "+".join(parts[first:last])):
+                behind[first] = [name, *rest]
+    return behind[0] or []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lowvram.serve.jobs import OPEN_STATES, Job
 from lowvram.serve.presets import Presets
 from lowvram.serve.queue import WorkQueue
 from lowvram.serve.settings import Settings, checked, parse_settings
-from lowvram.serve.store import Place
+from lowvram.serve.store import FILES, NEEDED, Place
 from lowvram.serve.streams import events, growing_video
 from lowvram.serve.uploads import receive_form
 from lowvram_kernels.errors import InputError, LowvramError
@@ -31,6 +31,15 @@ from lowvram_kernels.errors import InputError, LowvramError
 log = logging.getLogger(__name__)
 _VIDEO = "video/mp4"
 _MOST_ROWS = 2000
+_FILES = {
+    "image": "Portrait; of two people both, unless there is image2.",
+    "audio": "Voice; of two people that of the left one, or of mask.",
+    "image2": "Portrait of a second person, put beside the first; needs audio2.",
+    "audio2": "Voice of a second person.",
+    "mask": "As large as image, white where the first person is; needs mask2 and audio2.",
+    "mask2": "The same of the second person.",
+    "pose_video": "Video of a moving skeleton that is followed.",
+}
 
 
 class Api:
@@ -62,11 +71,12 @@ class Api:
 
     async def submit(self, request: Request) -> Response:
         """Queue a job. The form has the files `image` and `audio`, and the settings: each as a field of its own, or all
-        of them in one field `settings` as JSON."""
+        of them in one field `settings` as JSON. A second person has a voice `audio2`, and stands in the same picture,
+        whose halves, or `mask` and `mask2`, say who is where, or in `image2`; `pose_video` is followed."""
         with self.queue.reserved(), self.store.incoming() as place:
-            files = {"image": place.image, "audio": place.audio}
+            files, kind = {name: place.file(name) for name in FILES}, request.headers.get("content-type")
             try:
-                fields = await receive_form(request.headers.get("content-type"), request.stream(), files, self.limits)
+                fields = await receive_form(kind, request.stream(), files, self.limits, needed=NEEDED)
             except ClientDisconnect as error:
                 raise Refused(400, "the upload broke off; send it again") from error
             settings = parse_settings(fields)
@@ -242,9 +252,9 @@ def _routes(router: APIRouter, api: Api) -> None:
 def _form() -> dict[str, Any]:
     """The form of ``submit`` for the schema: it is read as it comes, which FastAPI does not know of."""
     schema = Settings.model_json_schema()
-    files = {name: {"type": "string", "format": "binary"} for name in ("image", "audio")}
+    files = {name: {"type": "string", "format": "binary", "description": _FILES[name]} for name in FILES}
     fields = {**files, "settings": {"type": "string", "description": "All of them as JSON."}, **schema["properties"]}
-    form = {"type": "object", "required": ["image", "audio", "prompt"], "properties": fields}
+    form = {"type": "object", "required": [*NEEDED, "prompt"], "properties": fields}
     return {"required": True, "content": {"multipart/form-data": {"schema": form}}}
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lowvram.serve.limits import BODY_BYTES, FIELD_BYTES, MIB, Limits
+from lowvram.serve.store import FILES
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -138,7 +139,7 @@ class Guard:
     def _most(self, scope: Scope) -> int:
         files = 0
         if scope["method"] == "POST":
-            files = 2 if scope["path"] == _JOBS else 1 if scope["path"].startswith(_UPLOAD) else 0
+            files = len(FILES) if scope["path"] == _JOBS else 1 if scope["path"].startswith(_UPLOAD) else 0
         return files * (self._limits.upload_bytes + FIELD_BYTES) + BODY_BYTES
 
     def _check_sender(self, scope: Scope, headers: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ BODY_BYTES = MIB
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """``queue`` jobs wait at the most; ``upload_bytes`` is of a portrait, and of a voice; ``seconds`` of video a job.
+    """``queue`` jobs wait at the most; ``upload_bytes`` is of each file of a job; ``seconds`` of video a job.
     ``idle_s`` without a byte, or ``upload_s`` in all, end an upload. ``listeners`` follow events and videos at once.
     Validated at construction.
     """

@@ -15,7 +15,7 @@ from lowvram.serve.errors import Refused
 from lowvram.serve.jobs import DONE, OPEN_STATES, RUNNING, Job, new_id
 from lowvram.serve.limits import MIB
 from lowvram.serve.settings import Settings, parse_settings
-from lowvram.serve.store import UPLOADS, uploaded
+from lowvram.serve.store import FILES, UPLOADS, uploaded
 from lowvram_kernels.errors import LowvramError
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 FIELDS = (
     "image", "audio", "prompt", "preset", "size", "base_seed", "infer_frames", "sample_steps", "num_clip",
     "audio_start", "audio_duration", "cond_rope_distance", "upscale", "online_decode",
+    "image2", "audio2", "mask", "mask2", "pose_video",
 )  # fmt: skip
 """Of the form, in its order."""
-_NO_SETTINGS = ("image", "audio", "preset")
+_NO_SETTINGS = (*FILES, "preset")
+_ENDINGS = {name: ".wav" if name.startswith("audio") else ".png" for name in FILES} | {"pose_video": ".mp4"}
 Seen = tuple[str, str]
 """What a browser was shown last: of the player, and of the history."""
 
@@ -78,12 +80,10 @@ class Actions:
             if not given[name]:
                 raise Refused(422, f"{what} is missing; choose a file")
         with api.queue.reserved(), api.store.incoming() as place:
-            for name, target in (("image", place.image), ("audio", place.audio)):
-                source = uploaded(given[name], api.store.folder / UPLOADS)
+            for name in (name for name in FILES if given[name]):
+                source, target = uploaded(given[name], api.store.folder / UPLOADS), place.file(name)
                 if source.stat().st_size > api.limits.upload_bytes:
-                    raise Refused(
-                        413, f"{target.name} is larger than {api.limits.upload_bytes / MIB:g} MiB; take a smaller"
-                    )
+                    raise Refused(413, f"{name} is larger than {api.limits.upload_bytes / MIB:g} MiB; take a smaller")
                 shutil.copyfile(source, target)
             fields = {name: _text(value) for name, value in given.items() if name not in _NO_SETTINGS}
             return api.take(place, parse_settings(fields))
@@ -108,15 +108,15 @@ class Actions:
             settings = Settings.model_validate(job.settings).model_dump()
             found = {**settings, "cond_rope_distance": str(settings["cond_rope_distance"]), "preset": None}
             place = self._api.store.place(job.id)
-            found |= {"image": self._copied(place.image, ".png"), "audio": self._copied(place.audio, ".wav")}
+            found |= dict.fromkeys(FILES) | {path.name: self._copied(path) for path in place.sent(*FILES)}
             return [found[name] for name in FIELDS]
         return [gr.skip()] * len(FIELDS)
 
-    def _copied(self, file: Path, ending: str) -> str:
+    def _copied(self, file: Path) -> str:
         """A copy for the form, with an ending that a browser asks for; it goes when others of the page do."""
         folder = self._api.store.folder / UPLOADS / new_id()
         folder.mkdir(mode=0o700)
-        return str(shutil.copyfile(file, folder / f"{file.name}{ending}"))
+        return str(shutil.copyfile(file, folder / f"{file.name}{_ENDINGS[file.name]}"))
 
     def compare(self, a: str | None, b: str | None) -> str:
         """A link to the page of the comparison."""

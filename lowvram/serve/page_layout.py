@@ -53,16 +53,8 @@ def _form(api: Api) -> tuple[dict[str, Any], Any, Any]:
     """What is to be made, in the order of ``FIELDS``, and the two buttons."""
     fields: dict[str, Any] = {}
     with gr.Row(equal_height=True):
-        image: Any = gr.Image(
-            label="Portrait", type="filepath", sources=["upload", "clipboard"], height=220, elem_id="lv-image"
-        )
-        # Handed on as it is: ``media`` reads more than Pillow alone, and refuses with a reason. No class of our own,
-        # beside whose file Gradio would write another.
-        image.preprocess = _as_it_is
-        fields["image"] = image
-        fields["audio"] = gr.Audio(
-            label="Voice", type="filepath", sources=["upload", "microphone"], editable=False, elem_id="lv-audio"
-        )
+        fields["image"] = _picture("Portrait", "lv-image")
+        fields["audio"] = _voice("Voice", "lv-audio")
     fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="lv-prompt")
     found = api.presets_now()
     fields["preset"] = gr.Radio(parts.presets(found), label="Preset", info=found.note, elem_id="lv-preset")
@@ -73,6 +65,8 @@ def _form(api: Api) -> tuple[dict[str, Any], Any, Any]:
         fields["base_seed"] = gr.Number(420, precision=0, label="Seed (-1 draws one)", elem_id="lv-seed")
     with gr.Accordion("More settings", open=False, elem_id="lv-more"):
         _more(fields)
+    with gr.Accordion("A second person, poses", open=False, elem_id="lv-second"):
+        _second(fields)
     with gr.Row():
         make = gr.Button("Make", variant="primary", elem_id="lv-make")
         cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="lv-cancel")
@@ -91,6 +85,36 @@ def _more(fields: dict[str, Any]) -> None:
     with gr.Row():
         fields["upscale"] = gr.Checkbox(False, label="Scale a small portrait up")
         fields["online_decode"] = gr.Checkbox(True, label="Decode each block at once")
+
+
+def _second(fields: dict[str, Any]) -> None:
+    gr.Markdown(
+        "With a second voice two people speak: the left and the right one of the portrait, or those whose masks are "
+        "white where they are, or one in each of two portraits."
+    )
+    with gr.Row(equal_height=True):
+        fields["image2"] = _picture("Second portrait", "lv-image2")
+        fields["audio2"] = _voice("Second voice", "lv-audio2")
+    with gr.Row(equal_height=True):
+        fields["mask"] = _picture("Mask of the first", "lv-mask")
+        fields["mask2"] = _picture("Mask of the second", "lv-mask2")
+    pose: Any = gr.File(label="Pose video", type="filepath", height=120, elem_id="lv-pose-video")
+    pose.preprocess = _as_it_is
+    fields["pose_video"] = pose
+
+
+def _picture(label: str, name: str) -> Any:
+    picture: Any = gr.Image(
+        label=label, type="filepath", sources=["upload", "clipboard"], height=220, min_width=160, elem_id=name
+    )
+    # Handed on as it is: ``media`` reads more than Pillow alone, and refuses with a reason. No class of our own, beside
+    # whose file Gradio would write another.
+    picture.preprocess = _as_it_is
+    return picture
+
+
+def _voice(label: str, name: str) -> Any:
+    return gr.Audio(label=label, type="filepath", sources=["upload", "microphone"], editable=False, elem_id=name)
 
 
 def _history() -> tuple[Any, dict[str, Any], Any, Any, Any, Any]:

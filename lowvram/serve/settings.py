@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from lowvram.media.audio import check_duration
-from lowvram.media.image import fitted, read_portrait
+from lowvram.media.image import fitted
+from lowvram.media.pose import check_pose
+from lowvram.media.several import joined, read_group
 from lowvram.media.sizes import output_size
 from lowvram.media.voice import load_voice
 from lowvram.request import Request
 from lowvram.schedule import FRAMES_PER_BLOCK
 from lowvram.serve.errors import Refused
 from lowvram.serve.limits import MAX_INFER_FRAMES, MAX_PROMPT, Limits
-from lowvram.serve.store import Place
+from lowvram.serve.store import FILES, Place
 from lowvram_kernels.errors import LowvramError
 from lowvram_models.constants import FPS, FRAMES_PER_LATENT, SPEECH_RATE_HZ, WHOLE_FILE_S
 
@@ -53,7 +57,13 @@ class Settings(pydantic.BaseModel):
 
     def request(self, place: Place) -> Request:
         """Raises: LowvramError: a value that cannot be used."""
-        return Request(image=place.image, audio=place.audio, **self.model_dump())
+        return Request(
+            image=joined(place.sent("image", "image2") or (place.image,)),
+            audio=joined(place.sent("audio", "audio2") or (place.audio,)),
+            masks=place.sent("mask", "mask2"),
+            pose_video=next(iter(place.sent("pose_video")), None),
+            **self.model_dump(),
+        )
 
 
 def parse_settings(fields: dict[str, str]) -> Settings:
@@ -102,9 +112,12 @@ def checked(settings: Settings, place: Place, limits: Limits) -> Settings:
         settings = settings.model_copy(update={"base_seed": secrets.randbelow(2**31)})
     try:
         request = settings.request(place)
-        portrait = read_portrait(place.image).image
+        portrait = read_group(request.portraits, request.masks, len(request.voices)).portrait.image
         output_size(request.size, portrait.height, portrait.width, upscale=request.upscale)
-        _check_voice(request, limits)
+        for path in request.voices:
+            _check_voice(request, path, limits)
+        if request.pose_video is not None:
+            check_pose(request.pose_video)
     except Refused:
         raise
     except LowvramError as error:
@@ -115,11 +128,11 @@ def checked(settings: Settings, place: Place, limits: Limits) -> Settings:
     return settings
 
 
-def _check_voice(request: Request, limits: Limits) -> None:
+def _check_voice(request: Request, path: Path, limits: Limits) -> None:
     """No more is read than tells whether it is too long."""
     most_s = max(limits.seconds + _BEHIND_S, float(WHOLE_FILE_S))
     voice = load_voice(
-        request.audio,
+        path,
         track=request.audio_track,
         start_s=request.audio_start,
         duration_s=request.audio_duration,
@@ -131,13 +144,14 @@ def _check_voice(request: Request, limits: Limits) -> None:
     if min(there_s, clips_s) > limits.seconds:
         raise Refused(
             413,
-            f"audio lasts longer than {limits.seconds:g} s, the most that is made here; expected a shorter one, or "
-            f"audio_duration={limits.seconds:g}, which takes its beginning",
+            f"{path.name} lasts longer than {limits.seconds:g} s, the most that is made here; expected a shorter one, "
+            f"or audio_duration={limits.seconds:g}, which takes its beginning",
         )
 
 
 def without_paths(text: str, place: Place) -> str:
     """What an error says, with files called as in the form: where they lie is nobody's business."""
-    for path, name in ((place.image, "image"), (place.audio, "audio")):
-        text = text.replace(f"{name} {path}", name).replace(f"portrait {path}", name).replace(str(path), name)
+    for name in sorted(FILES, reverse=True):  # "image2" before "image", which it begins with
+        where = re.escape(str(place.file(name)))
+        text = re.sub(rf"((image|audio|portrait|voice|mask|pose video) )?{where}", name, text)
     return text.replace(f"{place.folder}/", "").replace(str(place.folder), "its folder")

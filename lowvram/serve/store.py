@@ -28,6 +28,10 @@ from lowvram_quantize.places import real
 log = logging.getLogger(__name__)
 _JOBS, _INCOMING, _REMOVED, _FACTS = "jobs", "incoming", "removed", "job.json"
 COMPARED, UPLOADS = "compared", "uploads"
+FILES = ("image", "audio", "image2", "audio2", "mask", "mask2", "pose_video")
+"""What may be sent for a job, and how it is called in the job's folder."""
+NEEDED = ("image", "audio")
+"""Those that have to be."""
 BROKEN_OFF = "the process ended while it was made; what was written until then is kept"
 
 
@@ -39,11 +43,19 @@ class Place:
 
     @property
     def image(self) -> Path:
-        return self.folder / "image"
+        return self.file("image")
 
     @property
     def audio(self) -> Path:
-        return self.folder / "audio"
+        return self.file("audio")
+
+    def file(self, name: str) -> Path:
+        """That of ``FILES``, which need not be there."""
+        return self.folder / name
+
+    def sent(self, *names: str) -> tuple[Path, ...]:
+        """Of these the files that are there."""
+        return tuple(path for path in map(self.file, names) if path.is_file())
 
     @property
     def thumbnail(self) -> Path:

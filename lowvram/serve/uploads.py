@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -29,15 +29,16 @@ _MOST_FIELDS = 64
 
 
 class Form:
-    """Takes the bytes of a form; those of ``files`` go to the paths named, other fields are text in ``fields``.
+    """Takes the bytes of a form; those of ``files`` go to the paths named, other fields are text in ``fields``. Files
+    that are not ``needed`` need not come.
 
     Raises:
         Refused: (400) no form, or a damaged one; (413) a part beyond its limit; (422) a part that is not known.
     """
 
-    def __init__(self, boundary: bytes, files: dict[str, Path], limits: Limits):
+    def __init__(self, boundary: bytes, files: dict[str, Path], limits: Limits, needed: Collection[str]):
         self.fields: dict[str, str] = {}
-        self._files, self._limits = files, limits
+        self._files, self._limits, self._needed = files, limits, needed
         self._open: dict[str, IO[bytes]] = {}
         self._name, self._size, self._field_bytes, self._parts = "", 0, 0, 0
         self._header, self._value, self._text = bytearray(), bytearray(), bytearray()
@@ -75,14 +76,16 @@ class Form:
             raise Refused(400, f"the form is damaged ({error}); {_EXPECTED}") from error
 
     def finish(self) -> None:
-        """Raises: Refused: (400) it breaks off; (422) a file is missing or empty."""
+        """Raises: Refused: (400) it breaks off; (422) a file that is needed is missing, or any is empty."""
         if not self._ended:
             raise Refused(400, f"the form breaks off before its end; {_EXPECTED}")
         for name in self._files:
             if name not in self._open:
-                raise Refused(422, f"{name} is missing; {_EXPECTED}")
-            if self._open[name].tell() == 0:
-                raise Refused(422, f"{name} is empty, 0 bytes; {_EXPECTED}")
+                if name in self._needed:
+                    raise Refused(422, f"{name} is missing; {_EXPECTED}")
+            elif self._open[name].tell() == 0:
+                without = "" if name in self._needed else ", or one without it"
+                raise Refused(422, f"{name} is empty, 0 bytes; {_EXPECTED}{without}")
 
     def _begin(self) -> None:
         self._name, self._size, self._parts = "", 0, self._parts + 1
@@ -130,9 +133,15 @@ class Form:
 
 
 async def receive_form(
-    content_type: str | None, chunks: AsyncIterator[bytes], files: dict[str, Path], limits: Limits
+    content_type: str | None,
+    chunks: AsyncIterator[bytes],
+    files: dict[str, Path],
+    limits: Limits,
+    *,
+    needed: Collection[str],
 ) -> dict[str, str]:
-    """Write a form's files to where ``files`` says, by the part's name; returns its other fields.
+    """Write a form's files to where ``files`` says, by the part's name; those that are not ``needed`` need not be in
+    it. Returns its other fields.
 
     Raises:
         Refused: as of ``Form``; (415) another content type; (408) too slow.
@@ -141,7 +150,7 @@ async def receive_form(
     if kind != _FORM or not options.get(b"boundary"):
         raise Refused(415, f"the content type is {(content_type or 'none')[:60]!r}; {_EXPECTED}")
     begin = time.monotonic()
-    with Form(options[b"boundary"], files, limits) as form:
+    with Form(options[b"boundary"], files, limits, needed) as form:
         async with contextlib.aclosing(_in_time(chunks, limits)) as timely:
             async for chunk in timely:
                 form.write(chunk)

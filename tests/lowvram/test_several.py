@@ -17,7 +17,7 @@ from lowvram.infer import infer
 from lowvram.media.pose import pose_clips
 from lowvram.media.reading import probe
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
-from lowvram.media.several import MixedTrack, names_of, read_group, token_masks
+from lowvram.media.several import MixedTrack, joined, names_of, read_group, token_masks
 from lowvram.media.sound import Sound
 from lowvram.media.video import VideoWriter
 from lowvram.outputs import Outputs
@@ -78,6 +78,22 @@ def test_a_file_that_is_called_like_two_is_one(tmp_path):
     path = tmp_path / "a.wav+b.wav"
     path.touch()
     assert names_of(path) == (path,)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "b"], ["c++/a.wav", "c++/b.wav"], ["rock+roll.wav", "b.wav"], ["x.y+z/a", "x.y+z/b"],
+        ["a+b.wav", "b+c.wav", "+"], ["a.wav", "a.wav"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_files_that_are_there_are_found_whatever_they_are_called(tmp_path, names):
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert names_of(joined(paths)) == tuple(paths)
 
 
 def test_two_equal_voices_are_one(tiny, one):

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from starlette.testclient import TestClient
 
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
+from lowvram.media.video import VideoWriter
 from lowvram.serve.api import make_app
 from lowvram.serve.guard import Access, Guard
 from lowvram.serve.jobs import Job, Progress
@@ -103,6 +106,23 @@ def voice(folder: Path, seconds: float = 1.0) -> bytes:
     path = folder / f"voice-{seconds}.wav"
     write_wav(path, synth_voice(seconds), 16000)
     return path.read_bytes()
+
+
+def mask(box: tuple[int, int, int, int]) -> bytes:
+    drawn, buffer = Image.new("L", (128, 128)), io.BytesIO()
+    drawn.paste(255, box)
+    drawn.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def second_person(folder: Path) -> dict[str, bytes]:
+    """What the form takes for one, and poses."""
+    masks = mask((0, 0, 64, 128)), mask((64, 0, 128, 128))
+    poses = folder / "poses.mp4"
+    with VideoWriter(poses, 64, 64) as writer:
+        writer.write(np.full((8, 64, 64, 3), 90, np.uint8))
+    files = {"image2": PICTURE, "audio2": voice(folder, 1.2), "mask": masks[0], "mask2": masks[1]}
+    return files | {"pose_video": poses.read_bytes()}
 
 
 PICTURE = picture()

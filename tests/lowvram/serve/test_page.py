@@ -13,18 +13,20 @@ from starlette.testclient import TestClient
 
 from lowvram.memory_log.rows import Row
 from lowvram.serve import page_parts as parts
-from lowvram.serve.api import make_app
+from lowvram.serve.api import Api, make_app
 from lowvram.serve.errors import Refused
 from lowvram.serve.guard import Access
 from lowvram.serve.jobs import BROKEN, CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Progress, new_id
 from lowvram.serve.page import mounted
+from lowvram.serve.page_actions import FIELDS, Actions
 from lowvram.serve.presets import Preset, Presets
 from lowvram.serve.queue import WorkQueue
 from lowvram.serve.server import Address, guarded
 from lowvram.serve.store import UPLOADS, Store, uploaded
-from tests.lowvram.serve.fakes import PRESETS, FakeMaker, picture, running, until, voice
+from tests.lowvram.serve.fakes import PRESETS, FakeMaker, picture, running, second_person, until, voice
 
 FORM = ["A person", None, "128*128", 1, 48, 4, None, 0, None, "30", False, True]
+NO_SECOND = [None] * 5
 
 
 def job(state: str = RUNNING, **changes: Any) -> Job:
@@ -72,8 +74,8 @@ def test_parts():
 class Asked:
     """A browser that says what it likes to the page's function of the button Make."""
 
-    def __init__(self, client: TestClient):
-        self.client = client
+    def __init__(self, client: TestClient, api: Api):
+        self.client, self.actions = client, Actions(api)
         config = json.loads(re.search(r"window.gradio_config = (\{.*?\});</script>", client.get("/").text)[1])
         self.make = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == "lv-make")
         self.function = next(each["id"] for each in config["dependencies"] if [self.make, "click"] in each["targets"])
@@ -81,12 +83,14 @@ class Asked:
     def upload(self, name: str, data: bytes) -> str:
         return self.client.post("/gradio_api/upload", files={"files": (name, data)}).json()[0]
 
-    def send(self, image: str, audio: str, **more: Any) -> str:
-        files = [
-            {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a", **more} for path in (image, audio)
-        ]
+    def send(self, image: str, audio: str, second: list[str | None] | None = None, **more: Any) -> str:
+        data = {"meta": {"_type": "gradio.FileData"}, "orig_name": "a", **more}
+        files, others = (
+            [None if path is None else {**data, "path": path} for path in paths]
+            for paths in ((image, audio), second or NO_SECOND)
+        )
         asked = {
-            "data": [None, None, *files, *FORM],
+            "data": [None, None, *files, *FORM, *others],
             "fn_index": self.function,
             "session_hash": "s",
             "trigger_id": self.make,
@@ -107,7 +111,7 @@ def asked(queue: WorkQueue) -> Iterator[Asked]:
     guard = guarded(mounted(app, api), queue, Address())
     assert Access.at("127.0.0.1", 7860, None) == guard.access
     with TestClient(guard, base_url="http://127.0.0.1:7860") as client:
-        yield Asked(client)
+        yield Asked(client, api)
 
 
 @pytest.mark.parametrize("more", [{}, {"is_stream": True}, {"url": "http://127.0.0.1:7860/x"}], ids=str)
@@ -151,6 +155,41 @@ def test_the_page_makes_a_video(asked: Asked, queue: WorkQueue, tmp_path: Path):
     until(lambda: [job.state for job in queue.store.jobs()] == [DONE])
     assert queue.store.jobs()[0].settings["base_seed"] == 1
     assert "choose a file" in asked.send("", audio) or "uploaded" in asked.send("", audio)
+
+
+SECONDS: dict[str, list[str]] = {
+    "a voice": ["audio2"],
+    "a portrait and a voice": ["image2", "audio2"],
+    "masks": ["audio2", "mask", "mask2"],
+    "poses": ["pose_video"],
+    "all but a portrait": ["audio2", "mask", "mask2", "pose_video"],
+}
+
+
+@pytest.mark.parametrize("case", SECONDS)
+def test_a_second_person_is_sent_and_taken_up_again(asked: Asked, queue: WorkQueue, tmp_path: Path, case: str):
+    content = second_person(tmp_path)
+    names = FIELDS[-len(NO_SECOND) :]
+    second = [asked.upload(f"{name}.bin", content[name]) if name in SECONDS[case] else None for name in names]
+    before = {job.id for job in queue.store.jobs()}
+    said = asked.send(asked.upload("a.png", picture()), asked.upload("a.wav", voice(tmp_path)), second)
+    assert '"success":true' in said
+    (new,) = {job.id for job in queue.store.jobs()} - before
+    there = queue.store.place(new)
+    assert [path.name for path in there.sent(*names)] == [name for name in names if name in SECONDS[case]]
+    taken = dict(zip(FIELDS, asked.actions.take_up(new), strict=True))
+    for name in names:
+        assert (taken[name] is not None) == (name in SECONDS[case])
+        assert taken[name] is None or Path(taken[name]).read_bytes() == content[name]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_no_file_of_a_second_person_but_what_was_uploaded(asked: Asked, queue: WorkQueue, tmp_path: Path, place: int):
+    before = len(queue.store.jobs())
+    second = [None] * place + ["/etc/passwd"] + [None] * (4 - place)
+    said = asked.send(asked.upload("a.png", picture()), asked.upload("a.wav", voice(tmp_path)), second)
+    assert "is no file that was uploaded" in said
+    assert len(queue.store.jobs()) == before
 
 
 def test_what_is_uploaded_is_a_file_of_its_folder(tmp_path: Path):
