@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,41 @@ from lowvram_models.constants import FPS
 
 log = logging.getLogger("lowvram.plan")
 _ADVICE = "; give another out or name, or --overwrite to make it again"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maker:
+    """How jobs are made, wherever that is: it can be sent to another process. Fields as ``Batch`` takes them."""
+
+    beside: dict[str, Any]
+    cut: frozenset[str]
+    overwrite: bool
+    quiet: bool
+    segment_minutes: float | None
+
+    def may_replace(self, job: Job, there: There) -> bool:
+        """What lies where its video is to be, and is not the job's own."""
+        assert job.video is not None
+        ours = there.state == "foreign" and str(job.video.absolute()) in self.cut and not job.report.exists()
+        return ours or self.overwrite
+
+    def make(self, pipeline: AvatarPipeline, job: Job) -> dict[str, Any]:
+        """Returns the report.
+
+        Raises:
+            LowvramError: the job cannot be made.
+        """
+        assert job.request is not None
+        assert job.video is not None
+        wanted = record_of(job, self.beside)
+        there = look(job, wanted)
+        replaced = self.may_replace(job, there) or there.state == "nothing"
+        outputs = Outputs(video=job.video, report=job.report, overwrite=replaced)
+        job.video.parent.mkdir(parents=True, exist_ok=True)
+        if self.segment_minutes is not None:
+            outputs = in_segments(pipeline, job.request, outputs, self.segment_minutes, anew=self.overwrite)
+        report = infer(pipeline, job.request, outputs, quiet=self.quiet, noted={KEY: wanted})
+        return report if self.segment_minutes is None else joined(outputs, report)
 
 
 class Batch:
@@ -48,8 +84,8 @@ class Batch:
         quiet: bool = False,
         segment_minutes: float | None = None,
     ) -> None:
-        self._beside, self._cut, self._overwrite, self._quiet = beside, cut, overwrite, quiet
-        self._segment_minutes = segment_minutes
+        how: dict[str, Any] = {"overwrite": overwrite, "quiet": quiet, "segment_minutes": segment_minutes}
+        self.maker = Maker(beside=beside, cut=frozenset(cut), **how)
         self._jobs = list(jobs)
         self.results = Results(folder=folder, jobs=[Result(place=job.place, name=job.name) for job in jobs])
 
@@ -61,7 +97,7 @@ class Batch:
             try:
                 self._look(job, result)
             except Exception as error:  # whatever one file does to a library, the others are made
-                result.state, result.reason = "refused", _words(error)
+                result.state, result.reason = "refused", words_of(error)
                 log.debug("job %d", job.place, exc_info=True)
             if result.reason:
                 log.warning("job %d, %s: %s: %s", job.place, job.name, result.state, result.reason)
@@ -70,20 +106,20 @@ class Batch:
         if job.wrong or job.request is None:
             result.state, result.reason = "refused", job.wrong
             return
-        there = look(job, record_of(job, self._beside))
+        there = look(job, record_of(job, self.maker.beside))
         if there.state == "done":
-            _fill(result, there.facts)
+            fill(result, there.facts)
             result.state, result.seconds = "there", None
-        elif there.state == "nothing" or self._may_replace(job, there):
+        elif there.state == "nothing" or self.maker.may_replace(job, there):
             with _unsaid():  # it is said when it is made
                 read_inputs(job.request)
         else:
             result.state, result.reason = "changed", there.words + _ADVICE
 
-    def _may_replace(self, job: Job, there: There) -> bool:
-        assert job.video is not None
-        ours = there.state == "foreign" and str(job.video.absolute()) in self._cut and not job.report.exists()
-        return ours or self._overwrite
+    @property
+    def waiting(self) -> list[tuple[Job, Result]]:
+        """Jobs that are to be made, with what becomes of them."""
+        return [pair for pair in zip(self._jobs, self.results.jobs, strict=True) if pair[1].state == "waiting"]
 
     def make(self, open_pipeline: Callable[[], AvatarPipeline]) -> None:
         """Make all that waits; results are written after each, and whatever ends it.
@@ -92,7 +128,7 @@ class Batch:
             KeyboardInterrupt, RuntimeError: interrupted, or a GPU that failed; what is made stays.
             LowvramError: no pipeline, or results that cannot be written.
         """
-        waiting = [pair for pair in zip(self._jobs, self.results.jobs, strict=True) if pair[1].state == "waiting"]
+        waiting = self.waiting
         self.results.save()
         if not waiting:
             return
@@ -102,9 +138,11 @@ class Batch:
             result.state = "under way"
             self.results.save()
             try:
-                self._make(pipeline, job, result)
+                begin = time.perf_counter()
+                fill(result, self.maker.make(pipeline, job))
+                result.state, result.seconds = "made", time.perf_counter() - begin
             except BaseException as error:
-                result.state, result.reason = _ended(error)
+                result.state, result.reason = ended(error)
                 if not isinstance(error, Exception) or isinstance(error, torch.AcceleratorError):
                     raise
                 log.error(
@@ -113,35 +151,25 @@ class Batch:
             finally:
                 self.results.save()
 
-    def _make(self, pipeline: AvatarPipeline, job: Job, result: Result) -> None:
-        assert job.request is not None
-        assert job.video is not None
-        wanted, begin = record_of(job, self._beside), time.perf_counter()
-        there = look(job, wanted)
-        replaced = self._may_replace(job, there) or there.state == "nothing"
-        outputs = Outputs(video=job.video, report=job.report, overwrite=replaced)
-        job.video.parent.mkdir(parents=True, exist_ok=True)
-        if self._segment_minutes is not None:
-            outputs = in_segments(pipeline, job.request, outputs, self._segment_minutes, anew=self._overwrite)
-        report = infer(pipeline, job.request, outputs, quiet=self._quiet, noted={KEY: wanted})
-        if self._segment_minutes is not None:
-            report = joined(outputs, report)
-        _fill(result, report)
-        result.state, result.seconds = "made", time.perf_counter() - begin
 
-
-def _fill(result: Result, report: dict[str, Any]) -> None:
+def fill(result: Result, report: dict[str, Any]) -> None:
     result.frames, result.frames_per_second = report.get("frames_written"), report.get("frames_per_second")
     result.length_s = None if result.frames is None else result.frames / FPS
 
 
-def _ended(error: BaseException) -> tuple[Any, str]:
+def made_already(job: Job, maker: Maker) -> dict[str, Any] | None:
+    """The report of a job whose video is there, made as ``maker`` would; None where it is not."""
+    there = look(job, record_of(job, maker.beside))
+    return there.facts if there.state == "done" else None
+
+
+def ended(error: BaseException) -> tuple[Any, str]:
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return "cut", "interrupted; run again, it is made then"
-    return "failed", _words(error)
+    return "failed", words_of(error)
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """In one line; with its kind where nobody foresaw it."""
     line = " ".join(str(error).split())
     return line if isinstance(error, LowvramError) else f"{type(error).__name__}: {line}"

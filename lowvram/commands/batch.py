@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
         LowvramError: the list, the model or the folder cannot be used at all; nothing is made.
     """
     path, folder = _one_list(options["jobs"], options["sample_list"]), options["out_dir"]
+    _check_cluster(options)
     listed = read_list(path, frozenset(_KINDS))
     artifact = Artifact.open(options["model"])
     check_folder("--out-dir", folder, make=True)
@@ -56,8 +60,39 @@ def batch_as_asked(options: dict[str, Any]) -> Results:
         batch = Batch(jobs, folder, beside=beside, cut=cut, **how)
         batch.results.facts = {"list": str(path.absolute()), "model": str(artifact.path)}
         batch.look()
-        batch.make(lambda: open_pipeline(options, resident=True))
+        opening = functools.partial(open_pipeline, options, resident=True)
+        if options["ray"] is None:
+            batch.make(opening)
+        elif batch.waiting:
+            _make_on_cluster(batch, options | {"model": artifact.path.absolute()})
+        else:
+            batch.results.save()
     return batch.results
+
+
+def _check_cluster(options: dict[str, Any]) -> None:
+    if (workers := options["workers"]) is not None and (options["ray"] is None or workers < 1):
+        raise ConfigError(f"--workers is {workers}; expected 1 or more, with --ray")
+    if options["ray"] is not None and options["device"] not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device is {options['device']}; with --ray expected auto, cpu or cuda, as each has its own"
+        )
+
+
+def _make_on_cluster(batch: Batch, options: dict[str, Any]) -> None:
+    from lowvram.batch.cluster import RayPool, connected
+    from lowvram.batch.spread import Spread
+    from lowvram.batch.worker import Orders
+
+    orders = Orders(
+        open_pipeline=functools.partial(open_pipeline, options, resident=True),
+        maker=dataclasses.replace(batch.maker, quiet=True),  # bars of several would be in each other's way
+        model=options["model"],
+        folder=options["out_dir"].absolute(),
+        verbose=logging.getLogger("lowvram").isEnabledFor(logging.INFO),
+    )
+    with connected(options["ray"]):
+        Spread(batch, RayPool(orders, most=options["workers"], cards=options["device"] != "cpu")).make()
 
 
 def _one_list(jobs: Path | None, sample_list: Path | None) -> Path:

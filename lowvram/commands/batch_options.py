@@ -31,6 +31,8 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Keep a state every so many minutes of video, from which a job that was cut goes on.",
         ),
         click.option("--overwrite", is_flag=True, help="Make again what was made of other files or settings."),
+        click.option("--ray", metavar="ADDRESS", help="Over a Ray cluster: HOST:PORT, auto or local; a worker a card."),
+        click.option("--workers", type=int, help="With --ray: so many workers at the most."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
         click.option("--json", "as_json", is_flag=True, help="The results as JSON."),
     ]
