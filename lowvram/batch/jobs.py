@@ -22,6 +22,7 @@ from lowvram_quantize.slabs import sha256_file
 KEY = "job"
 """Under which a report says of which job it is."""
 _PART_LENGTH = 48
+_READ = {"--image": "the portrait", "--audio": "the voice", "--mask": "a mask", "--pose_video": "the pose video"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class There:
 
 def name_of(request: Request, given: str) -> str:
     """What a job's files are called: by the name that it was given, or by those of its portrait and voice."""
-    words = given or f"{request.image.stem[:_PART_LENGTH]}_{request.audio.stem[:_PART_LENGTH]}"
+    parts = ("+".join(path.stem for path in paths)[:_PART_LENGTH] for paths in (request.portraits, request.voices))
+    words = given or "_".join(parts)
     return re.sub(r"[^\w.+-]+", "_", words).strip("._") or "job"
 
 
@@ -120,8 +122,8 @@ def settle_places(jobs: Sequence[Job], others: dict[str, Path]) -> list[Job]:
     taken = {_key(path): what for what, path in others.items()}
     for job in jobs:
         if job.request is not None:
-            taken |= {_key(job.request.image): f"the portrait of job {job.place}"}
-            taken |= {_key(job.request.audio): f"the voice of job {job.place}"}
+            for option, path in job.request.files.items():
+                taken[_key(path)] = f"{_READ[option.partition(',')[0]]} of job {job.place}"
     return [job if job.wrong or job.video is None else _placed(job, taken, others) for job in jobs]
 
 
@@ -148,17 +150,22 @@ def _key(path: Path) -> str:
 
 
 def record_of(job: Job, beside: dict[str, Any]) -> dict[str, Any]:
-    """All that a video depends on, as its report keeps it: settings, checksums of portrait and voice, and what is the
-    same for all jobs, ``beside``.
+    """All that a video depends on, as its report keeps it: settings, checksums of its files, a list of
+    them where one person has not all, and what is the same for all jobs, ``beside``.
 
     Raises:
         InputError: a file that cannot be read.
     """
     assert job.request is not None
-    settings = dataclasses.asdict(job.request)
-    files = {f"{name}_sha256": checksum(settings.pop(name)) for name in ("image", "audio")}
-    found: dict[str, Any] = json.loads(json.dumps(settings | files | beside))
-    return found
+    request = job.request
+    paths = {"image": request.portraits, "audio": request.voices, "masks": request.masks}
+    paths["pose_video"] = () if request.pose_video is None else (request.pose_video,)
+    settings = {name: value for name, value in dataclasses.asdict(request).items() if name not in paths}
+    sums = {name: [checksum(path) for path in several] for name, several in paths.items()}
+    # One alone, and no word of what is not there: so are records that know of one person.
+    files = {f"{name}_sha256": found[0] if len(found) == 1 else found for name, found in sums.items() if found}
+    record: dict[str, Any] = json.loads(json.dumps(settings | files | beside))
+    return record
 
 
 def checksum(path: Path) -> str:

@@ -9,11 +9,13 @@ import csv
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lowvram.media.several import joined, names_of
 from lowvram_kernels.errors import InputError
 
 log = logging.getLogger("lowvram.plan")
@@ -21,8 +23,9 @@ _MOST_BYTES = 16 << 20
 _MOST_JOBS = 10_000
 # Of the reference's other scripts, and what people write.
 _ALSO = {"seed": "base_seed", "steps": "sample_steps", "save_file": "out", "output": "out", "clips": "num_clip"}
+_ALSO |= {"mask": "masks"}
 _IGNORED = ("comment",)
-_PATHS = ("image", "audio")
+_PATHS = ("image", "audio", "pose_video")
 EXPECTED = (
     'a list of jobs: JSON, as [{"image": ..., "audio": ..., "prompt": ...}, ...] or {"name": {...}, ...}, YAML '
     "likewise, or CSV with these columns"
@@ -156,7 +159,11 @@ def _listed(place: int, name: str, entry: Any, folder: Path, known: frozenset[st
             settings[option] = value
     for option in _PATHS:
         if isinstance(path := settings.get(option), str) and path:
-            settings[option] = _resolved(path, folder, option)
+            settings[option] = joined(_all_resolved(path, folder, option))
+    if isinstance(masks := settings.get("masks"), str | list):
+        named = [masks] if isinstance(masks, str) else masks
+        if all(isinstance(mask, str) and mask for mask in named):
+            settings["masks"] = [path for mask in named for path in _all_resolved(mask, folder, "mask")]
     if isinstance(prompt := settings.get("prompt"), str):
         settings["prompt"] = _prompt(prompt, folder)
     return Listed(place=place, name=name, settings=settings)
@@ -170,6 +177,14 @@ def _prompt(text: str, folder: Path) -> str:
         return f"@{folder / text}" if text and (folder / text).is_file() else text
     except (OSError, ValueError):  # too long for a name, or holding what no name can
         return text
+
+
+def _all_resolved(text: str, folder: Path, option: str) -> list[Path]:
+    """Each of "a.wav+b.wav"."""
+    names = names_of(Path(text), folder)
+    if len(names) == 1 and not os.path.lexists(folder / text):
+        names = names_of(Path(text))
+    return [_resolved(str(name), folder, option) for name in names]
 
 
 def _resolved(text: str, folder: Path, option: str) -> Path:

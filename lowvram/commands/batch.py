@@ -15,7 +15,6 @@ from lowvram.batch.jobs import Job, give_places, name_of, settle_places
 from lowvram.batch.lists import Listed, read_list
 from lowvram.batch.results import FILES, Results, unfinished
 from lowvram.batch.run import Batch
-from lowvram.commands.foreign_options import one_voice
 from lowvram.commands.shared_options import DRAWN, make_request, open_pipeline, prompt_file
 from lowvram.outputs import Outputs, check_folder
 from lowvram_kernels.errors import ConfigError, LowvramError, OutputError
@@ -111,8 +110,6 @@ def _job(listed: Listed, options: dict[str, Any], folder: Path) -> Job:
         missing = [setting for setting in _NEEDED if asked[setting] is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)} missing; expected them in the list, or as options for all jobs")
-        if said := one_voice(str(asked["audio"]), {}):
-            raise ConfigError(f"audio: {said}")
         prompt_file(asked["prompt"])
         request = make_request(asked)
     except LowvramError as error:
@@ -156,6 +153,12 @@ def _path(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def _paths(name: str, value: Any) -> tuple[Path, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f'{name} is {value!r}; expected the paths of files, as ["left.png", "right.png"]')
+    return tuple(_path(name, each) for each in value)
+
+
 def _euler(name: str, value: Any) -> str:
     if value != "euler":
         raise ConfigError(f"{name} is {value!r}; expected euler, which the model is trained for")
@@ -166,6 +169,8 @@ def _euler(name: str, value: Any) -> str:
 _KINDS: dict[str, Callable[[str, Any], Any]] = {
     "image": _path,
     "audio": _path,
+    "masks": _paths,
+    "pose_video": _path,
     "prompt": _words,
     "out": _path,
     "size": _words,

@@ -20,8 +20,8 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--out-dir", "--save-dir", "out_dir", type=FILE, required=True,
             help="Folder for videos, their reports, results.json and results.csv.",
         ),
-        click.option("--image", type=FILE, help="Portrait of jobs that name none."),
-        click.option("--audio", type=FILE, help="Voice of jobs that name none."),
+        click.option("--image", type=FILE, help="Portrait of jobs that name none; also a.png+b.png."),
+        click.option("--audio", type=FILE, help="Voice of jobs that name none; also a.wav+b.wav."),
         click.option("--prompt", help="Prompt of jobs that have none; or @FILE."),
     ]  # fmt: skip
     last: list[Callable[..., Any]] = [

@@ -82,7 +82,7 @@ def one_voice(value: str, given: Given) -> str:
     """The reference takes several voices, joined with "+", for several people in the picture."""
     if "+" not in value or Path(value).exists() or not all(Path(part).suffix for part in value.split("+")):
         return ""
-    return f"{value} names several voices, which infer takes, and one person speaks here, give one file"
+    return f"{value} names several voices, which infer and batch take, and one person speaks here, give one file"
 
 
 def _single(value: str, given: Given) -> str:
@@ -184,14 +184,15 @@ _ELSEWHERE = (
     Foreign("gpu", "--device cuda:N names a card, --gpus N takes several"),
 )
 
+_IN_THE_LIST = "a job of the list has it, as pose_video beside its image and audio"
 # What a command has under the same name, with all values.
-_OWN = {"batch": {"sample_list"}, "infer": {"audio", "pose_video"}}
+_OWN = {"batch": {"sample_list", "audio"}, "infer": {"audio", "pose_video"}}
 
 BY_COMMAND = {
     command: {foreign.name: foreign for foreign in (*_ANYWHERE, *own) if foreign.name not in _OWN.get(command, set())}
     for command, own in {
         "infer": (*_RUN, *_ELSEWHERE),
-        "batch": (*_RUN, *_ELSEWHERE),
+        "batch": (*_RUN, *_ELSEWHERE, Foreign("pose_video", _IN_THE_LIST)),
         "compare": (*_RUN, *_ELSEWHERE),
         "compare record": (*_RUN, *_ELSEWHERE),
         "plan": _PLAN,

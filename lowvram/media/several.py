@@ -25,13 +25,14 @@ PIXELS_PER_TOKEN = 16
 _MARGIN = 0.1
 
 
-def names_of(path: Path) -> tuple[Path, ...]:
-    """The files that are meant: of "a.wav+b.wav" both, unless that is the name of a file itself. A "+" within a name
-    or a folder divides nothing where the files are there; where they are not, each has to have an ending."""
+def names_of(path: Path, folder: Path | None = None) -> tuple[Path, ...]:
+    """The files that are meant, as they are called in ``folder`` or the working directory: of "a.wav+b.wav" both,
+    unless that is the name of a file itself. A "+" within a name or a folder divides nothing where the files are there;
+    where they are not, each has to have an ending."""
     parts = str(path).split("+")
-    if len(parts) == 1 or os.path.lexists(path):
+    if len(parts) == 1 or os.path.lexists((folder or Path()) / path):
         return (path,)
-    if found := _there(parts):
+    if found := _there(parts, folder or Path()):
         return tuple(Path(name) for name in found)
     return tuple(Path(part) for part in parts) if all(Path(part).suffix for part in parts) else (path,)
 
@@ -41,15 +42,15 @@ def joined(paths: Sequence[Path]) -> Path:
     return Path("+".join(str(path) for path in paths))
 
 
-def _there(parts: Sequence[str]) -> list[str]:
-    """The fewest files, all of them there, whose names with "+" between them are these parts; none where none are."""
+def _there(parts: Sequence[str], folder: Path) -> list[str]:
+    """The fewest files, all in ``folder``, whose names with "+" between them are these parts; none where none are."""
     behind: list[list[str] | None] = [None] * len(parts) + [[]]
     for first in reversed(range(len(parts))):
         for last in range(first + 1, len(parts) + 1):
             rest, known = behind[last], behind[first]
             if rest is None or (known is not None and len(known) <= len(rest) + 1):
                 continue
-            if os.path.isfile(name := "+".join(parts[first:last])):
+            if os.path.isfile(folder / (name := "+".join(parts[first:last]))):
                 behind[first] = [name, *rest]
     return behind[0] or []
 

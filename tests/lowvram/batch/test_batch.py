@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 import lowvram.batch.run as run_module
 import lowvram.batch.segmented as segmented
@@ -202,7 +204,7 @@ def test_settings_of_the_command_line_are_for_those_that_have_none(tiny, files, 
         ({"audio": "gone.wav"}, "gone.wav"),
         ({"image": ""}, "image is"),
         ({"image": 3}, "3"),
-        ({"audio": "a.wav+b.wav"}, "one person speaks"),
+        ({"audio": "a.wav+b.wav"}, "a.wav cannot be read"),
         ({"prompt": "@gone.txt"}, "gone.txt is no file"),
         ({"prompt": ["a"]}, "prompt is ['a']; expected text"),
         ({"steps": 0}, "--sample_steps is 0"),
@@ -418,3 +420,86 @@ def test_names_are_files_everywhere(tiny, files, tmp_path, made):
     assert done.exit_code == 0, done.output
     assert made == ["a_b.mp4", "job.mp4", "a_b_c.mp4", "A_B_2.mp4", "ünï.mp4", "x" * 60 + ".mp4"]
     assert all(each.parent == tmp_path / "out" for each in tmp_path.rglob("*.mp4"))
+
+
+@pytest.fixture(scope="module")
+def two(files) -> dict:
+    """A job of two people that has all that one can have."""
+    for name, box in (("left.png", (0, 0, 64, 128)), ("right.png", (64, 0, 128, 128))):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, box)
+        mask.save(files / name)
+    with VideoWriter(files / "poses.mp4", 64, 64) as writer:
+        writer.write(np.full((8, 64, 64, 3), 90, np.uint8))
+    return {"image": "a.png", "audio": "a.wav+b.wav", "masks": ["left.png", "right.png"], "pose_video": "poses.mp4",
+            "prompt": "Two people speak"}  # fmt: skip
+
+
+def in_files(files: Path, folder: Path, jobs) -> Path:
+    """A list beside copies of the files."""
+    shutil.copytree(files, folder)
+    return write_list(folder, jobs)
+
+
+@pytest.mark.parametrize("changed", ["a.png", "a.wav", "b.wav", "left.png", "right.png", "poses.mp4"])
+def test_a_change_of_any_file_of_two_people_is_seen(tiny, files, two, tmp_path, made, changed):
+    path, out = in_files(files, tmp_path / "c++", [two]), tmp_path / "out"
+    assert batch(tiny, path, out).exit_code == 0
+    assert made == ["a_a+b.mp4"]
+    assert batch(tiny, path, out).exit_code == 0
+    assert states(out) == ["there"]
+    with (path.parent / changed).open("ab") as file:
+        file.write(bytes(8))
+    named = write_list(path.parent, {"a_a+b": two})
+    assert batch(tiny, named, out).exit_code == 1
+    assert states(out) == ["changed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image": "a.png+b.png"}, "give one of both"),
+        ({"image": "a.png+b.png+a.png", "masks": None}, "3 portraits for 2 voices"),
+        ({"audio": "a.wav"}, "there is one voice"),
+        ({"masks": ["left.png"]}, "1 times for 2 voices"),
+        ({"masks": 7}, "masks is 7; expected the paths of files"),
+        ({"masks": ["left.png", 7]}, "masks is 7; expected the path of a file"),
+        ({"mask": ["left.png"]}, "has masks twice"),
+        ({"audio": "a.wav+gone.wav"}, "gone.wav"),
+        ({"audio": "a.wav+silent.wav"}, "silent"),
+        ({"pose_video": "a.wav"}, "pose video"),
+        ({"out": "right.png"}, "ends in .mp4"),
+    ],
+    ids=str,
+)
+def test_two_people_that_cannot_be(tiny, files, two, tmp_path, made, change, reason):
+    path, out = in_files(files, tmp_path / "in", [two | change, two]), tmp_path / "out"
+    assert batch(tiny, path, out).exit_code == 1
+    assert states(out) == ["refused", "made"]
+    assert reason in results(out)[0]["reason"]
+
+
+def test_no_job_writes_over_poses(tiny, files, two, tmp_path, made):
+    path = in_files(files, tmp_path / "in", [two, two | {"out": "poses.mp4"}])
+    assert batch(tiny, path, path.parent).exit_code == 1
+    assert states(path.parent) == ["made", "refused"]
+    assert "the pose video of job" in results(path.parent)[1]["reason"]
+
+
+def test_records_of_one_person_are_as_they_were(tiny, files, tmp_path, made):
+    out = tmp_path / "out"
+    batch(tiny, write_list(tmp_path, {"one": job(files)}), out)
+    record = json.loads((out / "one.json").read_text())["job"]
+    assert {type(record[name]) for name in ("image_sha256", "audio_sha256")} == {str}
+    assert not {"image", "audio", "masks", "masks_sha256", "pose_video", "pose_video_sha256"} & record.keys()
+
+
+def test_two_people_of_the_command_line(tiny, files, tmp_path, made):
+    path, out = write_list(tmp_path, [{"prompt": "They speak"}]), tmp_path / "out"
+    both = [f"{files / f'a.{kind}'}+{files / f'b.{kind}'}" for kind in ("png", "wav")]
+    done = batch(tiny, path, out, "--image", both[0], "--audio", both[1])
+    assert done.exit_code == 0, done.output
+    assert made == ["a+b_a+b.mp4"]
+    refused = batch(tiny, path, out, "--pose_video", "p.mp4")
+    assert refused.exit_code == 2
+    assert "a job of the list has it" in refused.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.batch.lists import read_list
+from lowvram.media.several import names_of
 from lowvram_kernels.errors import InputError
 
 KNOWN = frozenset(("image", "audio", "prompt", "out", "size", "base_seed", "sample_steps", "num_clip"))
@@ -34,6 +35,34 @@ def test_two_jobs_in_every_spelling(tmp_path, name):
     assert [job.wrong for job in found] == ["", ""]
     expected = [job | {kind: tmp_path / job[kind] for kind in ("image", "audio")} for job in TWO]
     assert [job.settings for job in found] == expected
+
+
+SEVERAL = {
+    "voices": ({"audio": "a.wav+b.wav"}, {"audio": ["a.wav", "b.wav"]}),
+    "in folders": ({"audio": "in+side/a.wav+b.wav"}, {"audio": ["in+side/a.wav", "b.wav"]}),
+    "portraits": ({"image": "a.png+in+side/c.png"}, {"image": ["a.png", "in+side/c.png"]}),
+    "a name with a plus": ({"image": "rock+roll.png"}, {"image": ["rock+roll.png"]}),
+    "both kinds": ({"image": "rock+roll.png+a.png"}, {"image": ["rock+roll.png", "a.png"]}),
+    "gone": ({"audio": "a.wav+gone.wav"}, {"audio": ["a.wav", "gone.wav"]}),
+    "masks": ({"masks": ["a.png", "rock+roll.png"]}, {"masks": ["a.png", "rock+roll.png"]}),
+    "masks in a cell": ({"mask": "a.png+rock+roll.png"}, {"masks": ["a.png", "rock+roll.png"]}),
+    "a mask": ({"mask": "a.png"}, {"masks": ["a.png"]}),
+    "poses": ({"pose_video": "p.mp4"}, {"pose_video": ["p.mp4"]}),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_files_are_found_one_by_one(tmp_path, case):
+    entry, expected = SEVERAL[case]
+    (tmp_path / "in+side").mkdir()
+    for name in ("a.wav", "b.wav", "in+side/a.wav", "a.png", "in+side/c.png", "rock+roll.png", "p.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    (job,) = read_list(tmp_path / "list.json", KNOWN | {"masks", "pose_video"})
+    assert job.wrong == ""
+    ((name, value),) = job.settings.items()
+    found = value if isinstance(value, list) else names_of(value)
+    assert {name: list(found)} == {key: [tmp_path / each for each in names] for key, names in expected.items()}
 
 
 @pytest.mark.parametrize(
