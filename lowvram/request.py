@@ -14,7 +14,7 @@ import torch
 from lowvram.media.audio import check_duration
 from lowvram.media.image import portrait_tensor
 from lowvram.media.pose import check_pose
-from lowvram.media.several import names_of, read_group, token_masks
+from lowvram.media.several import joined, names_of, read_group, token_masks
 from lowvram.media.sizes import output_size
 from lowvram.media.sound import Sound
 from lowvram.media.voice import Voice, load_voice
@@ -106,6 +106,16 @@ class Request:
             for place, path in enumerate(paths, 1)
         }
         return named | ({} if self.pose_video is None else {"--pose_video": self.pose_video})
+
+    def absolute(self) -> Request:
+        """The same for another working directory."""
+        return dataclasses.replace(
+            self,
+            image=joined([path.absolute() for path in self.portraits]),
+            audio=joined([path.absolute() for path in self.voices]),
+            masks=tuple(path.absolute() for path in self.masks),
+            pose_video=self.pose_video and self.pose_video.absolute(),
+        )
 
     @property
     def may_be_long(self) -> bool:

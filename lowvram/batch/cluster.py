@@ -107,8 +107,7 @@ def _absolute(job: Job) -> Job:
     """With whole paths: a worker has another working directory."""
     assert job.request is not None
     assert job.video is not None
-    request = dataclasses.replace(job.request, image=job.request.image.absolute(), audio=job.request.audio.absolute())
-    return dataclasses.replace(job, request=request, video=job.video.absolute())
+    return dataclasses.replace(job, request=job.request.absolute(), video=job.video.absolute())
 
 
 def _cards(node: dict[str, Any]) -> int:

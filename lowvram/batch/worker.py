@@ -74,7 +74,7 @@ class Worker:
         assert self._pipeline is not None
         assert job.request is not None
         assert job.video is not None
-        lacking = [str(path) for path in (job.request.image, job.request.audio) if not path.is_file()]
+        lacking = [str(path) for path in job.request.files.values() if not path.is_file()]
         if lacking:
             return "lacks", ", ".join(lacking), {}
         maker = self._orders.maker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -281,6 +283,24 @@ def test_a_worker_leaves_what_somebody_still_writes(batch, made):
     assert "is being written by" in words
     job.request.audio.unlink()
     assert worker.make(job, again=False)[:2] == ("lacks", str(job.request.audio))
+
+
+@pytest.mark.parametrize("gone", ["", "b.png", "b.wav", "left.png", "right.png", "p.mp4"])
+def test_a_worker_lacks_any_file_of_several_people(batch, made, tmp_path, monkeypatch, gone):
+    of = batch(1)
+    worker = Worker(orders(of), "a")
+    worker._pipeline = object()
+    ((job, _),) = of.waiting
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "b.wav", "left.png", "right.png", "p.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    several = {"image": Path("a.png+b.png"), "audio": Path("a.wav+b.wav"), "pose_video": Path("p.mp4")}
+    request = dataclasses.replace(job.request, masks=(Path("left.png"), Path("right.png")), **several).absolute()
+    monkeypatch.chdir("/")
+    if gone:
+        (tmp_path / gone).unlink()
+    kind, words, _ = worker.make(dataclasses.replace(job, request=request), again=False)
+    assert (kind, words) == (("lacks", str(tmp_path / gone)) if gone else ("made", ""))
 
 
 @pytest.mark.parametrize(
