@@ -21,6 +21,9 @@ from lowvram.batch.worker import Orders, Worker
 from lowvram_kernels.errors import ConfigError, DistributedError
 
 _CONNECT_S = 5.0
+# How a client of gRPC begins; whoever speaks it answers with settings of its own (RFC 9113, 3.4).
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = 4
 _ADVICE = "; check the address, or start one: ray start --head"
 _STORE_BYTES = 100 << 20  # the store of a cluster of our own: reports alone pass through it
 
@@ -170,12 +173,16 @@ def _found() -> str:
 
 
 def _reach(address: str) -> None:
-    """Whether anybody listens: Ray itself would try for many minutes."""
+    """Whether anybody listens, and speaks gRPC: Ray itself would try for many minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
         raise ConfigError(f"--ray is {address!r}; expected HOST:PORT of a cluster's head, auto or local")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                connection.sendall(_PREFACE)
+                if connection.recv(9)[3:4] != bytes([_SETTINGS]):
+                    raise OSError("something else than Ray listens")
     except OSError as error:
         said = error.strerror or error
         raise DistributedError(

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+import lowvram.batch.cluster as cluster_module
 import lowvram.batch.run as run_module
 from lowvram.batch.jobs import Job
 from lowvram.batch.run import Batch
@@ -330,11 +332,34 @@ def test_no_cluster_is_said_at_once(tiny, tmp_path, more, code, words):
     assert (done.exit_code, words in " ".join(done.stderr.split())) == (code, True), done.output
 
 
-def test_without_the_extra(monkeypatch):
-    from lowvram.batch.cluster import connected
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b"\0", None])
+def test_something_else_that_listens_is_no_cluster(monkeypatch, answer):
+    """None is silent, and b"" hangs up."""
+    pytest.importorskip("ray", reason="Ray is not installed: the extra ray brings it")
+    monkeypatch.setattr(cluster_module, "_CONNECT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
 
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                if answer is None:
+                    connection.recv(1024)  # until the other side goes
+                else:
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(DistributedError, match="no cluster answers there"), cluster_module.connected(address):
+            pass
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"install lowvram\[ray\]"), connected("local"):
+    with pytest.raises(ConfigError, match=r"install lowvram\[ray\]"), cluster_module.connected("local"):
         pass
 
 
