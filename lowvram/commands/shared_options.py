@@ -128,7 +128,8 @@ def place_of_video(out: Path | None, save_dir: Path | None, request: Request) ->
     if save_dir is None:
         raise ConfigError("--out is missing; expected a file to write, or --save_dir with a folder for it")
     steps, seed = f"{request.sample_steps}step", f"seed{request.base_seed}"
-    parts = [request.image.stem[:_PART_LENGTH], request.audio.stem[:_PART_LENGTH], request.size, steps, seed]
+    stems = ["+".join(path.stem for path in paths)[:_PART_LENGTH] for paths in (request.portraits, request.voices)]
+    parts = [*stems, request.size, steps, seed]
     there = next(folder for folder in (save_dir, *save_dir.parents) if os.path.lexists(folder))
     if not there.is_dir():
         raise ConfigError(f"--save_dir is {save_dir}, and {there} is no folder; name another")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from lowvram.commands.shared_options import place_of_video
 from lowvram.encode import voice as voices_module
 from lowvram.encode.voice import SeveralVoices, WholeVoice, together
 from lowvram.infer import infer
@@ -307,3 +308,9 @@ def test_a_pose_video_that_is_none_is_said_before_anything_loads(tiny, tmp_path,
         read_inputs(tiny.request(pose_video=path))
     with pytest.raises(InputError, match="is not a file"):
         read_inputs(tiny.request(pose_video=tmp_path / "gone.mp4"))
+
+
+def test_a_folder_gets_a_file_called_by_all_of_them(tiny, files, tmp_path):
+    request = tiny.request(image=both(tiny.portrait, files["second.png"]), audio=both(tiny.voice, files["other.wav"]))
+    path = place_of_video(None, tmp_path, request)
+    assert path.name == "portrait+second_voice+other_128x128_2step_seed420.mp4"
