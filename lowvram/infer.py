@@ -22,11 +22,11 @@ from lowvram.devices import is_out_of_memory
 from lowvram.media.video import VideoWriter
 from lowvram.memory_log.writer import MemoryLog, path_of_rank
 from lowvram.offload.oom import smaller_request
-from lowvram.outputs import Outputs, check_file
+from lowvram.outputs import Outputs, check_apart, check_file
 from lowvram.pipeline import AvatarPipeline, Begun, Request, read_inputs
 from lowvram.progress import RunProgress
 from lowvram.recorder import Recorder, TensorRecorder
-from lowvram.segments.files import SegmentFiles, finished_segments
+from lowvram.segments.files import SegmentFiles, finished_segments, segments_there
 from lowvram_kernels import choices
 from lowvram_kernels.errors import ConfigError, OutOfMemoryError, OutputError
 from lowvram_models.constants import FPS
@@ -188,6 +188,7 @@ def _make(
     video, sound, segments, take = real(outputs.video), inputs.sound or request.audio, None, None
     if outputs.segment_minutes is not None:
         of_all = take_of(pipeline, request)
+        check_apart({f"the segment {path.name}": path for path in segments_there(video)}, request.files)
         if outputs.resume and (there := finished_segments(video, of_all)):
             log.warning("the take is finished: nothing is left to be made of it")
             return recorder, inputs.facts | {"segments": [str(path) for path in there]}

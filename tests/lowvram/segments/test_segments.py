@@ -234,6 +234,17 @@ def test_segments_that_are_there_are_replaced_only_where_that_is_asked(tiny, req
         segments_of(pipeline, request, video, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["image", "pose_video"])
+def test_a_segment_that_is_read_is_not_replaced(tiny, request_of, tmp_path, name):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
+    request = request_of(infer_frames=12, sample_steps=1, num_clip=1)
+    segments_of(pipeline, request, video)
+    before = (tmp_path / "a-000.mp4").read_bytes()
+    with pytest.raises(InputError, match=r"a-000\.mp4.*one would destroy the other"):
+        segments_of(pipeline, dataclasses.replace(request, **{name: tmp_path / "a-000.mp4"}), video, overwrite=True)
+    assert (tmp_path / "a-000.mp4").read_bytes() == before
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
 def test_minutes_that_cannot_be(minutes, tmp_path):
     with pytest.raises(ConfigError, match="--segment-minutes is"):
