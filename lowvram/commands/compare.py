@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from lowvram.compare.reference import Reference
     from lowvram.compare.result import Comparison
 
-# What a reference was made with. How a candidate runs is said anew, and when it decodes is part of that.
-_RECORDED = {field.name for field in dataclasses.fields(Request)} - {"online_decode"}
+# What a reference was made with, of one person. How a candidate runs is said anew, and when it decodes is part of that.
+_RECORDED = {field.name for field in dataclasses.fields(Request)} - {"online_decode", "masks", "pose_video"}
 _OF_FILES = {"a", "b", "as_json", "fail_under", "html"}
 
 

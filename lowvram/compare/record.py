@@ -19,7 +19,7 @@ from lowvram.compare.vae_errors import portrait_there_and_back
 from lowvram.infer import Watching, infer, write_json
 from lowvram.outputs import Outputs, check_apart, check_folder
 from lowvram.pipeline import AvatarPipeline, Request
-from lowvram_kernels.errors import InputError
+from lowvram_kernels.errors import ConfigError, InputError
 from lowvram_quantize.claims import replacing, writing
 from lowvram_quantize.format import MANIFEST
 from lowvram_quantize.places import real, within
@@ -27,6 +27,7 @@ from lowvram_quantize.slabs import sha256_file
 
 _UNFINISHED = "unfinished"
 _COPIES = {"image": "portrait", "audio": "voice"}
+_NOT_RECORDED = ("masks", "pose_video")
 
 
 def check_reference(folder: Path, inputs: Mapping[str, Path], *, overwrite: bool) -> None:
@@ -63,10 +64,12 @@ def record_reference(
     Raises:
         InputError: as of ``check_reference``; a portrait or voice that cannot be used; NaN or infinity in what the
             baseline made.
-        ConfigError: a pipeline of several ranks.
+        ConfigError: a pipeline of several ranks; several people, or poses.
         OutputError: a full disk.
         LowvramError: as of ``AvatarPipeline.stream``.
     """
+    if len(request.portraits) + len(request.voices) > 2 or any(getattr(request, name) for name in _NOT_RECORDED):
+        raise ConfigError("a reference is of one portrait and one voice; leave other people, masks and poses out")
     artifact = pipeline.runtime.artifact
     inputs = {**request.files, "--model": artifact.path}
     check_reference(folder, inputs, overwrite=overwrite)
@@ -103,7 +106,7 @@ def _describe(
         "format": FORMAT,
         "version": VERSION,
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "settings": dataclasses.asdict(request) | copies,
+        "settings": {key: value for key, value in (vars(request) | copies).items() if key not in _NOT_RECORDED},
         **counts,
         "portrait": _likeness(pipeline, request),
         "artifact": {

@@ -182,3 +182,20 @@ def test_a_baseline_of_nan_is_not_recorded(wrong):
     with pytest.raises(InputError, match="block 0 of the baseline holds NaN or infinity"):
         rollout.on_latent(block, 2, bad if wrong in ("latent", "both") else good)
     assert not trajectories.kept
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pose_video": Path("pose.mp4")},
+        {"masks": (Path("a.png"),)},
+        {"audio": Path("gone-a.wav+gone-b.wav")},
+        {"image": Path("gone-a.png+gone-b.png")},
+        {"audio": Path("gone-a.wav+gone-b.wav"), "masks": (Path("a.png"), Path("b.png"))},
+    ],
+)
+def test_other_people_and_poses_are_not_recorded(tiny, tmp_path, more):
+    pipeline = AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu")
+    with pytest.raises(ConfigError, match="one portrait and one voice"):
+        recording.record_reference(pipeline, tiny.request(**more), tmp_path / "ref")
+    assert not list(tmp_path.iterdir())
