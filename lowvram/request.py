@@ -172,8 +172,9 @@ class Inputs:
         return -(-len(self.speech) * FPS // SPEECH_RATE_HZ)
 
 
-def read_inputs(request: Request) -> Inputs:
-    """Read and check portrait and voice; cheap, so that bad input is told before any model loads.
+def read_inputs(request: Request, *, cut_said: bool = True) -> Inputs:
+    """Read and check portrait and voice; cheap, so that bad input is told before any model loads. ``cut_said``: whether
+    it is that ``num_clip`` ends the video before the voice.
 
     Raises:
         InputError: a file is missing, is not what it should be, or is too small, large, short or silent.
@@ -196,7 +197,7 @@ def read_inputs(request: Request) -> Inputs:
         facts={
             "portrait": portrait.facts,
             "voice": voice.facts,
-            "voice_cut": _voice_cut(request, voice),
+            "voice_cut": _voice_cut(request, voice, said=cut_said),
             **({"other_voices": [each.facts for each in voices[1:]]} if several else {}),
         },
     )
@@ -216,7 +217,7 @@ def _of_one_length(voices: list[Voice], paths: tuple[Path, ...]) -> list[Voice]:
     return [dataclasses.replace(voice, samples=voice.samples[:shortest]) for voice in voices]
 
 
-def _voice_cut(request: Request, voice: Voice) -> dict[str, float | None] | None:
+def _voice_cut(request: Request, voice: Voice, *, said: bool) -> dict[str, float | None] | None:
     """Seconds of the voice that are kept and lost where ``num_clip`` ends the video before it, which is said; None
     where it does not. How many are lost is None where the file does not say how long it is."""
     if request.num_clip is None:
@@ -227,7 +228,8 @@ def _voice_cut(request: Request, voice: Voice) -> dict[str, float | None] | None
         return None
     whole_s = voice.facts["seconds_in_all"]
     lost_s = None if whole_s is None else whole_s - kept_s
-    log.warning(
+    log.log(
+        logging.WARNING if said else logging.DEBUG,
         "--num_clip %d ends the video after %.2f s, and the voice is longer: %s of it are left out; without --num_clip "
         "the video goes on to its end",
         request.num_clip,

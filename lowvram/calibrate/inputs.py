@@ -50,7 +50,7 @@ def calibration_inputs(
             sample_steps=STEPS,
             upscale=True,
         )
-        inputs = read_inputs(request)
+        inputs = read_inputs(request, cut_said=False)  # nobody asked for more
     height, width = inputs.portrait.shape[1:]
     facts = {
         "image": _file(image),

@@ -53,7 +53,7 @@ def test_blocks_that_are_not_shown_are_counted(monkeypatch, capsys, done, total,
 
 def recorder(frames: int):
     block = types.SimpleNamespace(clip=1, block=2, frames=frames, denoise_s=2.0, decode_s=1.0)
-    return types.SimpleNamespace(blocks=[block], total_frames=2400)
+    return types.SimpleNamespace(blocks=[block], frames=frames, total_frames=2400)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -202,7 +202,7 @@ def test_a_capture_without_memory_gives_graphs_up():
 
 
 def test_an_encoder_without_room_is_no_damaged_encoder(tiny, monkeypatch):
-    monkeypatch.setattr(encoders, "load_file", lambda path: fail(CUDA))
+    monkeypatch.setattr(Artifact, "read_tensors", lambda artifact, name: fail(CUDA))
     with pytest.raises(torch.AcceleratorError):
         encoders.load_audio_encoder(Artifact.open(tiny.artifact("fp32")), torch.device("cpu"))
 

@@ -286,6 +286,13 @@ MUTATIONS = [
 
 EXCEPTIONS = {
     ("lowvram/denoise/cuda_graphs.py", "LayerGraphs._replay", "record(operation, kernel, calls)"): "counts kernels",
+    ("lowvram/denoise/kv_cache.py", "Rings.let_go", "self._engine.settle("): "between two videos, as of content",
+    (
+        "lowvram/denoise/kv_cache.py",
+        "Rings.content",
+        "self._engine.settle(",
+    ): "the host waits for everything, as in snapshot; between two passes, which no work here is",
+    ("lowvram/decode.py", "DecoderBackup.let_go", "self._engine.settle("): "behind before_decoding, between two videos",
     ("lowvram/offload/pinning.py", "Registry.pin", "weakref.finalize("): "memory stays pinned: nothing is early",
     (
         "lowvram/offload/pinning.py",
