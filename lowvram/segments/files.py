@@ -98,7 +98,7 @@ class SegmentFiles:
                 f"{there[0]} is there already, a segment of an earlier take: go on with it by --resume, replace it by "
                 "--overwrite, or choose another --out"
             )
-        self._clear()
+        self._clear(others_too=overwrite)
 
     def take(self, segment_minutes: float) -> Take:
         """What the pipeline is to make of it."""
@@ -163,15 +163,21 @@ class SegmentFiles:
                     "or begin again without --resume"
                 )
 
-    def _clear(self) -> None:
-        """Let go of segments and states that this take replaces."""
-        for path in segments_there(self.video):
-            if path in self.paths:
-                continue
+    def _clear(self, *, others_too: bool) -> None:
+        """Let go of segments and states that this take replaces: its own, and those of ``others_too`` where they may
+        go. Nothing goes where one may not."""
+        replaced = [path for path in segments_there(self.video) if path not in self.paths]
+        for path in replaced:
             try:
-                read_part(path)
+                take = read_part(path).facts.take
             except InputError as error:
                 raise InputError(f"{path} is in the way of a segment, and is none: move it elsewhere") from error
+            if take != self._take and not others_too:
+                raise InputError(
+                    f"{path} is a segment of another take, and no state is there to go on from: portrait, voice, "
+                    "prompt, model or an option is not what it was; replace it by --overwrite, or choose another --out"
+                )
+        for path in replaced:
             path.unlink()
         if self.resumed is None:
             shutil.rmtree(self._place, ignore_errors=True)

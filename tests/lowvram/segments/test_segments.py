@@ -23,6 +23,7 @@ from lowvram.media.video import probe
 from lowvram.offload.placement import MemoryOptions
 from lowvram.outputs import Outputs
 from lowvram.pipeline import AvatarPipeline, Request
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.recorder import TensorRecorder
 from lowvram.schedule import Extent, blocks_of, ticks
 from lowvram.segments.store import FACTS, State, folder_of, latest, save
@@ -346,8 +347,25 @@ def test_killed_in_the_middle_it_goes_on(tiny, request_of, tmp_path):
     assert join(paths, tmp_path / "joined.mp4") == min(expected.shape[1], 50)
 
 
-def test_states_are_for_one_rank(tiny, request_of):
-    pipeline = opened(tiny)
-    pipeline.team = dataclasses.replace(pipeline.team) if dataclasses.is_dataclass(pipeline.team) else pipeline.team
+def test_a_state_is_of_a_video_that_is_being_made(tiny):
     with pytest.raises(RuntimeError, match="nothing is being made"):
-        pipeline.state()
+        opened(tiny).state()
+
+
+def test_segments_are_for_one_rank(tiny, request_of):
+    pipeline = opened(tiny)
+    pipeline.team.layout = ParallelLayout(num_gpus_dit=2)
+    with pytest.raises(ConfigError, match="segments are to be made of 2 ranks"):
+        pipeline.stream(request_of(), take=Take(segment_frames=1))
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_finished_take_is_not_replaced_by_another_that_resumes(tiny, request_of, tmp_path, change):
+    """Its state is gone, so that nothing but its segments says whose they are."""
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
+    segments_of(pipeline, request_of(infer_frames=12, sample_steps=2, num_clip=1), video)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = request_of(**{"infer_frames": 12, "sample_steps": 2, "num_clip": 1} | CHANGED[change])
+    with pytest.raises(InputError, match="a segment of another take"):
+        segments_of(pipeline, other, video, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
