@@ -28,6 +28,7 @@ from lowvram.planning.rank_plan import (
 from lowvram.planning.search import Job
 from lowvram.planning.timing import Seconds, range_words, slowest
 from lowvram.planning.workload import Workload
+from lowvram_kernels.errors import ConfigError
 from lowvram_models.constants import FRAMES_PER_LATENT
 from lowvram_quantize.format import Artifact
 
@@ -182,6 +183,11 @@ def plan_team(
         sample_steps=workload.sample_steps, heads=sizes.config.num_heads, tokens_per_frame=workload.tokens_per_frame
     )
     there.check(layout)
+    if options.resident and layout.world_size > 1:
+        raise ConfigError(
+            f"--resident lets weights stay for the next video, which one rank does, and {layout.world_size} were to be "
+            "planned; leave one of them out"
+        )
     job = Job(
         sizes=sizes,
         work=workload,

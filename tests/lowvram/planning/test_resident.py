@@ -8,8 +8,12 @@ import pytest
 
 from lowvram.offload.placement import PlanOptions
 from lowvram.planning import CARDS, Workload, plan
+from lowvram.planning.members import Machines
 from lowvram.planning.memory import later_text, staying
+from lowvram.planning.planner import plan_team
+from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import DoesNotFit, Plan
+from lowvram_kernels.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -66,3 +70,16 @@ def test_a_host_without_room_for_it_refuses(sizes):
             ram_bytes=int(ram * GIB),
             card=CARDS["rtx4090"],
         )
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(num_gpus_dit=2), ParallelLayout(num_gpus_dit=1, vae_rank=True)])
+def test_it_is_of_one_rank(sizes, layout):
+    ranks = layout.world_size
+    there = Machines(
+        cards=[CARDS["rtx4090"]] * ranks,
+        vram_bytes=[22 * GIB] * ranks,
+        machines=[0] * ranks,
+        ram_bytes=[64 * GIB],
+    )
+    with pytest.raises(ConfigError, match=f"which one rank does, and {ranks} were to be planned"):
+        plan_team(sizes("int8"), Workload.of_size("704*384"), layout, there, PlanOptions(resident=True))
