@@ -60,8 +60,17 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
-    root = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(root / "ckpt")
+    return _written(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def light(tmp_path_factory) -> Tiny:
+    """The same with a narrower VAE, which takes most of a tiny video's time: for tests that make many."""
+    return _written(tmp_path_factory.mktemp("light"), vae_base_dim=2)
+
+
+def _written(root: Path, **widths: int) -> Tiny:
+    write_checkpoint(root / "ckpt", **widths)
     draw_portrait(128, 128).save(root / "portrait.png")
     write_wav(root / "voice.wav", synth_voice(1.5), 16000)
     return Tiny(root)
