@@ -24,6 +24,7 @@ from lowvram.devices import choose_device, computing_on, each_within
 from lowvram.encode.conditions import Conditions, encode_inputs
 from lowvram.encode.voice import listening
 from lowvram.offload.copy_engine import Engine
+from lowvram.offload.kept import give_back_freed
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import Alone, LatentSize, SingleRank, Team
 from lowvram.planning.members import Machines
@@ -187,6 +188,8 @@ class AvatarPipeline:
                     yield from self._frames(run, inputs, shared, recorder, begun, take)
             finally:
                 self._parts = None
+                if self.runtime.kept is not None:
+                    give_back_freed()
 
     def _conditions(self, inputs: Inputs, recorder: Recorder, take: Take | None = None) -> tuple[Run, Conditions]:
         self.team.share("latent_size", inputs.latent_size)

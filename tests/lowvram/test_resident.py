@@ -178,7 +178,7 @@ def test_many_videos_take_no_more_memory(light):
         tensors_of(pipeline, Request(**{**vars(request), "base_seed": seed}))
         gc.collect()
         seen.append(psutil.Process().memory_info().rss)
-    assert seen[-1] <= 1.01 * seen[3]
+    assert max(seen[3:]) <= 1.01 * min(seen[3:])
 
 
 def test_conditions_of_a_known_prompt_are_not_encoded(light, monkeypatch):
