@@ -78,7 +78,7 @@ def _convert_first(value: str, given: Given) -> str:
     return f"weights are converted once, with {shlex.join([*words, '--out'])} DIR{fetch}, and {then}"
 
 
-def one_voice(value: str, given: Given) -> str:
+def _one_voice(value: str, given: Given) -> str:
     """The reference takes several voices, joined with "+", for several people in the picture."""
     if "+" not in value or Path(value).exists() or not all(Path(part).suffix for part in value.split("+")):
         return ""
@@ -102,7 +102,7 @@ _TTS = "no speech is made here, make it with another program and give the file a
 _PROMPT = "no language model rewrites the prompt, give it as it is to be: --prompt TEXT, or --prompt @FILE"
 _DATA = "no data set is read here, give --image and --audio"
 _SHARDED = "nothing is sharded here, --gpus N shares the work and --offload_model keeps weights on the host"
-_WEB = "no web page is served here, infer writes a file"
+_WEB = "infer writes a file, lowvram serve has a page, with --host and --port"
 _AREA = 'here it is --size "704*384", an area that the portrait gives its shape'
 _ANIMATE = "it is of Wan's animate model, and speech-to-video is all that runs here"
 
@@ -156,7 +156,7 @@ _RUN = (
     Foreign("training_config", _convert_first),
     Foreign("fp8", _convert_first, switch=True),
     Foreign("convert_model_dtype", _convert_first, switch=True),
-    Foreign("audio", one_voice),
+    Foreign("audio", _one_voice),
 )
 _SIZES = "plan knows weights by --model DIR, or by --preset 14b with --precision int8, fp8 or bf16"
 _PLAN = tuple(Foreign(each.name, _SIZES, switch=each.switch) for each in _RUN if each.said is _convert_first)

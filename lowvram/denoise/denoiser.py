@@ -14,6 +14,7 @@ import torch
 
 from lowvram.denoise.cuda_graphs import LayerGraphs, layer_graphs
 from lowvram.denoise.rollout import Rollout, RolloutSettings
+from lowvram.denoise.rollout_state import restore
 from lowvram.encode.conditions import Conditions
 from lowvram.loading.weights import build_dit, check_complete, drop_start, load_shared, load_start
 from lowvram.offload.layers import Layers
@@ -63,7 +64,7 @@ class Denoiser:
             return
         block, state = resumed
         reference = state("start")["reference"] if block.sees_generated_reference else conditions.reference
-        self.rollout.restore(state, (reference, conditions.motion))
+        restore(self.rollout, state, (reference, conditions.motion))
 
     def _load(self) -> Rollout:
         runtime = self._runtime

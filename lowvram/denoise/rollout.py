@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from lowvram.offload.layers import Layers
 from lowvram.offload.placement import Placement
 from lowvram.parallel.ulysses import Sequence, Whole, own_rope
 from lowvram.schedule import FRAMES_PER_BLOCK, Block
-from lowvram_kernels.errors import ConfigError
 from lowvram_kernels.uploads import upload
 from lowvram_models.attention import AttentionMemory
 from lowvram_models.audio_adapter import AudioTokens
@@ -89,15 +88,6 @@ class _Call:
     window: Window
     sink_rope: Rope
     lane: Lane | None = None
-
-
-def _restore(there: Tensor, kept: Tensor) -> None:
-    if there.shape != kept.shape:
-        raise ConfigError(
-            f"keys and values of the state have {kept.nbytes} bytes, and here {there.nbytes}: it was made with another "
-            "--kv or --dtype; give those of before"
-        )
-    there.copy_(kept)
 
 
 class Rollout:
@@ -186,30 +176,6 @@ class Rollout:
             memory = self.sequence.around(self.sink.recorder(layer), rope, 1)
             x = self.dit.layer(layer, x, inputs, memory)
             self.layers.leave(layer)
-
-    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What a later rollout of the same settings goes on from, in parts by name: sink and rings, uint8, as they lie.
-        While no block is under way."""
-        if self._under_way:
-            raise RuntimeError(f"blocks {list(self._under_way)} are under way; expected all that began to be finished")
-        yield "sink", {"sink": self.sink.content}
-        for layer in range(self.layers.count):
-            cells = ((step, layer) for step in self.steps)
-            yield f"rings.{layer}", {f"step.{step}": self.rings.content((step, layer)) for step, layer in cells}
-
-    def restore(self, part: Callable[[str], Mapping[str, Tensor]], filled_from: tuple[Tensor, Tensor]) -> None:
-        """Go on from a ``state``, of which ``part`` gives the parts by their names; ``filled_from`` are reference and
-        motion latents that the sink was filled from.
-
-        Raises:
-            ConfigError: keys and values are kept otherwise here.
-        """
-        self.filled_from = filled_from
-        _restore(self.sink.content, part("sink")["sink"])
-        for layer in range(self.layers.count):
-            found = part(f"rings.{layer}")
-            for step in self.steps:
-                _restore(self.rings.content((step, layer)), found[f"step.{step}"])
 
     @torch.inference_mode()
     def start(

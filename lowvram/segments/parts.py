@@ -10,6 +10,7 @@ import torch
 
 from lowvram.decode import BlockDecoder
 from lowvram.denoise.denoiser import Denoiser
+from lowvram.denoise.rollout_state import state_of
 from lowvram.parallel.team import Chain
 
 Tensor = torch.Tensor
@@ -35,7 +36,7 @@ class Parts:
             raise RuntimeError("a part of the video is made on other ranks; expected one rank")
         yield "start", {"reference": self.chain.reference()}
         yield "decoder", self.decoder.state()
-        yield from self.denoises().rollout.state()
+        yield from state_of(self.denoises().rollout)
 
     def __enter__(self) -> None:
         """Nothing is to be begun."""

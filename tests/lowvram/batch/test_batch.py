@@ -12,43 +12,22 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import lowvram.batch.run as run_module
 import lowvram.batch.segmented as segmented
 import lowvram.commands.batch as command_module
 from lowvram.cli import main
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.media.video import VideoWriter, probe
 from lowvram.segments.files import SegmentFiles
-from lowvram_kernels.errors import OutOfMemoryError
 from lowvram_quantize.claims import writing
 
 SETTINGS = ("--device", "cpu", "--size", "128*128", "--infer-frames", "12", "--num-clip", "1", "--sample-steps", "1")
 
 
-@pytest.fixture
-def made(monkeypatch) -> list[str]:
-    """Instead of the model something that writes half a second of video, and says of what."""
-    names: list[str] = []
-
-    def infer(pipeline, request, outputs, *, quiet, noted):
-        outputs.check()
-        names.append(outputs.video.name)
-        if request.prompt == "fail":
-            raise OutOfMemoryError("it does not fit")
-        if request.prompt == "crash":
-            raise ValueError("nobody expected this")
-        if request.prompt == "stop":
-            (outputs.video.parent / f"{outputs.video.stem}.partial.mp4").write_bytes(b"begun")
-            raise KeyboardInterrupt
-        with VideoWriter(outputs.video, 64, 64) as writer:
-            writer.write(np.zeros((12, 64, 64, 3), np.uint8))
-        report = {"frames_written": 12, "fragmented": False, "frames_per_second": 2.0, **noted}
-        outputs.report.write_text(json.dumps(report))
-        return report
-
-    monkeypatch.setattr(run_module, "infer", infer)
-    monkeypatch.setattr(command_module, "open_pipeline", lambda options, resident: None)
-    return names
+@pytest.fixture(autouse=True)
+def no_pipeline(request, monkeypatch) -> None:
+    """Nothing is opened where nothing is made with it."""
+    if "made" in request.fixturenames:
+        monkeypatch.setattr(command_module, "open_pipeline", lambda options, resident: None)
 
 
 @pytest.fixture(scope="module")
