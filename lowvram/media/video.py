@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import av
 import numpy as np
 from av.container import OutputContainer
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -164,6 +164,7 @@ class VideoWriter:
             options["movflags"] += "+use_metadata_tags"
         self._container: OutputContainer = av.open(f"file:{self.partial_path.absolute()}", "w", "mp4", options=options)
         self._video = _add_video(self._container, self.height, self.width, self.fps)
+        self._colours = VideoReformatter()  # one for all frames: what a frame brings itself makes its tables anew
         self._sound: SoundWriter | None = None
         if self._track is not None:
             begin = sample_at(self._begin, self._track.rate_hz, self.fps)
@@ -180,7 +181,9 @@ class VideoWriter:
                 self.frames_dropped += 1
                 return
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        frame = self._colours.reformat(
+            frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
         frame.pts, frame.time_base = index, Fraction(1, self.fps)
         self._container.mux(self._video.encode(frame))
         self.frames_written += 1
