@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
@@ -60,13 +61,14 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
-    return _written(tmp_path_factory.mktemp("tiny"))
+    """With a VAE of the narrowest kind: it takes most of a tiny video's time."""
+    return _written(tmp_path_factory.mktemp("tiny"), vae_base_dim=2)
 
 
 @pytest.fixture(scope="session")
-def light(tmp_path_factory) -> Tiny:
-    """The same with a narrower VAE, which takes most of a tiny video's time: for tests that make many."""
-    return _written(tmp_path_factory.mktemp("light"), vae_base_dim=2)
+def wide(tmp_path_factory) -> Tiny:
+    """With a wider VAE: for tests of what it makes of latents."""
+    return _written(tmp_path_factory.mktemp("wide"))
 
 
 def _written(root: Path, **widths: int) -> Tiny:
@@ -74,6 +76,12 @@ def _written(root: Path, **widths: int) -> Tiny:
     draw_portrait(128, 128).save(root / "portrait.png")
     write_wav(root / "voice.wav", synth_voice(1.5), 16000)
     return Tiny(root)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are known by now, and stay: a collection of garbage behind a video need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,39 +44,39 @@ def tensors_of(pipeline: AvatarPipeline, request: Request) -> dict[str, torch.Te
     return recorder.tensors()
 
 
-def opened(light, *, resident: bool, memory: MemoryOptions | None = None) -> AvatarPipeline:
-    return AvatarPipeline.from_artifact(light.artifact("int8"), device="cpu", memory=memory, resident=resident)
+def opened(tiny, *, resident: bool, memory: MemoryOptions | None = None) -> AvatarPipeline:
+    return AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu", memory=memory, resident=resident)
 
 
 @pytest.fixture(scope="module")
-def fresh(light) -> Callable[[str, str], dict[str, torch.Tensor]]:
+def fresh(tiny) -> Callable[[str, str], dict[str, torch.Tensor]]:
     """The tensors of a video that a process makes first."""
     made: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
     def tensors(place: str, name: str) -> dict[str, torch.Tensor]:
         if (place, name) not in made:
-            pipeline = opened(light, resident=False, memory=PLACES[place])
-            made[place, name] = tensors_of(pipeline, light.request(**OTHERS[name]))
+            pipeline = opened(tiny, resident=False, memory=PLACES[place])
+            made[place, name] = tensors_of(pipeline, tiny.request(**OTHERS[name]))
         return made[place, name]
 
     return tensors
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_videos_of_one_process_equal_those_of_fresh_ones(light, fresh, place):
-    pipeline = opened(light, resident=True, memory=PLACES[place])
+def test_videos_of_one_process_equal_those_of_fresh_ones(tiny, fresh, place):
+    pipeline = opened(tiny, resident=True, memory=PLACES[place])
     for name in ("another seed", *OTHERS) if place == "resident" else ("another size", "the same", "another prompt"):
-        expected, got = fresh(place, name), tensors_of(pipeline, light.request(**OTHERS[name]))
+        expected, got = fresh(place, name), tensors_of(pipeline, tiny.request(**OTHERS[name]))
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected), name
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_second_video_reads_no_weights(light, place, tmp_path):
-    pipeline = opened(light, resident=True, memory=PLACES[place])
+def test_a_second_video_reads_no_weights(tiny, place, tmp_path):
+    pipeline = opened(tiny, resident=True, memory=PLACES[place])
     read = []
     for number, seed in enumerate((1, 2)):
-        report = infer(pipeline, light.request(base_seed=seed), Outputs(video=tmp_path / f"{number}.mp4"), quiet=True)
+        report = infer(pipeline, tiny.request(base_seed=seed), Outputs(video=tmp_path / f"{number}.mp4"), quiet=True)
         read.append(report["memory"]["weight_bytes_read"])
     artifact = pipeline.runtime.artifact
     whole = sum(artifact.component(name).slab_nbytes(slab) for name in ("dit", "vae", "text_encoder") for slab in
@@ -85,31 +85,31 @@ def test_a_second_video_reads_no_weights(light, place, tmp_path):
     assert read[1] == 0
 
 
-def test_without_being_resident_weights_are_read_again(light, tmp_path):
-    pipeline = opened(light, resident=False)
+def test_without_being_resident_weights_are_read_again(tiny, tmp_path):
+    pipeline = opened(tiny, resident=False)
     read = [
-        infer(pipeline, light.request(), Outputs(video=tmp_path / f"{number}.mp4"), quiet=True)["memory"]
+        infer(pipeline, tiny.request(), Outputs(video=tmp_path / f"{number}.mp4"), quiet=True)["memory"]
         for number in range(2)
     ]
     assert read[0]["weight_bytes_read"] == read[1]["weight_bytes_read"] > 0
 
 
-def test_another_size_reads_no_weights_either(light):
-    pipeline = opened(light, resident=True)
-    tensors_of(pipeline, light.request())
+def test_another_size_reads_no_weights_either(tiny):
+    pipeline = opened(tiny, resident=True)
+    tensors_of(pipeline, tiny.request())
     before = pipeline.runtime.artifact.read_bytes
     for name in ("another size", "longer clips", "fewer steps"):
-        tensors_of(pipeline, light.request(**OTHERS[name]))
+        tensors_of(pipeline, tiny.request(**OTHERS[name]))
     assert pipeline.runtime.artifact.read_bytes == before
 
 
-def test_of_a_new_prompt_the_text_encoder_alone_is_read(light):
-    pipeline = opened(light, resident=True)
-    tensors_of(pipeline, light.request())
+def test_of_a_new_prompt_the_text_encoder_alone_is_read(tiny):
+    pipeline = opened(tiny, resident=True)
+    tensors_of(pipeline, tiny.request())
     text = pipeline.runtime.artifact.component("text_encoder")
     others = pipeline.runtime.artifact.read_bytes - text.read_bytes
     before = text.read_bytes
-    tensors_of(pipeline, light.request(prompt="A pirate sings"))
+    tensors_of(pipeline, tiny.request(prompt="A pirate sings"))
     assert text.read_bytes - before == sum(text.slab_nbytes(slab) for slab in text.slab_names)
     assert pipeline.runtime.artifact.read_bytes - text.read_bytes == others
 
@@ -126,23 +126,23 @@ def test_the_prompt_that_was_not_used_for_longest_is_forgotten():
     assert known[0].item() == 0
 
 
-def test_a_video_that_nobody_wants_more_of_leaves_all_in_order(light, fresh):
-    pipeline = opened(light, resident=True)
+def test_a_video_that_nobody_wants_more_of_leaves_all_in_order(tiny, fresh):
+    pipeline = opened(tiny, resident=True)
     for blocks in (1, 3):
-        stream = pipeline.stream(light.request(base_seed=9))
+        stream = pipeline.stream(tiny.request(base_seed=9))
         for _ in range(blocks):
             next(stream)
         stream.close()
         before = pipeline.runtime.artifact.read_bytes
-        got = tensors_of(pipeline, light.request())
+        got = tensors_of(pipeline, tiny.request())
         assert pipeline.runtime.artifact.read_bytes == before
         assert torch.equal(got["frames"], fresh("resident", "the same")["frames"])
 
 
 @pytest.mark.parametrize("where", ["encoding", "denoising", "decoding"])
-def test_of_a_video_that_failed_nothing_stays(light, fresh, monkeypatch, where):
-    pipeline = opened(light, resident=True)
-    tensors_of(pipeline, light.request())
+def test_of_a_video_that_failed_nothing_stays(tiny, fresh, monkeypatch, where):
+    pipeline = opened(tiny, resident=True)
+    tensors_of(pipeline, tiny.request())
 
     def fails(*arguments: object, **options: object) -> None:
         raise RuntimeError("broken")
@@ -155,25 +155,25 @@ def test_of_a_video_that_failed_nothing_stays(light, fresh, monkeypatch, where):
     with monkeypatch.context() as broken:
         broken.setattr(place, fails)
         with pytest.raises(RuntimeError, match="broken"):
-            tensors_of(pipeline, light.request())
+            tensors_of(pipeline, tiny.request())
     assert pipeline.runtime.kept is not None
     assert pipeline.runtime.kept.model is None
-    assert torch.equal(tensors_of(pipeline, light.request())["frames"], fresh("resident", "the same")["frames"])
+    assert torch.equal(tensors_of(pipeline, tiny.request())["frames"], fresh("resident", "the same")["frames"])
 
 
-def test_let_go_gives_back_what_stays(light):
-    pipeline = opened(light, resident=True)
-    tensors_of(pipeline, light.request())
+def test_let_go_gives_back_what_stays(tiny):
+    pipeline = opened(tiny, resident=True)
+    tensors_of(pipeline, tiny.request())
     pipeline.let_go()
     before = pipeline.runtime.artifact.read_bytes
-    tensors_of(pipeline, light.request())
+    tensors_of(pipeline, tiny.request())
     read, dit = pipeline.runtime.artifact.read_bytes - before, pipeline.runtime.artifact.component("dit")
     assert 0 < read < sum(dit.slab_nbytes(slab) for slab in dit.slab_names)  # what is held on the host, is
 
 
-def test_many_videos_take_no_more_memory(light):
-    request = light.request(num_clip=1, infer_frames=12, sample_steps=1)
-    pipeline, seen = opened(light, resident=True), []
+def test_many_videos_take_no_more_memory(tiny):
+    request = tiny.request(num_clip=1, infer_frames=12, sample_steps=1)
+    pipeline, seen = opened(tiny, resident=True), []
     for seed in range(10):
         tensors_of(pipeline, Request(**{**vars(request), "base_seed": seed}))
         gc.collect()
@@ -181,8 +181,8 @@ def test_many_videos_take_no_more_memory(light):
     assert max(seen[3:]) <= 1.01 * min(seen[3:])
 
 
-def test_conditions_of_a_known_prompt_are_not_encoded(light, monkeypatch):
-    pipeline = opened(light, resident=True)
+def test_conditions_of_a_known_prompt_are_not_encoded(tiny, monkeypatch):
+    pipeline = opened(tiny, resident=True)
     calls: list[str] = []
     encode = conditions.encode_text
 
@@ -192,15 +192,15 @@ def test_conditions_of_a_known_prompt_are_not_encoded(light, monkeypatch):
 
     monkeypatch.setattr(conditions, "encode_text", counted)
     for prompt in ("a", "b", "a", "b", "a"):
-        tensors_of(pipeline, light.request(prompt=prompt, num_clip=1))
+        tensors_of(pipeline, tiny.request(prompt=prompt, num_clip=1))
     assert calls == ["a", "b"]
 
 
-def test_several_ranks_are_refused(light):
+def test_several_ranks_are_refused(tiny):
     class Two(SingleRank):
         def __init__(self) -> None:
             super().__init__()
             self.layout = ParallelLayout(num_gpus_dit=2)
 
     with pytest.raises(ConfigError, match="2 ranks share the work; expected one"):
-        AvatarPipeline.from_artifact(light.artifact("int8"), device="cpu", team=Two(), resident=True)
+        AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu", team=Two(), resident=True)

@@ -31,9 +31,9 @@ TOKENS = (SIDE // 16) ** 2
 
 
 @pytest.fixture(scope="module")
-def files(light) -> dict[str, Path]:
+def files(tiny) -> dict[str, Path]:
     """Voices, portraits and masks; left and right are halves."""
-    made = {name: light.root / name for name in ("other.wav", "longer.wav", "second.png", "left.png", "right.png")}
+    made = {name: tiny.root / name for name in ("other.wav", "longer.wav", "second.png", "left.png", "right.png")}
     write_wav(made["other.wav"], synth_voice(1.5)[::-1].copy(), 16000)
     write_wav(made["longer.wav"], synth_voice(3.0), 16000)
     draw_portrait(SIDE, SIDE).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(made["second.png"])
@@ -48,16 +48,16 @@ def both(*paths: Path) -> Path:
     return Path("+".join(str(path) for path in paths))
 
 
-def tensors_of(light, request: Request) -> dict[str, torch.Tensor]:
-    pipeline, recorder = AvatarPipeline.from_artifact(light.artifact("fp32"), device="cpu"), TensorRecorder()
+def tensors_of(tiny, request: Request) -> dict[str, torch.Tensor]:
+    pipeline, recorder = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu"), TensorRecorder()
     for _ in pipeline.stream(request, recorder=recorder):
         pass
     return recorder.tensors()
 
 
 @pytest.fixture(scope="module")
-def one(light) -> dict[str, torch.Tensor]:
-    return tensors_of(light, light.request())
+def one(tiny) -> dict[str, torch.Tensor]:
+    return tensors_of(tiny, tiny.request())
 
 
 NAMES = {
@@ -97,22 +97,22 @@ def test_files_that_are_there_are_found_whatever_they_are_called(tmp_path, names
     assert names_of(joined(paths)) == tuple(paths)
 
 
-def test_two_equal_voices_are_one(light, one):
+def test_two_equal_voices_are_one(tiny, one):
     """Each is heard in a half, and they share the picture."""
-    two = tensors_of(light, light.request(audio=both(light.voice, light.voice)))
+    two = tensors_of(tiny, tiny.request(audio=both(tiny.voice, tiny.voice)))
     assert two.keys() == one.keys() | {"audio_emb.1"}
     for index in range(4):
         assert torch.allclose(two[f"latents.block{index}"], one[f"latents.block{index}"], atol=2e-5)
 
 
-def test_voices_are_heard_where_their_people_are(light, one, files):
+def test_voices_are_heard_where_their_people_are(tiny, one, files):
     halves = files["left.png"], files["right.png"]
     orders = {
-        "left": light.request(audio=both(files["other.wav"], light.voice), masks=halves),
-        "right": light.request(audio=both(light.voice, files["other.wav"]), masks=halves),
-        "turned": light.request(audio=both(light.voice, files["other.wav"]), masks=halves[::-1]),
+        "left": tiny.request(audio=both(files["other.wav"], tiny.voice), masks=halves),
+        "right": tiny.request(audio=both(tiny.voice, files["other.wav"]), masks=halves),
+        "turned": tiny.request(audio=both(tiny.voice, files["other.wav"]), masks=halves[::-1]),
     }
-    found = {name: tensors_of(light, request)["latents.block0"] for name, request in orders.items()}
+    found = {name: tensors_of(tiny, request)["latents.block0"] for name, request in orders.items()}
     assert torch.equal(found["left"], found["turned"])
     assert not torch.allclose(found["left"], found["right"], atol=1e-3)
     assert not torch.allclose(found["left"], one["latents.block0"], atol=1e-3)
@@ -139,12 +139,12 @@ def test_without_masks_people_share_the_picture(files, people):
     assert len(set(firsts)) == people
 
 
-def test_portraits_stand_side_by_side(light, files):
-    low = light.root / "low.png"
+def test_portraits_stand_side_by_side(tiny, files):
+    low = tiny.root / "low.png"
     draw_portrait(64, 96).save(low)  # height, width
     group = read_group([files["second.png"], low], [], 2)
     assert group.portrait.image.size == (64 + 96, 64)
-    inputs = read_inputs(light.request(image=both(files["second.png"], low), audio=both(light.voice, light.voice)))
+    inputs = read_inputs(tiny.request(image=both(files["second.png"], low), audio=both(tiny.voice, tiny.voice)))
     height, width = inputs.portrait.shape[1:]
     assert inputs.masks is not None
     assert inputs.masks.shape == (2, height // 16 * (width // 16))
@@ -164,11 +164,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_go_together_is_said(light, files, case):
+def test_what_does_not_go_together_is_said(tiny, files, case):
     counts, said = WRONG[case]
-    request = light.request(
+    request = tiny.request(
         image=both(*[files["second.png"]] * counts.get("image", 1)),
-        audio=both(*[light.voice] * counts.get("audio", 1)),
+        audio=both(*[tiny.voice] * counts.get("audio", 1)),
         masks=tuple([files["left.png"]] * counts.get("masks", 0)),
     )
     with pytest.raises(InputError, match=said):
@@ -180,33 +180,33 @@ def drawn(path: Path, size: tuple[int, int], fill: int) -> Path:
     return path
 
 
-def test_masks_that_cannot_be_used_are_said(light, files, tmp_path):
+def test_masks_that_cannot_be_used_are_said(tiny, files, tmp_path):
     bad = {
         "is 64x128 px, and the portrait 128x128": drawn(tmp_path / "narrow.png", (64, 128), 255),
         "has nothing white": drawn(tmp_path / "black.png", (SIDE, SIDE), 100),
         "mask .* is not a file": tmp_path / "gone.png",
     }
     for said, mask in bad.items():
-        request = light.request(audio=both(light.voice, light.voice), masks=(files["left.png"], mask))
+        request = tiny.request(audio=both(tiny.voice, tiny.voice), masks=(files["left.png"], mask))
         with pytest.raises(InputError, match=said):
             read_inputs(request)
 
 
-def test_the_shortest_voice_ends_the_video_which_is_said(light, files, caplog):
+def test_the_shortest_voice_ends_the_video_which_is_said(tiny, files, caplog):
     with caplog.at_level(logging.WARNING):
-        inputs = read_inputs(light.request(audio=both(files["longer.wav"], light.voice), num_clip=None))
+        inputs = read_inputs(tiny.request(audio=both(files["longer.wav"], tiny.voice), num_clip=None))
     assert "the last 1.50 s of what was read are left out" in caplog.text
     assert {len(speech) for speech in inputs.speeches} == {24000}
 
 
-def test_a_missing_second_voice_is_named(light):
+def test_a_missing_second_voice_is_named(tiny):
     with pytest.raises(InputError, match=r"gone\.wav"):
-        read_inputs(light.request(audio=both(light.voice, light.root / "gone.wav")))
+        read_inputs(tiny.request(audio=both(tiny.voice, tiny.root / "gone.wav")))
 
 
-def test_both_are_heard_in_the_video(light, files, tmp_path):
-    pipeline = AvatarPipeline.from_artifact(light.artifact("fp32"), device="cpu")
-    request = light.request(audio=both(light.voice, files["other.wav"]), num_clip=None, sample_steps=1)
+def test_both_are_heard_in_the_video(tiny, files, tmp_path):
+    pipeline = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu")
+    request = tiny.request(audio=both(tiny.voice, files["other.wav"]), num_clip=None, sample_steps=1)
     report = infer(pipeline, request, Outputs(video=tmp_path / "two.mp4"), quiet=True)
     found = probe(tmp_path / "two.mp4")
     assert found["has_audio"]
@@ -290,29 +290,29 @@ def test_poses_end_in_black(tmp_path, caplog):
     assert "ends in clip 2 of 2" in caplog.text
 
 
-def test_poses_are_followed(light, one, tmp_path):
+def test_poses_are_followed(tiny, one, tmp_path):
     path = pose_file(tmp_path / "pose.mp4", 32)
-    posed = tensors_of(light, light.request(pose_video=path))
+    posed = tensors_of(tiny, tiny.request(pose_video=path))
     assert not torch.equal(posed["latents.block0"], one["latents.block0"])
     other = pose_file(tmp_path / "other.mp4", 16)  # the same in the first clip
-    again = tensors_of(light, light.request(pose_video=other))
+    again = tensors_of(tiny, tiny.request(pose_video=other))
     assert torch.equal(again["latents.block1"], posed["latents.block1"])
     assert not torch.equal(again["latents.block2"], posed["latents.block2"])
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all"])
-def test_a_pose_video_that_is_none_is_said_before_anything_loads(light, tmp_path, content):
+def test_a_pose_video_that_is_none_is_said_before_anything_loads(tiny, tmp_path, content):
     path = tmp_path / "pose.mp4"
     path.write_bytes(content)
     with pytest.raises(InputError, match="pose video"):
-        read_inputs(light.request(pose_video=path))
+        read_inputs(tiny.request(pose_video=path))
     with pytest.raises(InputError, match="is not a file"):
-        read_inputs(light.request(pose_video=tmp_path / "gone.mp4"))
+        read_inputs(tiny.request(pose_video=tmp_path / "gone.mp4"))
 
 
-def test_a_folder_gets_a_file_called_by_all_of_them(light, files, tmp_path):
-    request = light.request(
-        image=both(light.portrait, files["second.png"]), audio=both(light.voice, files["other.wav"])
+def test_a_folder_gets_a_file_called_by_all_of_them(tiny, files, tmp_path):
+    request = tiny.request(
+        image=both(tiny.portrait, files["second.png"]), audio=both(tiny.voice, files["other.wav"])
     )
     path = place_of_video(None, tmp_path, request)
     assert path.name == "portrait+second_voice+other_128x128_2step_seed420.mp4"

@@ -88,8 +88,8 @@ def test_nothing_is_said_to_be_verified(published):
 
 
 @pytest.mark.parametrize(("precision", "text_encoder"), [("int8", None), ("fp8", "nf4"), ("bf16", None)])
-def test_it_is_laid_out_as_a_converted_checkpoint_is(tiny, tmp_path, precision, text_encoder):
-    made = convert(tiny.checkpoint, tmp_path / "converted", precision=precision, text_encoder=text_encoder)
+def test_it_is_laid_out_as_a_converted_checkpoint_is(wide, tmp_path, precision, text_encoder):
+    made = convert(wide.checkpoint, tmp_path / "converted", precision=precision, text_encoder=text_encoder)
     shapes = write_shape_artifact(tmp_path / "shapes", precision=precision, text_encoder=text_encoder, preset="tiny")
     converted, shapes = (Artifact.open(path) for path in (made, shapes))
     for name in ("dit", "vae"):

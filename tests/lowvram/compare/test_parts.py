@@ -47,19 +47,15 @@ REQUEST = {"num_clip": 1}  # two blocks, the second shorter
 
 @pytest.fixture(scope="module")
 def baseline(tiny, tmp_path_factory):
+    return baseline_of(tiny, tmp_path_factory.mktemp("baseline"))
+
+
+def baseline_of(files, folder):
     """(a run of the fp32 artifact with its dump, the pipeline that made it)."""
-    pipeline = AvatarPipeline.from_artifact(tiny.artifact("fp32"), device="cpu")
-    places = Outputs.in_folder(tmp_path_factory.mktemp("baseline"), "baseline", "--out-dir", overwrite=False)
-    infer(pipeline, tiny.request(**REQUEST), places, quiet=True)
+    pipeline = AvatarPipeline.from_artifact(files.artifact("fp32"), device="cpu")
+    places = Outputs.in_folder(folder, "baseline", "--out-dir", overwrite=False)
+    infer(pipeline, files.request(**REQUEST), places, quiet=True)
     return open_source(places.report), pipeline
-
-
-@pytest.fixture(scope="module")
-def other_vae(tiny, tmp_path_factory):
-    """A candidate whose VAE alone is 8-bit, behind a run."""
-    artifact = tmp_path_factory.mktemp("artifact") / "vae"
-    convert(tiny.checkpoint, artifact, precision="fp32", vae="int8", lora=tiny.lora, lora_alpha=2.0)
-    return ready(artifact, tiny)
 
 
 def ready(artifact, tiny, **memory):
@@ -79,10 +75,12 @@ def test_a_vae_has_no_error_against_itself(tiny, baseline):
     assert 0 < found.portrait.psnr < 60
 
 
-def test_a_vae_in_8_bit_is_measured_apart_from_the_dit(tiny, baseline, other_vae):
+def test_a_vae_in_8_bit_is_measured_apart_from_the_dit(wide, tmp_path):
     """Of latents that only the VAE differs for, the whole run's frames and those of the VAE alone are the same."""
-    source, _ = baseline
-    request = tiny.request(**REQUEST)
+    source, _ = baseline_of(wide, tmp_path)
+    request = wide.request(**REQUEST)
+    convert(wide.checkpoint, tmp_path / "vae", precision="fp32", vae="int8", lora=wide.lora, lora_alpha=2.0)
+    other_vae = ready(tmp_path / "vae", wide)
     frames = torch.cat([torch.from_numpy(frames.copy()) for frames in other_vae.stream(request)])
     one_block = vae_errors(other_vae, source, request, None, blocks=1, quiet=True)
     assert (one_block.blocks, one_block.of_blocks, len(one_block.frames)) == (1, 2, 9)

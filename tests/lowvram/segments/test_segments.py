@@ -38,23 +38,23 @@ PLACES = {
 
 
 @pytest.fixture(scope="module")
-def voice(light) -> Path:
+def voice(tiny) -> Path:
     """Two seconds: three clips of the tiny request, and a little more."""
-    path = light.root / "two_seconds.wav"
+    path = tiny.root / "two_seconds.wav"
     write_wav(path, synth_voice(2.0), 16000)
     return path
 
 
 @pytest.fixture(scope="module")
-def request_of(light, voice):
+def request_of(tiny, voice):
     def made(**changes: object) -> Request:
-        return light.request(**{"audio": voice, "num_clip": None} | changes)
+        return tiny.request(**{"audio": voice, "num_clip": None} | changes)
 
     return made
 
 
-def opened(light, place: str = "resident", **options: object) -> AvatarPipeline:
-    return AvatarPipeline.from_artifact(light.artifact("int8"), device="cpu", memory=PLACES[place], **options)
+def opened(tiny, place: str = "resident", **options: object) -> AvatarPipeline:
+    return AvatarPipeline.from_artifact(tiny.artifact("int8"), device="cpu", memory=PLACES[place], **options)
 
 
 def whole(pipeline: AvatarPipeline, request: Request) -> dict[str, torch.Tensor]:
@@ -76,14 +76,14 @@ def states_of(pipeline: AvatarPipeline, request: Request) -> dict[int, dict[str,
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_fresh_process_goes_on_bit_by_bit(light, request_of, place):
-    expected = whole(opened(light, place), request_of())
-    states = states_of(opened(light, place), request_of())
+def test_a_fresh_process_goes_on_bit_by_bit(tiny, request_of, place):
+    expected = whole(opened(tiny, place), request_of())
+    states = states_of(opened(tiny, place), request_of())
     assert set(states) >= {1, 2, 3, 4}  # within the first clip, before and behind the refreshed sink, in the third clip
     for coming, state in states.items():
         if place != "resident" and coming not in (1, 4):
             continue
-        recorder, pipeline = TensorRecorder(), opened(light, place)
+        recorder, pipeline = TensorRecorder(), opened(tiny, place)
         take = Take(segment_frames=1, next_block=coming, state=state.__getitem__)
         for _ in pipeline.stream(request_of(), recorder=recorder, take=take):
             pass
@@ -94,8 +94,8 @@ def test_a_fresh_process_goes_on_bit_by_bit(light, request_of, place):
             assert torch.equal(got[f"latents.block{index}"], expected[f"latents.block{block}"])
 
 
-def test_clip_by_clip_a_take_is_cut_between_clips(light, request_of):
-    pipeline = opened(light)
+def test_clip_by_clip_a_take_is_cut_between_clips(tiny, request_of):
+    pipeline = opened(tiny)
     assert set(states_of(pipeline, request_of(online_decode=False))) == {2, 4, 6}
 
 
@@ -138,8 +138,8 @@ def segments_of(pipeline: AvatarPipeline, request: Request, video: Path, **optio
     return infer(pipeline, request, outputs, quiet=True)
 
 
-def test_segments_join_to_the_video_of_one_run(light, request_of, tmp_path):
-    pipeline = opened(light, resident=True)
+def test_segments_join_to_the_video_of_one_run(tiny, request_of, tmp_path):
+    pipeline = opened(tiny, resident=True)
     report = segments_of(pipeline, request_of(), tmp_path / "a.mp4")
     paths = [Path(path) for path in report["segments"]]
     assert [path.name for path in paths] == [f"a-00{number}.mp4" for number in range(4)]
@@ -166,8 +166,8 @@ def stopped_behind(block: int):
 
 
 @pytest.mark.parametrize("block", [0, 1, 2, 3, 5])
-def test_what_was_stopped_goes_on(light, request_of, tmp_path, block):
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+def test_what_was_stopped_goes_on(tiny, request_of, tmp_path, block):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     outputs = Outputs(video=video, segment_minutes=0.008)
     with pytest.raises(Enough):
         infer(pipeline, request_of(), outputs, quiet=True, watching=stopped_behind(block))
@@ -194,8 +194,8 @@ CHANGED = {
 }
 
 
-def test_another_take_is_not_gone_on_with(light, request_of, tmp_path):
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+def test_another_take_is_not_gone_on_with(tiny, request_of, tmp_path):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     outputs = Outputs(video=video, segment_minutes=0.008)
     with pytest.raises(Enough):
         infer(pipeline, request_of(), outputs, quiet=True, watching=stopped_behind(2))
@@ -208,8 +208,8 @@ def test_another_take_is_not_gone_on_with(light, request_of, tmp_path):
         assert [name for name in left if "partial" not in name] == [name for name in before if "partial" not in name]
 
 
-def test_a_missing_segment_is_said(light, request_of, tmp_path):
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+def test_a_missing_segment_is_said(tiny, request_of, tmp_path):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     outputs = Outputs(video=video, segment_minutes=0.008)
     with pytest.raises(Enough):
         infer(pipeline, request_of(), outputs, quiet=True, watching=stopped_behind(2))
@@ -218,8 +218,8 @@ def test_a_missing_segment_is_said(light, request_of, tmp_path):
         segments_of(pipeline, request_of(), video, resume=True)
 
 
-def test_segments_that_are_there_are_replaced_only_where_that_is_asked(light, request_of, tmp_path):
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+def test_segments_that_are_there_are_replaced_only_where_that_is_asked(tiny, request_of, tmp_path):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     request = request_of(infer_frames=12, sample_steps=1)
     segments_of(pipeline, request, video)
     with pytest.raises(InputError, match="a segment of an earlier take"):
@@ -233,8 +233,8 @@ def test_segments_that_are_there_are_replaced_only_where_that_is_asked(light, re
 
 
 @pytest.mark.parametrize("name", ["image", "pose_video"])
-def test_a_segment_that_is_read_is_not_replaced(light, request_of, tmp_path, name):
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+def test_a_segment_that_is_read_is_not_replaced(tiny, request_of, tmp_path, name):
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     request = request_of(infer_frames=12, sample_steps=1, num_clip=1)
     segments_of(pipeline, request, video)
     before = (tmp_path / "a-000.mp4").read_bytes()
@@ -313,10 +313,10 @@ def test_a_damaged_part_is_said(tmp_path):
         found.part("x")
 
 
-def test_killed_in_the_middle_it_goes_on(light, request_of, tmp_path):
+def test_killed_in_the_middle_it_goes_on(tiny, request_of, tmp_path):
     video, request = tmp_path / "a.mp4", request_of(num_clip=3)
     command = [
-        *(sys.executable, "-m", "lowvram", "infer", "--model", str(light.artifact("int8")), "--device", "cpu"),
+        *(sys.executable, "-m", "lowvram", "infer", "--model", str(tiny.artifact("int8")), "--device", "cpu"),
         *("--image", str(request.image), "--audio", str(request.audio), "--prompt", request.prompt),
         *("--size", request.size, "--infer-frames", "16", "--num-clip", "3", "--sample-steps", "2"),
         *("--out", str(video), "--segment-minutes", "0.008", "-q"),
@@ -344,21 +344,21 @@ def test_killed_in_the_middle_it_goes_on(light, request_of, tmp_path):
     assert join(paths, tmp_path / "joined.mp4") == min(expected.shape[1], 50)
 
 
-def test_a_state_is_of_a_video_that_is_being_made(light):
+def test_a_state_is_of_a_video_that_is_being_made(tiny):
     with pytest.raises(RuntimeError, match="nothing is being made"):
-        opened(light).state()
+        opened(tiny).state()
 
 
-def test_segments_are_for_one_rank(light, request_of):
-    pipeline = opened(light)
+def test_segments_are_for_one_rank(tiny, request_of):
+    pipeline = opened(tiny)
     pipeline.team.layout = ParallelLayout(num_gpus_dit=2)
     with pytest.raises(ConfigError, match="segments are to be made of 2 ranks"):
         pipeline.stream(request_of(), take=Take(segment_frames=1))
 
 
-def test_a_finished_take_is_not_replaced_by_another_that_resumes(light, request_of, tmp_path):
+def test_a_finished_take_is_not_replaced_by_another_that_resumes(tiny, request_of, tmp_path):
     """Its state is gone, so that nothing but its segments says whose they are."""
-    video, pipeline = tmp_path / "a.mp4", opened(light, resident=True)
+    video, pipeline = tmp_path / "a.mp4", opened(tiny, resident=True)
     settings = {"infer_frames": 12, "sample_steps": 2, "num_clip": 1}
     segments_of(pipeline, request_of(**settings), video)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
