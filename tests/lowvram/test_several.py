@@ -311,8 +311,6 @@ def test_a_pose_video_that_is_none_is_said_before_anything_loads(tiny, tmp_path,
 
 
 def test_a_folder_gets_a_file_called_by_all_of_them(tiny, files, tmp_path):
-    request = tiny.request(
-        image=both(tiny.portrait, files["second.png"]), audio=both(tiny.voice, files["other.wav"])
-    )
+    request = tiny.request(image=both(tiny.portrait, files["second.png"]), audio=both(tiny.voice, files["other.wav"]))
     path = place_of_video(None, tmp_path, request)
     assert path.name == "portrait+second_voice+other_128x128_2step_seed420.mp4"
