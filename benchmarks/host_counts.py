@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import pkgutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +19,6 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lowvram_kernels
 from lowvram.denoise.rollout import Rollout, RolloutSettings
 from lowvram.loading.weights import build_dit, check_complete, load_shared
 from lowvram.offload.copy_engine import Engine
@@ -32,12 +28,16 @@ from lowvram.schedule import Block, blocks_of
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.operations import tensors_in
 from lowvram_kernels import uploads
+from lowvram_kernels.chips import without_triton
+from lowvram_kernels.launch import telling
+from lowvram_kernels.stand_ins import meta_as
 from lowvram_models.config import DiTConfig
 from lowvram_models.constants import LATENT_CHANNELS, MOTION_LATENTS
 from lowvram_quantize.format import Artifact
 
 Tensor = torch.Tensor
 META = torch.device("meta")
+GENERATION = 89
 FRAMES_PER_CLIP, STEPS = 12, 4
 _WITHOUT_LAUNCH = ("empty", "new_empty", "lift", "_unsafe_view", "_reshape_alias", "set_", "resize_")
 _ASKS_A_VALUE = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
@@ -128,19 +128,6 @@ def _asks_a_value(name: str, args: tuple[Any, ...]) -> bool:
     return name in _ASKS_A_VALUE
 
 
-class _Launcher:
-    """Stands for a Triton kernel: ``kernel[grid](...)`` is one launch and computes nothing."""
-
-    def __init__(self, name: str, launched: Callable[[str], None]):
-        self._name, self._launched = name, launched
-
-    def __getitem__(self, grid: Any) -> Any:
-        return self._launch
-
-    def _launch(self, *_: Any, **__: Any) -> None:
-        self._launched(self._name)
-
-
 class _WatchedEngine(Engine):
     def __init__(self, waited: Callable[[str], None]):
         super().__init__(META)
@@ -152,25 +139,20 @@ class _WatchedEngine(Engine):
 
 @contextlib.contextmanager
 def as_if_cuda(counting: Counting) -> Iterator[None]:
-    """Let ``meta`` pass for a CUDA device with Triton: dispatchers choose as they would there."""
-    import triton
+    """Let ``meta`` pass for a CUDA device with Triton: dispatchers choose as they would there, and what would wait for
+    the device is seen.
 
-    with contextlib.ExitStack() as patches:
-        for info in pkgutil.iter_modules(lowvram_kernels.__path__, "lowvram_kernels."):
-            module = importlib.import_module(info.name)
-            for name, value in list(vars(module).items()):
-                if isinstance(value, triton.runtime.jit.JITFunction):
-                    launcher = _Launcher(name.strip("_"), counting.launched)
-                    patches.enter_context(mock.patch.object(module, name, launcher))
-                elif name == "triton_serves":
-                    patches.enter_context(mock.patch.object(module, name, lambda device: device.type == "meta"))
-        patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta)))
-        patches.enter_context(mock.patch.object(torch, "tensor", _watched_tensor(counting)))
-        patches.enter_context(mock.patch.object(uploads, "waits", lambda device: device.type == "meta"))
-        patches.enter_context(mock.patch.object(uploads, "pinned", counting.pinned_copy))
-        if (choices := sys.modules.get("lowvram_kernels.choices")) is not None:
-            choices.reset()
-            patches.callback(choices.reset)
+    Raises:
+        RuntimeError: Triton is not installed, or LOWVRAM_TRITON is 0.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(meta_as(GENERATION))
+        if (found := without_triton(META)) is not None:
+            raise RuntimeError(f"{found.why}: its launches cannot be counted")
+        stack.enter_context(telling(lambda name: counting.launched(name.strip("_"))))
+        stack.enter_context(mock.patch.object(torch, "tensor", _watched_tensor(counting)))
+        stack.enter_context(mock.patch.object(uploads, "waits", lambda device: device.type == "meta"))
+        stack.enter_context(mock.patch.object(uploads, "pinned", counting.pinned_copy))
         yield
 
 

@@ -1,7 +1,8 @@
 """Chips: which one a tensor is on, and whether Triton kernels can serve it there.
 
 Generations are compute capabilities without the dot: 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100, H200), 120
-(RTX 50). Everything that is not CUDA is generation 0 and runs the PyTorch versions.
+(RTX 50). Everything that is not CUDA is generation 0 and runs the PyTorch versions; ``meta`` is one of these, unless it
+stands for a GPU (``stand_ins.meta_as``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,9 +32,36 @@ SWITCH = "LOWVRAM_TRITON"
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
+# The generation that ``meta`` stands for, None for none; ``stand_ins.meta_as`` sets it.
+_meta_generation: int | None = None
+
+
+def counts_as_cuda(device: torch.device) -> bool:
+    """Whether the code for CUDA runs there: on CUDA, and on ``meta`` while it stands for a GPU."""
+    return device.type == "cuda" or (device.type == "meta" and _meta_generation is not None)
+
+
 def generation(device: torch.device) -> int:
-    """Compute capability of a CUDA device as one number (8.9 is 89); 0 for any other device."""
+    """Compute capability as one number (8.9 is 89) of a CUDA device, or of the GPU that ``meta`` stands for; 0 for any
+    other device."""
+    if device.type == "meta":
+        return _meta_generation or 0
     return _capability(device) if device.type == "cuda" else 0
+
+
+def name_of(device: torch.device) -> str:
+    """The card's name of a CUDA device; "sm_89" of the GPU that ``meta`` stands for; else the type of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"sm_{generation(device)}" if counts_as_cuda(device) else device.type
+
+
+def stand_for(generation: int | None) -> int | None:
+    """From now on ``meta`` stands for a GPU of this generation, or (None) for itself; returns what it stood for. For
+    ``stand_ins.meta_as``, which also renews what was chosen for ``meta`` and sets both back."""
+    global _meta_generation
+    before, _meta_generation = _meta_generation, generation
+    return before
 
 
 def known_generation(device: torch.device) -> int:
@@ -68,34 +97,45 @@ def missing_to_build() -> str:
     return "" if (headers / "Python.h").is_file() else f"Python's headers ({headers / 'Python.h'})"
 
 
+class NoTriton(NamedTuple):
+    """``why`` no Triton kernel serves a GPU, and what helps: "" where nothing does."""
+
+    why: str
+    remedy: str = ""
+
+
+def without_triton(device: torch.device) -> NoTriton | None:
+    """What keeps Triton's kernels from a CUDA device, or from ``meta`` that stands for one; None where they serve it.
+    On ``meta`` nothing is compiled, so that no compiler is missed there.
+
+    Raises: ConfigError, as ``triton_wanted``.
+    """
+    if not triton_wanted():
+        return NoTriton(f"{SWITCH}=0", "unset it for the fused ones")
+    if generation(device) < 80:
+        return NoTriton(f"{name_of(device)} is older than sm_80")
+    if not has_triton():
+        return NoTriton("triton is not installed", "`pip install triton` brings the fused ones")
+    if device.type == "cuda" and (missing := missing_to_build()):
+        return NoTriton(f"Triton needs {missing}", "the fused ones need the system's packages gcc and python3-dev")
+    return None
+
+
 def triton_serves(device: torch.device) -> bool:
-    """True on CUDA from sm_80 on with Triton installed, and what it builds with; a CUDA device that goes without is
-    reported once.
+    """True from sm_80 on with Triton installed, and what it builds with, on CUDA and on ``meta`` that stands for it; a
+    CUDA device that goes without is reported once.
 
     Raises:
         ConfigError: the environment variable LOWVRAM_TRITON, which switches Triton off with 0, is neither 0 nor 1.
     """
-    wanted = triton_wanted()
-    if device.type != "cuda":
+    triton_wanted()  # another value than 0 or 1 is refused on every device
+    if not counts_as_cuda(device):
         return False
-    if not wanted:
-        _say_once(f"{SWITCH}=0: PyTorch's own kernels run, slower; unset it for the fused ones")
-        return False
-    if generation(device) < 80:
-        _say_once(f"{torch.cuda.get_device_name(device)} is older than sm_80: PyTorch's own kernels run, slower")
-        return False
-    if not has_triton():
-        _say_once(
-            "triton is not installed: PyTorch's own kernels run, slower; `pip install triton` brings the fused ones"
-        )
-        return False
-    if missing := missing_to_build():
-        _say_once(
-            f"Triton needs {missing}: PyTorch's own kernels run, slower; the fused ones need the system's packages gcc "
-            "and python3-dev"
-        )
-        return False
-    return True
+    found = without_triton(device)
+    if found is not None and device.type == "cuda":
+        remedy = f"; {found.remedy}" if found.remedy else ""
+        _say_once(f"{found.why}: PyTorch's own kernels run, slower{remedy}")
+    return found is None
 
 
 def triton_wanted() -> bool:
@@ -107,8 +147,9 @@ def triton_wanted() -> bool:
 
 
 def has_fp8_units(device: torch.device) -> bool:
-    """CUDA from sm_89 on; the CPU computes fp8 products through its library and counts as having them."""
-    return device.type != "cuda" or generation(device) >= 89
+    """CUDA from sm_89 on, and ``meta`` that stands for it; everything else computes fp8 products through its library
+    and counts as having them."""
+    return not counts_as_cuda(device) or generation(device) >= 89
 
 
 @functools.cache

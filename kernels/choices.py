@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from lowvram_kernels import cpu_products
-from lowvram_kernels.chips import has_fp8_units, triton_serves
+from lowvram_kernels.chips import counts_as_cuda, has_fp8_units, triton_serves
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM
 from lowvram_kernels.errors import DeviceError
 from lowvram_kernels.libraries import COMFY, CUDNN, SAGE, TORCHAO, installed
@@ -121,7 +121,7 @@ def backends(operation: str, device: torch.device) -> tuple[str, ...]:
 
 def rivals(operation: str, device: torch.device) -> tuple[str, ...]:
     """Other libraries' kernels that are there for an operation, whether or not they are right or fast."""
-    every = RIVALS.get(operation, ()) if device.type == "cuda" else ()
+    every = RIVALS.get(operation, ()) if counts_as_cuda(device) else ()
     return tuple(name for name in every if installed(name))
 
 
@@ -137,7 +137,7 @@ def switch_off(operation: str, backend: str, device: torch.device, reason: str) 
     note = Note(operation=operation, backend=backend, device=str(device), verdict="off", reason=reason)
     with _lock:
         _off[operation, backend, note.device] = note
-        _forget_choices()
+        forget_choices()
 
 
 def prefer(operation: str, backend: str, device: torch.device, reason: str) -> None:
@@ -154,7 +154,7 @@ def prefer(operation: str, backend: str, device: torch.device, reason: str) -> N
     note = Note(operation=operation, backend=backend, device=str(device), verdict="preferred", reason=reason)
     with _lock:
         _preferred[operation, note.device] = note
-        _forget_choices()
+        forget_choices()
 
 
 def noted() -> tuple[Note, ...]:
@@ -164,12 +164,18 @@ def noted() -> tuple[Note, ...]:
     return tuple(sorted(notes, key=lambda note: (note.operation, note.device, note.verdict, note.backend)))
 
 
+def forget_choices() -> None:
+    """Decide anew from the next ``choose`` on; what is off or preferred stays so."""
+    global _chosen
+    _chosen = {}
+
+
 def reset() -> None:
     """Forget all that was switched off or preferred, and read LOWVRAM_TRITON anew."""
     with _lock:
         _off.clear()
         _preferred.clear()
-        _forget_choices()
+        forget_choices()
 
 
 @contextlib.contextmanager
@@ -177,7 +183,7 @@ def restored() -> Iterator[None]:
     """What is changed inside is set back at the end."""
     with _lock:
         off, preferred = dict(_off), dict(_preferred)
-        _forget_choices()
+        forget_choices()
     try:
         yield
     finally:
@@ -220,11 +226,6 @@ def _note_findings(operation: str, device: torch.device) -> None:
             operation=operation, backend=found.preferred, device=str(device), verdict="preferred", reason=found.reason
         )
         _preferred.setdefault((operation, preferred.device), preferred)
-
-
-def _forget_choices() -> None:
-    global _chosen
-    _chosen = {}
 
 
 def _known(operation: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from lowvram_kernels.chips import has_fp8_units
+from lowvram_kernels.chips import counts_as_cuda, has_fp8_units, name_of
 from lowvram_kernels.choices import TRITON, choose
 from lowvram_kernels.cpu_products import FLOAT32, INT_MM, SCALED_MM, int_product, scaled_product
 from lowvram_kernels.libraries import COMFY, TORCHAO, int8_product
@@ -181,7 +181,7 @@ def reference_w8a8(
 def int8_mm(
     q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if q_MK.is_cuda:
+    if counts_as_cuda(q_MK.device):
         rows, columns = len(q_MK), len(weight_NK)
         product = torch._int_mm(*_padded_for_cublas(q_MK, weight_NK))[:rows, :columns]
     else:
@@ -216,7 +216,7 @@ def _padded_for_cublas(q_MK: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]
 def fp8_mm(
     q_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if q_MK.is_cuda:
+    if counts_as_cuda(q_MK.device):
         return _fp8_rowwise(q_MK, scale_M1, weight_NK, weight_scale_N, bias_N).to(dtype)
     return _epilogue(scaled_product(q_MK, weight_NK).mul_(scale_M1), weight_scale_N, bias_N).to(dtype)
 
@@ -256,7 +256,7 @@ def fp8_weight_only(x_MK: Tensor, weight_NK: Tensor, weight_scale_N: Tensor, bia
 
 
 def _weight_only(x_MK: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    _say_weight_only(torch.cuda.get_device_name(x_MK.device))
+    _say_weight_only(name_of(x_MK.device))
     record("linear_w8a8", "fp8: dequantized weight, no FP8 units")
     out = fp8_weight_only(x_MK, weight, scale, bias)
     return F.gelu(out, approximate="tanh") if gelu else out

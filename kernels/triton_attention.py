@@ -12,6 +12,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.chips import known_generation
+from lowvram_kernels.launch import launch
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.triton_prepare import (
     FIELDS,
@@ -189,7 +190,9 @@ def attend_prepared(ready: Prepared, out_ILNH: Tensor, tile: Tile | None) -> Non
     """Attention over all that ``ready`` names, into ``out``."""
     items, queries, heads, head_dim = out_ILNH.shape
     tile = tile or (TILES[known_generation(out_ILNH.device)] if head_dim <= 128 else WIDE_HEADS)
-    _attend_kernel[(-(-queries // tile.queries), heads, items)](
+    launch(
+        _attend_kernel,
+        (-(-queries // tile.queries), heads, items),
         ready.q8,
         ready.q_scale,
         ready.q_mean,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.channel_norm import LEAST
+from lowvram_kernels.launch import launch
 from lowvram_kernels.triton_rows import packed, power_of_2
 
 Tensor = torch.Tensor
@@ -54,7 +55,9 @@ def channel_norm_silu_triton(x_RC: Tensor, gamma_C: Tensor, out_RC: Tensor) -> T
     if channels > MOST_CHANNELS:
         raise ValueError(f"{channels} channels; the kernel takes {MOST_CHANNELS} at most")
     block = _shape(channels)
-    _channel_norm_silu_kernel[(-(-rows // block["BLOCK_R"]),)](
+    launch(
+        _channel_norm_silu_kernel,
+        (-(-rows // block["BLOCK_R"]),),
         x_RC,
         packed(gamma_C),
         out_RC,

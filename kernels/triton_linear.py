@@ -10,6 +10,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.chips import known_generation
+from lowvram_kernels.launch import launch
 
 Tensor = torch.Tensor
 
@@ -193,7 +194,9 @@ def linear_triton(
     tile = tile or tile_for(known_generation(q_MK.device), rows)
     q_MK, weight_NK = (t if t.stride(1) == 1 else t.contiguous() for t in (q_MK, weight_NK))
     grid = (-(-rows // tile.m) * -(-columns // tile.n),)
-    _linear_kernel[grid](
+    launch(
+        _linear_kernel,
+        grid,
         q_MK,
         weight_NK,
         out,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from lowvram_kernels.aot import Case
 from lowvram_kernels.chips import known_generation
+from lowvram_kernels.launch import launch
 from lowvram_kernels.triton_linear import TILES, Tile, product_tile, tile_for
 from lowvram_kernels.triton_rows import packed
 
@@ -110,7 +111,9 @@ def linears_triton(
     ]
     operands += operands[:1] * (MOST - len(operands))
     tiles = sum(-(-some // tile.m) for some in rows) * -(-columns // tile.n)
-    _linears_kernel[(tiles,)](
+    launch(
+        _linears_kernel,
+        (tiles,),
         *(one for of_a_kind in zip(*operands, strict=True) for one in of_a_kind),
         *rows,
         columns,

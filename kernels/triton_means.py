@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.ring_codec import KVBlock
 from lowvram_kernels.rope import Projection
 from lowvram_kernels.triton_rope import (
@@ -141,7 +142,9 @@ def means(
     own = -(-tokens // SUM_TOKENS)
     programs = own - (-sink_tokens // SUM_TOKENS)
     sums = torch.empty((programs + own, width), dtype=torch.float32, device=k_TD.device)
-    _sum_kernel[(programs,)](
+    launch(
+        _sum_kernel,
+        (programs,),
         k_TD,
         v_TNH,
         packed(k.weight_D),
@@ -158,7 +161,9 @@ def means(
         **shape,
         **options,
     )
-    _mean_kernel[(-(-width // MEAN_COLUMNS), 3)](
+    launch(
+        _mean_kernel,
+        (-(-width // MEAN_COLUMNS), 3),
         sums,
         block.k_mean,
         sink_mean,

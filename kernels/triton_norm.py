@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.rotation import GROUP, SYLVESTER
 from lowvram_kernels.rows import QMAX
 from lowvram_kernels.triton_rows import (
@@ -103,7 +104,9 @@ def fused_triton(
         values = torch.empty((tokens, width), dtype=dtype, device=x_LD.device)
         mode = {torch.int8: INT8.value, torch.float8_e4m3fn: FP8.value}.get(dtype, FLOATING.value)
         scale = torch.empty((tokens, 1), dtype=torch.float32, device=x_LD.device) if dtype in QMAX else None
-    _fused_kernel[(tokens,)](
+    launch(
+        _fused_kernel,
+        (tokens,),
         x_LD,
         x_LD if y_LD is None else y_LD,
         x_LD if gate is None else gate,

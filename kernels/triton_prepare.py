@@ -19,6 +19,7 @@ import triton.language as tl
 from lowvram_kernels import ring_attention
 from lowvram_kernels.aot import Case
 from lowvram_kernels.holding import hold
+from lowvram_kernels.launch import launch
 from lowvram_kernels.ring_codec import TILE_TOKENS, KVBlock
 from lowvram_kernels.triton_rows import magnitude_bits, power_of_2, quantize_scales, to_8bit
 from lowvram_kernels.triton_values import RING_TILE
@@ -227,7 +228,9 @@ def softmax_scale(head_dim: int) -> float:
 def prepare_queries(q_ILNH: Tensor, ready: Prepared) -> None:
     items, queries, heads, head_dim = q_ILNH.shape
     q_ILNH = q_ILNH if q_ILNH.stride(3) == 1 else q_ILNH.contiguous()
-    _prepare_kernel[(-(-queries // QUERIES), heads, items)](
+    launch(
+        _prepare_kernel,
+        (-(-queries // QUERIES), heads, items),
         q_ILNH,
         ready.origin,
         ready.table,
@@ -252,7 +255,9 @@ def spread(ready: Prepared) -> None:
     """Scales of keys and sums of values, of all blocks; those that a launch writes have to be written before."""
     items, blocks, heads, longest, _ = ready.tiles.shape
     head_dim = ready.origin.shape[2]
-    _spread_kernel[(longest, items * blocks)](
+    launch(
+        _spread_kernel,
+        (longest, items * blocks),
         ready.origin,
         ready.table,
         ready.tiles,

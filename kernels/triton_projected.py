@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.projected import Projected, TurnedSink
 from lowvram_kernels.ring_codec import KVBlock, room_for_keys
 from lowvram_kernels.triton_attention import Tile, attend_prepared
@@ -177,7 +178,9 @@ def prepared(own: Projected, slot: int, blocks: Sequence[KVBlock], sink: TurnedS
     # Both passes compute a key with the same roundings: it is the same number that is summed and that is stored.
     options = {"num_warps": row_warps(heads * head_dim), "enable_fp_fusion": False}
     means(k, k_TD, v, tables, kept, blocks[slot], room.k_mean, shape, options)
-    _store_kernel[(2 * tokens + sink.block.tokens + blocks[slot].v.shape[1] * heads,)](
+    launch(
+        _store_kernel,
+        (2 * tokens + sink.block.tokens + blocks[slot].v.shape[1] * heads,),
         q_TD,
         k_TD,
         v,

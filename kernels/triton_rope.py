@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.ring_codec import STEP, KVBlock
 from lowvram_kernels.rope import Projection
 from lowvram_kernels.triton_rows import FLOOR_BITS, magnitude_bits, packed, power_of_2, row_warps, to_8bit
@@ -217,7 +218,9 @@ def _normed(projections: Sequence[Projection], heads: int, table: tuple[Tensor, 
         operands.append((x, packed(one.weight_D), out, x.stride(0), one.eps))
     outs = [operand[2] for operand in operands]
     tokens, _, head_dim = outs[0].shape
-    _norm_rope_kernel[(sum(map(len, outs)),)](
+    launch(
+        _norm_rope_kernel,
+        (sum(map(len, outs)),),
         *operands[0],
         *operands[-1],
         *(table or operands[0][:1] * 2),
@@ -234,7 +237,9 @@ def _normed(projections: Sequence[Projection], heads: int, table: tuple[Tensor, 
 def rotated_keys_triton(block: KVBlock, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     tokens, heads, head_dim = block.k.shape
     out = torch.empty(block.k.shape, dtype=torch.bfloat16, device=block.k.device)
-    _rotated_keys_kernel[(tokens,)](
+    launch(
+        _rotated_keys_kernel,
+        (tokens,),
         block.k,
         block.k_scale,
         block.k_mean,
@@ -252,7 +257,9 @@ def encode_keys_triton(k_TNH: Tensor, out: KVBlock) -> None:
     """Around ``out.k_mean``, which is there."""
     k_TNH = k_TNH if k_TNH.stride(2) == 1 else k_TNH.contiguous()
     tokens, heads, head_dim = k_TNH.shape
-    _encode_kernel[(tokens,)](
+    launch(
+        _encode_kernel,
+        (tokens,),
         k_TNH,
         out.k_mean,
         out.k,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from lowvram_kernels import rotation
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.rows import QMAX
 
 Tensor = torch.Tensor
@@ -116,7 +117,9 @@ def quantize_rows_triton(
     rows, width = x_MK.shape
     q = torch.empty((rows, width), dtype=dtype, device=x_MK.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x_MK.device)
-    _quantize_rows_kernel[(rows,)](
+    launch(
+        _quantize_rows_kernel,
+        (rows,),
         x_MK,
         x_MK if smooth_K is None else packed(smooth_K),
         q,

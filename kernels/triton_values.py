@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from lowvram_kernels.aot import Case
+from lowvram_kernels.launch import launch
 from lowvram_kernels.ring_codec import TILE_TOKENS, KVBlock
 from lowvram_kernels.triton_rows import power_of_2, row_warps, to_8bit
 
@@ -55,7 +56,9 @@ def encode_values_triton(v_TNH: Tensor, out: KVBlock) -> None:
     """By the scales in ``out.v_scale``, which are there."""
     v_TNH = v_TNH if v_TNH.stride(2) == 1 else v_TNH.contiguous()
     tokens, heads, head_dim = v_TNH.shape
-    _encode_kernel[(out.v.shape[1], heads)](
+    launch(
+        _encode_kernel,
+        (out.v.shape[1], heads),
         v_TNH,
         out.v_scale,
         out.v,

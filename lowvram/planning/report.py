@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -99,14 +100,24 @@ class Simulated(Protocol):
     @property
     def peak_reserved(self) -> int: ...
 
+    @property
+    def kernels(self) -> str: ...
+
 
 def print_plan(plan: Plan, console: Console, simulated: Simulated | None = None) -> None:
     """Print what is where, what it takes, how fast it will be, and what the published way would need."""
     tables = (_placement(plan), _device(plan), _stages(plan, simulated), _speed(plan), _seconds(plan), _reference(plan))
     for table in tables:
         console.print(table)
+    if simulated is not None:
+        console.print(kernels_line([simulated]))
     for note in plan.notes:
         console.print(f"Note: {note}.")
+
+
+def kernels_line(simulated: Sequence[Simulated]) -> str:
+    """Whose temporaries dry runs counted."""
+    return f"Simulated with the kernels of {', '.join(dict.fromkeys(run.kernels for run in simulated))}."
 
 
 def empty_table(title: str, *columns: str) -> Table:

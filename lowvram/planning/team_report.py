@@ -15,7 +15,7 @@ from lowvram.planning.breakdown import breakdown_table, rows_of_tasks
 from lowvram.planning.layout_choice import Alternative, Compared
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_plan import Plan
-from lowvram.planning.report import Simulated, empty_table, reserve_rows, to_json
+from lowvram.planning.report import Simulated, empty_table, kernels_line, reserve_rows, to_json
 from lowvram.planning.timing import range_words
 
 _STAGES = ("encode_text", "encode_audio", "encode_image", "load_dit", "prefill_sink", "denoise", "decode")
@@ -105,6 +105,8 @@ def print_team(compared: Compared, console: Console, simulated: Sequence[Simulat
         _others(compared),
     ):
         console.print(each)
+    if simulated:
+        console.print(kernels_line(simulated))
     for alternative in compared.alternatives:
         if alternative.refusal is not None:
             console.print(f"{alternative.layout.words()}: {alternative.refusal}.")

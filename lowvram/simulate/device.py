@@ -2,7 +2,8 @@
 
 Tensors on ``meta`` have shapes and no values. While a ``SimulatedDevice`` is entered, every storage that appears there
 takes a block of a model of the caching allocator, and gives it back at the moment its last reference goes; what is
-copied to and from the CPU is counted, and a device that is full raises what a real one raises.
+copied to and from the CPU is counted, and a device that is full raises what a real one raises. With a generation,
+``meta`` stands for a GPU of it: the kernels that run are those that would run there, each launch counted and not made.
 
 What the operations themselves do is in ``lowvram.simulate.operations``.
 """
@@ -20,6 +21,8 @@ import torch
 from lowvram.offload.copy_engine import Engine, Held, Peaks
 from lowvram.simulate.allocator import AllocatorModel, DeviceFull, ExpandableAllocatorModel, MemoryBlock
 from lowvram.simulate.operations import Attention, Operations
+from lowvram_kernels.launch import telling
+from lowvram_kernels.stand_ins import meta_as
 
 Tensor = torch.Tensor
 
@@ -37,6 +40,8 @@ class SimulatedDevice:
         capacity: bytes that may be reserved; beyond them ``torch.cuda.OutOfMemoryError``. None has no limit.
         cublas_workspace_bytes: taken at the first matrix product, as on a GPU; 0 for none.
         expandable_segments: the allocator's setting of that name.
+        generation: compute capability without the dot of the GPU whose kernels run; None for those of ``meta`` itself,
+            which are PyTorch's.
     """
 
     def __init__(
@@ -45,11 +50,13 @@ class SimulatedDevice:
         *,
         cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES,
         expandable_segments: bool = False,
+        generation: int | None = None,
     ):
         self.memory = ExpandableAllocatorModel(capacity) if expandable_segments else AllocatorModel(capacity)
         self.h2d_bytes = self.d2h_bytes = 0
         self.kernel_count = 0
         self._workspace_bytes = cublas_workspace_bytes
+        self._generation = generation
         # Storages that are known: their block, or None where they take no memory. By the address of the C++ object,
         # which is its own as long as the storage lives.
         self._blocks: dict[int, MemoryBlock | None] = {}
@@ -85,6 +92,9 @@ class SimulatedDevice:
         self.memory.empty_cache()
 
     def __enter__(self) -> SimulatedDevice:
+        if self._generation is not None:
+            self._modes.enter_context(meta_as(self._generation))
+        self._modes.enter_context(telling(self.computed))
         self._modes.enter_context(Attention())
         self._modes.enter_context(Operations(self))
         return self

@@ -17,11 +17,13 @@ from lowvram.encode.voice import WholeVoice
 from lowvram.offload.placement import MemoryOptions
 from lowvram.parallel.team import SingleRank
 from lowvram.pipeline import AvatarPipeline, Inputs, Request
+from lowvram.planning.cards import Card
 from lowvram.planning.planner import TeamPlan
 from lowvram.planning.rank_layout import ParallelLayout
 from lowvram.planning.rank_plan import Plan
 from lowvram.simulate.device import SimulatedDevice
 from lowvram.simulate.other_ranks import PretendTeam
+from lowvram_kernels.chips import without_triton
 from lowvram_models.config import DiTConfig
 from lowvram_models.constants import FPS, LATENT_CHANNELS, MOTION_LATENTS, SPEECH_RATE_HZ
 from lowvram_quantize.format import Artifact
@@ -33,7 +35,8 @@ log = logging.getLogger(__name__)
 class DryRun:
     """What a simulated run took, in bytes. ``stages`` has the peak of what was allocated in each stage;
     ``block_in`` and ``block_out`` are copies to and from the device while a block of the last clip was made; ``sent``
-    would go to other ranks in exchanges, all blocks together."""
+    would go to other ranks in exchanges, all blocks together. ``kernels``: whose temporaries these are, as "triton", or
+    "torch (triton is not installed)" where Triton's would not run, or cannot be looked at."""
 
     stages: dict[str, int]
     peak_allocated: int
@@ -42,6 +45,7 @@ class DryRun:
     block_out: int
     given_up: tuple[str, ...]
     sent: int
+    kernels: str
 
 
 def dry_run(
@@ -54,9 +58,10 @@ def dry_run(
 ) -> DryRun:
     """Run ``plan`` over ``clips`` clips on a simulated device of ``capacity`` bytes (default: the plan's budget).
 
-    Everything is computed but the values: the same code, layer by layer, with the same tensors for as long. Clips
-    from the second on see full rings. With a ``layout``, ``plan`` is that of one of its ranks: the others' part in
-    exchanges is made up. Where weights stay for a next video, another one follows, with another prompt.
+    Everything is computed but the values: the same code, layer by layer, with the same tensors for as long, and with
+    the kernels that the planned card's generation would run (``generation_of``). Clips from the second on see full
+    rings. With a ``layout``, ``plan`` is that of one of its ranks: the others' part in exchanges is made up. Where
+    weights stay for a next video, another one follows, with another prompt.
 
     Raises:
         OutOfMemoryError: the device was too small, whatever was given up.
@@ -77,7 +82,11 @@ def dry_run(
         portrait=torch.zeros(3, *work.size_px),
         speech=np.ones(int(seconds * SPEECH_RATE_HZ), np.float32),
     )
-    with SimulatedDevice(capacity or plan.vram_budget_bytes, expandable_segments=True) as gpu:
+    device = SimulatedDevice(
+        capacity or plan.vram_budget_bytes, expandable_segments=True, generation=generation_of(plan.card)
+    )
+    with device as gpu:
+        slower = without_triton(gpu.engine.device)
         memory = MemoryOptions(placement=plan.placement, resident=plan.resident)
         team = _team(opened, plan, inputs, clips, layout)
         engine, crossed = gpu.engine, [(0, 0)]
@@ -97,7 +106,15 @@ def dry_run(
         block_out=sum(outward for _, outward in last) // len(last),
         given_up=tuple(pipeline.run.ladder.events),
         sent=sum(team.sent_bytes().values()),
+        kernels="triton" if slower is None else f"torch ({slower.why})",
     )
+
+
+def generation_of(card: Card) -> int:
+    """The generation whose kernels a dry run for the card takes: its own, or the one it was measured with. Of a card
+    that was measured before that was noted it is 89 where its rates have FP8 units, else 86: from 80 on, generations
+    differ in the temporaries of fp8 weights alone."""
+    return card.generation or card.rates.generation or (89 if card.has_fp8 else 86)
 
 
 def _blocks(pipeline: AvatarPipeline, inputs: Inputs) -> Iterator[Any]:
