@@ -137,11 +137,12 @@ class AllocatorModel:
         self._keep(tail)
 
     def _keep(self, block: MemoryBlock) -> None:
-        bisect.insort(self._free[block.small], (block.nbytes, block.address, block), key=lambda entry: entry[:2])
+        # No two blocks have one address, so that they are not compared themselves.
+        bisect.insort(self._free[block.small], (block.nbytes, block.address, block))
 
     def _drop(self, block: MemoryBlock) -> None:
         pool = self._free[block.small]
-        del pool[bisect.bisect_left(pool, (block.nbytes, block.address), key=lambda entry: entry[:2])]
+        del pool[bisect.bisect_left(pool, (block.nbytes, block.address))]
 
 
 def segment_bytes(rounded: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from lowvram.offload.copy_engine import Engine, Held, Peaks
 from lowvram.simulate.allocator import AllocatorModel, DeviceFull, ExpandableAllocatorModel, MemoryBlock
-from lowvram.simulate.operations import Attention, Operations
+from lowvram.simulate.operations import Operations, fused_attention
 from lowvram_kernels.launch import telling
 from lowvram_kernels.stand_ins import meta_as
 
@@ -95,7 +95,7 @@ class SimulatedDevice:
         if self._generation is not None:
             self._modes.enter_context(meta_as(self._generation))
         self._modes.enter_context(telling(self.computed))
-        self._modes.enter_context(Attention())
+        self._modes.enter_context(fused_attention())
         self._modes.enter_context(Operations(self))
         return self
 

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,13 +119,23 @@ class Operations(TorchDispatchMode):
             device.computed(operation.name)
 
 
-class Attention(TorchFunctionMode):
-    """Scaled dot product attention as its fused kernels: on ``meta`` torch would take the scores as a whole."""
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Scaled dot product attention as its fused kernels: on ``meta`` torch would take the scores as a whole.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args and args[0].is_meta:
-            return _fused_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    The function is replaced in its module: a ``TorchFunctionMode`` would be asked at every ``x.shape``, too, which
+    takes a third of a simulated run. Tensors that are elsewhere get what they always get, in whatever thread.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_fused_attention if query.is_meta else usual)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -245,15 +254,21 @@ def _operation(func: Any) -> _Operation:
     return found
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in results or arguments, which nest lists and dictionaries only."""
     if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from tensors_in(value)
-    elif isinstance(values, dict):
-        yield from tensors_in(list(values.values()))
+        return [values]
+    found: list[Tensor] = []
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return found
+    for value in values:  # no call for each: this is asked several times an operation
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += tensors_in(value)
+    return found
 
 
 def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
