@@ -3,8 +3,8 @@
 python benchmarks/plans.py [--out benchmarks/results/plans.json] [--simulated benchmarks/results/plans.json] [--planned]
 
 Nothing here is measured on a GPU: bytes are planned and simulated, seconds predicted from data-sheet rates and the
-shares of them in ``lowvram.planning.operation_rates``. Simulating takes a quarter of an hour: with ``--simulated`` what
-an earlier run found is taken over wherever the same is placed in the same way, and only the others are simulated anew;
+shares of them in ``lowvram.planning.operation_rates``. Simulating takes five minutes: with ``--simulated`` what an
+earlier run found is taken over wherever the same is placed in the same way, and only the others are simulated anew;
 with ``--planned`` those are left out of that column.
 """
 
@@ -42,9 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--simulated", type=Path, help="results of an earlier run, whose simulations are taken over")
-    parser.add_argument(
-        "--planned", action="store_true", help="simulate nothing: a minute instead of a quarter of an hour"
-    )
+    parser.add_argument("--planned", action="store_true", help="simulate nothing: a minute instead of five")
     options = parser.parse_args()
     if options.planned and options.out:
         parser.error("--planned leaves results out: what it prints is no result to keep with --out")

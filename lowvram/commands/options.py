@@ -312,7 +312,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         switch("--t5-cpu", False, "Encode the prompt on the host."),
         switch("--resident", False, "Weights stay for the next video, as of serve and batch."),
         click.option(
-            "--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes a minute a rank."
+            "--dry-run", "dry", is_flag=True, help="Also run the plan, on a simulated GPU; takes about 20 s a rank."
         ),
         click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; also of a plan that does not fit."),
     ]

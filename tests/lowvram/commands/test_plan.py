@@ -122,8 +122,20 @@ def test_a_dry_run_stands_beside_the_plan():
     assert "simulated" in result.stdout
     told = run(*PLAN[:1], "--preset", "tiny", "--precision", "bf16", "--size", "128*128", "--dry-run", "--json")
     simulated = json.loads(told.stdout)["dry_run"]
+    assert f"Simulated with the kernels of {simulated['kernels']}." in result.stdout
     assert simulated["given_up"] == []
     assert 0 < simulated["stages"]["denoise"] <= simulated["peak_reserved"]
+
+
+@pytest.mark.parametrize("gpus", [(), ("--gpus", "2", "--ulysses_size", "2")])
+def test_a_dry_run_without_triton_says_so(monkeypatch, gpus):
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.delenv("LOWVRAM_TRITON", raising=False)
+    monkeypatch.setattr("lowvram_kernels.chips.has_triton", lambda: False)
+    short = ["--size", "128*128", "--infer_frames", "12", "--sample_steps", "1", "--vram", "2GiB"]
+    result = run("plan", "--preset", "tiny", "--precision", "int8", *short, *gpus, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("Simulated with the kernels of torch (triton is not installed).") == 1
 
 
 SEVERAL = [*PLAN, "--gpus", "4"]

@@ -284,6 +284,20 @@ def test_the_text_encoders_linears_dequantize_on_the_device(gpu, tmp_path, preci
     assert gpu.kernel_count - before >= 2  # the weight in full, then the product
 
 
+def test_kernels_of_a_generation_are_counted(gpu):
+    pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be launched")
+    from lowvram_kernels.rows import quantize_rows
+
+    x = floats(1 << 10, 1 << 10)
+    with SimulatedDevice(generation=89) as other:
+        q, scale = quantize_rows(x, torch.int8)
+        assert other.kernel_count == 1
+        assert other.peak_allocated == other.allocated == q.nbytes + scale.nbytes
+    before = gpu.kernel_count
+    quantize_rows(x, torch.int8)
+    assert gpu.kernel_count > before + 1  # meta is itself again: PyTorch's
+
+
 # --- a full device
 
 

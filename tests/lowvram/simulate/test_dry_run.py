@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+
 import pytest
 
 from lowvram.planning import CARDS, Workload, plan
 from lowvram.planning.members import Machines
 from lowvram.planning.planner import plan_team
 from lowvram.planning.rank_layout import ParallelLayout
-from lowvram.simulate.dry_run import dry_run, dry_run_team
+from lowvram.simulate.dry_run import dry_run, dry_run_team, generation_of
 from lowvram_quantize.format import Artifact
 from lowvram_quantize.shape_artifact import write_shape_artifact
 
 GIB = 1 << 30
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 CASES = [
-    # precision, size, budget, frames a clip (half of the usual where that says as much, in half of the time); the
-    # largest of each kind: whatever fits a card of 22.15 GiB fits a larger one
-    ("int8", "704*384", 22.15, 48),
-    ("int8", "720*400", 22.15, 24),
-    ("int8", "384*256", 12.0, 24),
-    ("bf16", "720*400", 22.15, 24),
+    # precision, size, budget, frames a clip (half of the usual where that says as much, in half of the time), whether
+    # Triton's kernels run; the largest of each kind: whatever fits a card of 22.15 GiB fits a larger one
+    ("int8", "704*384", 22.15, 48, True),
+    ("int8", "720*400", 22.15, 24, True),
+    ("int8", "384*256", 12.0, 24, True),
+    ("int8", "384*256", 12.0, 24, False),
+    ("bf16", "720*400", 22.15, 24, True),
 ]
 
 
@@ -29,9 +34,19 @@ def artifacts(tmp_path_factory):
     return {name: Artifact.open(write_shape_artifact(root / name, precision=name)) for name in ("int8", "bf16")}
 
 
+def kernels_of(wanted: bool, generation: int = 89) -> str:
+    """What a dry run says that it ran."""
+    if not wanted:
+        return "torch (LOWVRAM_TRITON=0)"
+    if generation < 80:
+        return f"torch (sm_{generation} is older than sm_80)"
+    return "triton" if HAS_TRITON else "torch (triton is not installed)"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "size", "budget_gib", "frames"), CASES)
-def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, frames):
+@pytest.mark.parametrize(("precision", "size", "budget_gib", "frames", "wanted"), CASES)
+def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, frames, wanted, monkeypatch):
+    monkeypatch.setenv("LOWVRAM_TRITON", "1" if wanted else "0")
     budget = int(budget_gib * GIB)
     planned = plan(
         artifacts[precision],
@@ -41,6 +56,7 @@ def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, 
         card=CARDS["rtx4090"],
     )
     run = dry_run(artifacts[precision], planned, capacity=budget)
+    assert run.kernels == kernels_of(wanted)
     assert run.given_up == ()
     assert run.peak_reserved <= budget
     assert run.peak_allocated + planned.reserve_bytes == pytest.approx(planned.peak_vram_bytes, rel=0.03)
@@ -52,6 +68,43 @@ def test_the_full_model_fits_as_planned(artifacts, precision, size, budget_gib, 
     if planned.placement.wave == 1:
         assert run.block_in == pytest.approx(planned.traffic.h2d, rel=0.03)
         assert run.block_out == pytest.approx(planned.traffic.d2h, rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Artifacts of the tiny model by precision, and plans for an RTX 4090 of another generation."""
+    root = tmp_path_factory.mktemp("small")
+
+    def planned(precision: str, **card):
+        path = root / precision
+        if not path.exists():
+            write_shape_artifact(path, preset="tiny", precision=precision)
+        artifact = Artifact.open(path)
+        work = Workload.of_size("128*128", infer_frames=12, sample_steps=2)
+        like = dataclasses.replace(CARDS["rtx4090"], **card)
+        return artifact, plan(artifact, work, vram_bytes=2 * GIB, ram_bytes=64 * GIB, card=like)
+
+    return planned
+
+
+@pytest.mark.parametrize("generation", [75, 80, 86, 89, 90, 120])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
+def test_every_precision_runs_on_every_generation(small, precision, generation, monkeypatch):
+    monkeypatch.delenv("LOWVRAM_TRITON", raising=False)
+    artifact, planned = small(precision, generation=generation)
+    run = dry_run(artifact, planned)
+    assert run.kernels == kernels_of(True, generation)
+    assert run.given_up == ()
+    assert 0 < run.stages["denoise"] <= planned.stage_peaks["denoise"] + planned.reserve_bytes
+
+
+def test_a_card_that_does_not_say_its_generation_has_that_of_its_rates():
+    card = dataclasses.replace(CARDS["rtx3090"], generation=None)
+    rates = dataclasses.replace(card.rates, generation=None)
+    assert generation_of(card) == 86
+    assert generation_of(dataclasses.replace(card, rates=rates)) == 86
+    assert generation_of(dataclasses.replace(card, rates=dataclasses.replace(rates, fp8=1e15))) == 89
+    assert generation_of(CARDS["rtx5090"]) == 120
 
 
 def test_a_device_smaller_than_the_plan_is_met_by_giving_way(artifacts):
