@@ -23,7 +23,7 @@ from lowvram.planning.library_memory import measure_parts
 from lowvram.planning.workload import Workload
 from lowvram.schedule import FRAMES_PER_BLOCK, blocks_of
 from lowvram.simulate.device import SimulatedDevice
-from lowvram_kernels.chips import generation, has_fp8_units
+from lowvram_kernels.chips import has_fp8_units
 from lowvram_kernels.modules import Attention, swap_linear
 from lowvram_models.attention import CrossAttention
 from lowvram_models.config import DiTConfig
@@ -80,17 +80,13 @@ class CudaRunner:
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
             work(VAE_BASE_DIM, self._device, latent_size)
-            peak = torch.cuda.max_memory_allocated(self._device) - before
-            taken.append(peak - tensors_alone(work, latent_size, generation(self._device)))
+            taken.append(torch.cuda.max_memory_allocated(self._device) - before - tensors_alone(work, latent_size))
         return max(0, *taken)
 
 
-def tensors_alone(
-    work: Callable[[int, torch.device, tuple[int, int]], None], latent_size: tuple[int, int], generation: int
-) -> int:
-    """The peak of ``work`` on a simulated device of that compute capability: its kernels are the same, and take
-    nothing."""
-    with SimulatedDevice(cublas_workspace_bytes=0, expandable_segments=True, generation=generation) as simulated:
+def tensors_alone(work: Callable[[int, torch.device, tuple[int, int]], None], latent_size: tuple[int, int]) -> int:
+    """The peak of ``work`` on a simulated device, whose kernels take nothing."""
+    with SimulatedDevice(cublas_workspace_bytes=0, expandable_segments=True) as simulated:
         work(VAE_BASE_DIM, torch.device("meta"), latent_size)
         return simulated.peak_allocated
 
