@@ -25,6 +25,7 @@ check-install:
 demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
 
+# One process more than CI has cores: tests of several ranks spend much of their time waiting.
 test: setup
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder tests
 
