@@ -25,10 +25,9 @@ check-install:
 demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
 
-# One process more than CI has cores: tests of several ranks spend much of their time waiting. One thread each, and said
-# before Python starts: set later it holds for one thread's products alone, and those of the others spin while they wait.
+# One process more than CI has cores: tests of several ranks spend much of their time waiting.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder tests
 
 # The page of `lowvram serve` in a headless Chromium, on the demo's model; PAGE has options, as "--picture page.png".
 test-page: setup

@@ -7,21 +7,17 @@ import gc
 import os
 from pathlib import Path
 
+# One thread, unless somebody said how many: tests run in several processes, which only disturb each other, and start
+# more, which find it in the environment. Said before torch is imported, so that it holds for every thread of pipelines.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
-import torch
 
 from lowvram.media.samples import draw_portrait, synth_voice, write_wav
 from lowvram.pipeline import Request
 from lowvram_kernels import choices
 from lowvram_quantize.convert import convert
 from lowvram_quantize.synthetic import write_checkpoint
-
-# As many threads as CI has cores, unless somebody said how many: more of them than cores only wait for each other. In
-# the environment, too, for the processes that tests start.
-if "OMP_NUM_THREADS" not in os.environ:
-    threads = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)
