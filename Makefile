@@ -25,9 +25,8 @@ check-install:
 demo: setup
 	$(BIN)/lowvram demo --out-dir demo-out
 
-# One process more than CI has cores: tests of several ranks spend much of their time waiting.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
 
 # The page of `lowvram serve` in a headless Chromium, on the demo's model; PAGE has options, as "--picture page.png".
 test-page: setup
