@@ -6,7 +6,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from lowvram.serve.errors import Refused
 from lowvram.serve.jobs import OPEN_STATES, Job
@@ -46,12 +47,16 @@ async def growing_video(queue: WorkQueue, name: str) -> AsyncIterator[bytes]:
     The file that is open stays readable when it gets another name or goes, as it does at the end. Where the video is
     begun again, with less to compute, the stream ends: what was sent is another video.
     """
-    partial, sent = queue.store.place(name).outputs.partial, 0
-    while not partial.is_file():
+    place, sent = queue.store.place(name), 0
+    while (file := _opened(place.outputs.partial)) is None:
         if queue.store.job(name).state not in OPEN_STATES or queue.stopping:
-            return
+            # One that was begun and ended between two looks has the name of a finished one by now.
+            file = _opened(place.watchable)
+            if file is None:
+                return
+            break
         await asyncio.sleep(LOOK_S)
-    with partial.open("rb") as file:
+    with file:
         while True:
             # First: what is read to its end behind that is all there will be.
             over = queue.store.job(name).state not in OPEN_STATES or queue.stopping
@@ -62,3 +67,11 @@ async def growing_video(queue: WorkQueue, name: str) -> AsyncIterator[bytes]:
                 return
             file.seek(sent)
             await asyncio.sleep(LOOK_S)
+
+
+def _opened(path: Path | None) -> BinaryIO | None:
+    """To be read; None where there is no such file, be it that it has just got another name."""
+    try:
+        return path.open("rb") if path is not None else None
+    except FileNotFoundError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from lowvram.serve import streams
 from lowvram.serve.jobs import CANCELLED, DONE, FAILED, RUNNING
 from lowvram.serve.limits import Limits
 from lowvram.serve.queue import WorkQueue
+from lowvram.serve.streams import growing_video
 from tests.lowvram.serve.fakes import (
     PARTS,
     PICTURE,
@@ -71,6 +74,24 @@ def test_events_and_video_follow_a_job(tmp_path: Path, sound: bytes):
         assert states[-1]["state"] == DONE
         assert [each["progress"]["frames"] for each in states] == sorted(each["progress"]["frames"] for each in states)
         assert len(states) > 1
+
+
+def test_a_video_that_is_made_between_two_looks_comes_whole(tmp_path: Path, monkeypatch):
+    """It has the name of a finished one when it is looked for again."""
+    maker = FakeMaker()
+
+    async def slept(seconds: float) -> None:
+        maker.run_free()
+        until(lambda: queue.store.job(job.id).state == DONE)
+
+    async def streamed() -> bytes:
+        return b"".join([chunk async for chunk in growing_video(queue, job.id)])
+
+    with running(tmp_path / "s", maker) as queue:
+        first, job = (add(queue) for _ in range(2))
+        until(lambda: queue.store.job(first.id).state == RUNNING)
+        monkeypatch.setattr(streams.asyncio, "sleep", slept)
+        assert asyncio.run(streamed()) == bytes(range(1, PARTS + 1))
 
 
 def test_cancel(tmp_path: Path, sound: bytes):
